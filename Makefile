@@ -1,0 +1,31 @@
+# make demo | make test | make clean. PYTHON=python3.12 picks the interpreter of the environment.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help .venv demo test clean
+
+help:
+	@echo "make demo    teacher, one-step student and RL on real digits, on the CPU; ends with a table and a report"
+	@echo "make test    ruff and the tests"
+	@echo "make .venv   the environment only: .venv, with the versions in constraints.txt"
+	@echo "make clean   remove .venv and the caches (runs/ stays)"
+
+.venv: $(BIN)/.installed
+
+# A stamp, not the folder, says that the installation ended well: one that was broken off is made anew.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: .venv
+	$(BIN)/marval-rl demo
+
+test: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

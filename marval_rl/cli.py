@@ -1,0 +1,173 @@
+"""The command line: finds the command, hands it its arguments, and turns errors into one line and an exit code.
+
+Exit codes: 0 fine, 1 the work failed, 2 the input is wrong, 130 interrupted. A command is a module in
+`marval_rl.commands` with `add_arguments(parser)` and `run(args, extra)`; it is imported only when it is run, so that
+`marval-rl --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from marval_rl import __version__
+from marval_rl.errors import MarvalError
+
+PROGRAM = "marval-rl"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives, its line in the overview, and whether `--key value` settings may follow its recipe."""
+
+    module: str
+    help: str
+    takes_recipe: bool = False
+
+
+COMMANDS = {
+    "demo": Command("marval_rl.commands.demo", "the whole story on real digits: teacher, student, RL, report"),
+    "pretrain": Command("marval_rl.commands.pretrain", "train a MAR teacher", takes_recipe=True),
+    "distill": Command("marval_rl.commands.distill", "distil a teacher into a one-step student", takes_recipe=True),
+    "train": Command("marval_rl.commands.train", "RL on a student: method grpo or reward_backprop", takes_recipe=True),
+    "sample": Command("marval_rl.commands.sample", "paint images with a model"),
+    "evaluate": Command("marval_rl.commands.evaluate", "measure quality, diversity, rewards and speed of a model"),
+    "report": Command("marval_rl.commands.report", "write one HTML page about one or several runs"),
+    "rewards": Command("marval_rl.commands.rewards", "list the rewards, or score images with one"),
+    "env": Command("marval_rl.commands.env", "print versions and hardware, for bug reports"),
+}
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong (exit code 2)."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and raises UsageError where argparse would print and exit."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code; `argv` defaults to the arguments of the process."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv  # wherever it stands; and known even where parsing fails
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        return _run(argv)
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted", debug)
+    except MarvalError as error:  # RecipeError, the user's own, is a ValueError as well
+        return _fail(2 if isinstance(error, ValueError) else 1, str(error), debug)
+    except ValueError as error:
+        return _fail(2, str(error) or type(error).__name__, debug)
+    except OSError as error:
+        return _fail(1, _describe_os_error(error), debug)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _fail(1, f"unexpected error: {message} (run again with --debug for the traceback)", debug)
+
+
+def _run(argv: list[str]) -> int:
+    position = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
+    overview = _overview_parser()
+    overview.parse_args(argv[:position])  # --help, --version, or an error
+    if position == len(argv):
+        overview.print_help()
+        return 2
+    name, arguments = argv[position], argv[position + 1 :]
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}{_nearest(PROGRAM, name, COMMANDS)}")
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = CommandParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.add_arguments(parser)
+    options = _options(parser)
+    if not command.takes_recipe:
+        _check_options(parser.prog, arguments, options)  # before argparse tells that the misspelt option is missing
+    args, extra = parser.parse_known_args(arguments)
+    if command.takes_recipe:
+        _check_recipe(name, args.recipe, arguments, options)
+    elif extra:
+        raise UsageError(f"unexpected argument {extra[0]!r} (see {parser.prog} --help)")
+    module.run(args, extra)
+    return 0
+
+
+def _overview_parser() -> CommandParser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    parser = CommandParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [--version] [--debug] COMMAND ...",
+        description="Reinforcement learning for masked auto-regressive image generators.",
+        epilog="\n".join(["commands:", *lines, "", f"{PROGRAM} COMMAND --help tells more about one of them."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _check_options(prog: str, arguments: list[str], options: set[str]) -> None:
+    """Raises UsageError for an unknown option, with the nearest known one."""
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if name.startswith("--") and name not in options:
+            raise UsageError(f"unknown option {name!r}{_nearest(prog, name, options)}")
+
+
+def _check_recipe(name: str, recipe: str | None, arguments: list[str], options: set[str]) -> None:
+    """Raises UsageError if the recipe is missing, or may be the value of a setting that was written before it."""
+    if recipe is None:
+        from marval_rl.recipes import find_recipes
+
+        found = ", ".join(map(str, find_recipes()))
+        here = f"; recipes here: {found}" if found else ""
+        raise UsageError(f"{name} needs a recipe: {PROGRAM} {name} RECIPE.yaml [--key value ...]{here}")
+    for argument in arguments[: arguments.index(recipe)]:
+        if argument.startswith("--") and argument.split("=")[0] not in options:
+            raise UsageError(f"the recipe comes first: {PROGRAM} {name} RECIPE.yaml {argument} ...")
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """All option names of a parser and of the parsers below it."""
+    names: set[str] = set()
+    for action in parser._actions:
+        names.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                names |= _options(child)
+    return names
+
+
+def _nearest(prog: str, name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else f" (see {prog} --help)"
+
+
+def _describe_os_error(error: OSError) -> str:
+    """ "runs/a: Permission denied"; libraries also raise OSError with nothing but a text."""
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    files = [str(file) for file in (error.filename, error.filename2) if file is not None]
+    return f"{' -> '.join(files)}: {error.strerror}" if files else error.strerror
+
+
+def _fail(code: int, message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,31 @@
+"""`marval-rl distill`: turn a teacher into a one-step student."""
+
+from __future__ import annotations
+
+import argparse
+
+from marval_rl.commands.recipe_arguments import add_recipe_arguments
+from marval_rl.commands.sources import DataArguments, TeacherArguments
+from marval_rl.commands.training import read_recipe, run_training
+from marval_rl.errors import RecipeError
+from marval_rl.models.checkpoints import load_model
+from marval_rl.trainers.distill import DistillConfig, DistillTrainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> None:
+    """Distil as the recipe says."""
+    (data, source, config), settings = read_recipe(args, extra, (DataArguments, TeacherArguments, DistillConfig))
+    if source.teacher is None:
+        raise RecipeError("teacher is not set: name a model folder, a run folder or a hub id (--teacher ...)")
+
+    def make_trainer() -> DistillTrainer:
+        teacher = load_model(source.teacher, one_step=False)
+        dataset = data.load("train")
+        data.check_classes(teacher.config, source.teacher)
+        return DistillTrainer(teacher, config, train_dataset=dataset, evaluator=data.evaluator())
+
+    run_training(args, settings, config, make_trainer)

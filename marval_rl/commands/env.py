@@ -1,0 +1,61 @@
+"""Print versions and hardware as a Markdown table, to paste into a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib import metadata
+
+from marval_rl import __version__
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pillow",
+    "deepspeed",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """This command takes none."""
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> None:
+    """Prints the table; a package that is missing or broken is a row of it, not an error."""
+    rows = [("marval_rl", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
+    rows += [(package, _version(package)) for package in PACKAGES]
+    rows += _hardware()
+    print("| what | value |\n|---|---|")
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _hardware() -> list[tuple[str, str]]:
+    rows = [("CPU cores", str(os.cpu_count()))]
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        return [*rows, ("torch", f"cannot be imported: {' '.join(str(error).split())}")]
+    rows.append(("torch threads", str(torch.get_num_threads())))
+    rows.append(("CUDA of torch", torch.version.cuda or "none"))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append((f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+    if not torch.cuda.is_available():
+        rows.append(("device", "cpu"))
+    return rows

@@ -1,0 +1,30 @@
+"""`marval-rl pretrain`: train a MAR teacher."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from marval_rl.commands.recipe_arguments import add_recipe_arguments
+from marval_rl.commands.sources import DataArguments, ModelArguments
+from marval_rl.commands.training import read_recipe, run_training
+from marval_rl.models import MARModel
+from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> None:
+    """Train a teacher as the recipe says."""
+    (data, sizes, config), settings = read_recipe(args, extra, (DataArguments, ModelArguments, PretrainConfig))
+
+    def make_trainer() -> PretrainTrainer:
+        dataset = data.load("train")
+        torch.manual_seed(config.seed)
+        model = MARModel(sizes.config(dataset))
+        return PretrainTrainer(model, config, train_dataset=dataset, evaluator=data.evaluator())
+
+    run_training(args, settings, config, make_trainer)

@@ -1,0 +1,24 @@
+"""The arguments that `pretrain`, `distill` and `train` share."""
+
+from __future__ import annotations
+
+import argparse
+
+LATEST = "latest"
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds RECIPE, --dry_run and --resume; all else on the command line is a setting (`--key value`).
+
+    `args.resume` is None (start anew), LATEST (the newest checkpoint of the output folder) or the path of a checkpoint.
+    """
+    parser.usage = f"{parser.prog} RECIPE [--dry_run] [--resume [CHECKPOINT]] [--key value ...]"
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings; --key value wins over it")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run, and train nothing")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint folder; without a value, from the newest one of the run",
+    )

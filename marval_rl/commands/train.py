@@ -1,0 +1,67 @@
+"""`marval-rl train`: RL on a one-step student."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from marval_rl.commands.recipe_arguments import add_recipe_arguments
+from marval_rl.commands.sources import DataArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.training import read_recipe, run_training
+from marval_rl.data import class_rows
+from marval_rl.errors import RecipeError
+from marval_rl.models.checkpoints import load_model, resolve_model
+from marval_rl.recipes import nearest, peek_setting
+from marval_rl.rewarding import RewardSet
+from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
+from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
+from marval_rl.trainers.reward_base import RewardTrainer
+
+METHODS = {
+    "grpo": (MARGRPOConfig, MARGRPOTrainer),
+    "reward_backprop": (RewardBackpropConfig, RewardBackpropTrainer),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> None:
+    """Train as the recipe says; its `method` picks the trainer."""
+    method = peek_setting(args.recipe, extra, "method") or "grpo"
+    if method not in METHODS:
+        raise RecipeError(f"unknown method {method!r}{nearest(str(method), METHODS)}; there are {', '.join(METHODS)}")
+    config_class, trainer_class = METHODS[method]
+    config_types = (DataArguments, RewardArguments, TeacherArguments, config_class)
+    (data, rewarded, source, config), settings = read_recipe(args, extra, config_types)
+    if rewarded.model is None:
+        raise RecipeError("model is not set: name the student's folder, its run folder or a hub id (--model ...)")
+    if not rewarded.reward_funcs:
+        raise RecipeError("reward_funcs is empty: name at least one reward (`marval-rl rewards list` shows some)")
+    if config.anchor_weight > 0 and source.teacher is None:
+        raise RecipeError(
+            f"anchor_weight {config.anchor_weight} needs the teacher the student came from (--teacher ...)"
+        )
+
+    def make_trainer() -> RewardTrainer:
+        student = load_model(rewarded.model, one_step=True)
+        data.check_classes(student.config, rewarded.model)
+        anchored = config.anchor_weight > 0
+        rewards = RewardSet(rewarded.reward_funcs, rewarded.reward_weights, rewarded.reward_kwargs)
+        judges = None
+        if rewarded.eval_reward_funcs:
+            judges = RewardSet(rewarded.eval_reward_funcs, reward_kwargs=rewarded.eval_reward_kwargs)
+        return trainer_class(
+            student,
+            rewards,
+            config,
+            train_dataset=class_rows(student.config.num_classes),
+            teacher=load_model(source.teacher, one_step=False) if anchored else None,
+            auxiliary=Path(resolve_model(rewarded.model)) if anchored else None,
+            anchor_dataset=data.load("train") if anchored else None,
+            evaluator=data.evaluator(),
+            eval_rewards=judges,
+        )
+
+    run_training(args, settings, config, make_trainer)

@@ -1,0 +1,66 @@
+"""From a parsed recipe to a finished run: what `pretrain`, `distill` and `train` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from marval_rl.commands.dry_run import print_dry_run
+from marval_rl.errors import RecipeError
+from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.resume import find_checkpoint, prepare_output_dir
+
+
+def default_output_dir(recipe: str) -> str:
+    """runs/<recipe>: recipes/digits/teacher.yaml -> runs/digits/teacher."""
+    path = Path(recipe).with_suffix("")
+    parts = path.parts[path.parts.index("recipes") + 1 :] if "recipes" in path.parts else (path.name,)
+    return str(Path("runs", *parts))
+
+
+def read_recipe(
+    args: argparse.Namespace, extra: list[str], config_types: Sequence[type]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The recipe's dataclasses, and its settings as they are written to the run folder."""
+    if args.recipe is None:
+        raise RecipeError(f"which recipe? Try `marval-rl {args.command} recipes/digits/...yaml`")
+    settings = read_settings(args.recipe, extra, config_types)
+    settings.setdefault("output_dir", default_output_dir(args.recipe))
+    configs = build_configs(settings, config_types)
+    return configs, resolved_recipe(configs, settings)
+
+
+def run_training(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    config: Any,
+    make_trainer: Callable[[], MARTrainer],
+) -> None:
+    """Train, or only say what would be trained.
+
+    Args:
+        args: The command line, with `dry_run` and `resume`.
+        settings: The resolved recipe.
+        config: The trainer's arguments.
+        make_trainer: Builds the trainer; called once.
+    """
+    if args.dry_run:
+        print_dry_run(settings, config, make_trainer)
+        return
+    output_dir = Path(config.output_dir)
+    checkpoint = None
+    if args.resume is not None:
+        checkpoint = str(find_checkpoint(output_dir, args.resume))
+    else:
+        prepare_output_dir(output_dir, config.overwrite_output_dir)
+    trainer = make_trainer()
+    save_recipe(output_dir / "recipe.yaml", settings)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step >= trainer.state.max_steps:
+        print(f"done: {output_dir / 'final'} holds the model; `marval-rl report {output_dir}` draws its curves")
+    else:
+        print(f"stopped at step {trainer.state.global_step}: a checkpoint is kept, --resume goes on from it")
+        raise KeyboardInterrupt

@@ -1,0 +1,19 @@
+"""Errors that a user can act on: each message names the offending value and the remedy."""
+
+from __future__ import annotations
+
+
+class MarvalError(Exception):
+    """Base of the errors that the command line shows as one line."""
+
+
+class RecipeError(MarvalError, ValueError):
+    """A recipe or a command-line override is wrong (exit code 2)."""
+
+
+class RewardError(MarvalError):
+    """A reward function broke its contract: it raised, or returned something that is no reward."""
+
+
+class CheckpointError(MarvalError):
+    """A model folder or a checkpoint cannot be used as asked."""

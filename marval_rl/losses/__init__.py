@@ -1,0 +1,1 @@
+"""The losses: pure functions of tensors, with no trainer and no model in sight."""

@@ -1,0 +1,91 @@
+"""Loading models strictly: every weight present, none left over, every number finite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from marval_rl.errors import CheckpointError
+from marval_rl.models.config import MARConfig
+from marval_rl.models.mar import MARModel
+
+
+def resolve_model(name_or_path: str | Path) -> str:
+    """The folder that holds a model: itself, or the `final` inside a run folder; else a hub id, unchanged.
+
+    Raises:
+        CheckpointError: For a path that does not exist or holds no model.
+    """
+    path = Path(name_or_path)
+    if (path / "config.json").is_file():
+        return str(path)
+    if (path / "final" / "config.json").is_file():
+        return str(path / "final")
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} holds no model: config.json is in neither it nor its folder final/ (has its run finished? "
+            "`--resume` goes on with it)"
+        )
+    looks_like_hub_id = str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "runs/"))
+    if not looks_like_hub_id:
+        raise CheckpointError(f"no model at {path}: the path does not exist")
+    return str(name_or_path)
+
+
+def load_config(name_or_path: str | Path) -> MARConfig:
+    """The configuration of a model folder, run folder or hub id. Raises CheckpointError."""
+    resolved = resolve_model(name_or_path)
+    try:
+        config = MARConfig.get_config_dict(resolved)[0]
+        if config.get("model_type") != MARConfig.model_type:
+            raise CheckpointError(
+                f'{resolved} is no MAR model: its config.json says model_type "{config.get("model_type")}"'
+            )
+        return MARConfig.from_dict(config)
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read the configuration of {resolved}: {first_line(error)}") from error
+
+
+def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MARModel:
+    """A model in eval mode, on the CPU, in float32.
+
+    Args:
+        name_or_path: A model folder, a run folder or a hub id.
+        one_step: True asks for a student, False for a teacher, None takes either.
+
+    Raises:
+        CheckpointError: If it does not exist, is damaged, has other sizes than its configuration, lacks weights, has
+            too many or non-finite ones, or is of the other kind.
+    """
+    config = load_config(name_or_path)
+    resolved = resolve_model(name_or_path)
+    if one_step is not None and config.is_one_step != one_step:
+        wanted, found = ("a one-step student", "a many-step teacher")[:: 1 if one_step else -1]
+        raise CheckpointError(f"{resolved} is {found}, but {wanted} is needed here")
+    try:
+        model, info = MARModel.from_pretrained(resolved, config=config, output_loading_info=True, dtype=torch.float32)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the weights of {resolved} cannot be loaded (a damaged file, or sizes other than config.json's): {first_line(error)}"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            shown = ", ".join(map(str, sorted(info[what], key=str)[:5]))
+            raise CheckpointError(
+                f"the weights of {resolved} do not fit: {len(info[what])} {what.replace('_', ' ')}: {shown}"
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"the weight {name} of {resolved} holds NaN or infinity")
+    if config.is_one_step:
+        model.fake_latent.requires_grad_(False)  # a student has no guidance pass
+    return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text that says anything, for a one-line message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,95 @@
+"""The sizes and conventions of a MAR model, teacher or one-step student."""
+
+from transformers import PreTrainedConfig
+
+# No `from __future__ import annotations` here: transformers turns this class into a dataclass and checks its types.
+
+
+class MARConfig(PreTrainedConfig):
+    """Configuration of a masked autoregressive diffusion model (MAR, Li et al. 2024, arXiv 2406.11838).
+
+    Args:
+        image_size: Height and width of an image, in pixels.
+        image_channels: Colour channels of an image (1 grey, 3 RGB).
+        latent_stride: Pixels along one side of a latent cell (1: the latents are the pixels themselves; 16 for KL-16).
+        latent_channels: Channels of the latents.
+        patch_size: Latent cells along one side of a token.
+        num_classes: Number of classes the model is conditioned on.
+        class_names: Their names, in order of their labels; used for prompts and reports.
+        encoder_hidden_size, encoder_num_layers, encoder_num_heads: The MAE encoder.
+        decoder_hidden_size, decoder_num_layers, decoder_num_heads: The MAE decoder.
+        mlp_ratio: Width of a block's MLP over the width of the block.
+        buffer_size: Number of class tokens in front of the image tokens.
+        head_hidden_size, head_num_layers: The diffusion head, an MLP with adaptive layer norm.
+        attention_dropout, projection_dropout: Dropout inside the blocks while training, in 0..1.
+        layer_norm_eps: Epsilon of every layer norm.
+        num_train_timesteps: Length of the diffusion process the head is trained on.
+        num_diffusion_steps: Default length of the respaced reverse chain when sampling a teacher.
+        one_step_timestep: None for a teacher. For a one-step student the fixed timestep t* of
+            x0 = (z - sigma_t* eps(z, t*, c)) / alpha_t*.
+    """
+
+    model_type = "mar"
+
+    image_size: int = 256
+    image_channels: int = 3
+    latent_stride: int = 16
+    latent_channels: int = 16
+    patch_size: int = 1
+    num_classes: int = 1000
+    class_names: list[str] | None = None
+    encoder_hidden_size: int = 1024
+    encoder_num_layers: int = 16
+    encoder_num_heads: int = 16
+    decoder_hidden_size: int = 1024
+    decoder_num_layers: int = 16
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+    buffer_size: int = 64
+    head_hidden_size: int = 1280
+    head_num_layers: int = 8
+    attention_dropout: float = 0.1
+    projection_dropout: float = 0.1
+    layer_norm_eps: float = 1e-6
+    num_train_timesteps: int = 1000
+    num_diffusion_steps: int = 100
+    one_step_timestep: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.image_size % (self.latent_stride * self.patch_size):
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of latent_stride x patch_size = "
+                f"{self.latent_stride} x {self.patch_size}"
+            )
+        for part in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{part}_hidden_size"), getattr(self, f"{part}_num_heads")
+            if width % heads:
+                raise ValueError(f"{part}_hidden_size {width} is not a multiple of {part}_num_heads {heads}")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names were given for num_classes = {self.num_classes}")
+        if self.one_step_timestep is not None and not 0 <= self.one_step_timestep < self.num_train_timesteps:
+            raise ValueError(
+                f"one_step_timestep {self.one_step_timestep} is outside 0..{self.num_train_timesteps - 1}; "
+                "about 700 of 1000 works well, near 999 alpha vanishes and the student blows up"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side of the image."""
+        return self.image_size // (self.latent_stride * self.patch_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """L, tokens an image."""
+        return self.grid_size**2
+
+    @property
+    def token_channels(self) -> int:
+        """C, channels a token."""
+        return self.latent_channels * self.patch_size**2
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether this is a distilled one-step student."""
+        return self.one_step_timestep is not None

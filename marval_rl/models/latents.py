@@ -1,0 +1,55 @@
+"""Images <-> latents <-> tokens, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from marval_rl.models.config import MARConfig
+
+
+class LatentCodec(Protocol):
+    """Turns images into the latents a MAR model paints, and back."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in 0..1 -> latents [B, c, h, w], about unit scale."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, c, h, w] -> images [B, C, H, W] in 0..1; differentiable."""
+
+
+class PixelCodec:
+    """The latents are the pixels themselves, moved from 0..1 to -1..1. For small images such as the digits."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images * 2 - 1
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return ((latents + 1) / 2).clamp(0, 1)
+
+
+def codec_for(config: MARConfig) -> LatentCodec:
+    """The codec that belongs to a model."""
+    if config.latent_stride == 1 and config.latent_channels == config.image_channels:
+        return PixelCodec()
+    raise ValueError(
+        f"latents of stride {config.latent_stride} with {config.latent_channels} channels need a VAE; "
+        "only pixel latents (latent_stride 1, latent_channels = image_channels) are supported so far"
+    )
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """Latents [B, c, h, w] -> tokens [B, L, c*p*p]: tokens row-major, channels inside a token c slowest, then row, column."""
+    batch, channels, height, width = latents.shape
+    p = patch_size
+    x = latents.reshape(batch, channels, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, grid_size: int) -> Tensor:
+    """The inverse of `patchify` for a square grid: tokens [B, L, c*p*p] -> latents [B, c, h, w]."""
+    batch, _, channels = tokens.shape
+    p = patch_size
+    x = tokens.reshape(batch, grid_size, grid_size, channels // p**2, p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // p**2, grid_size * p, grid_size * p)

@@ -1,0 +1,241 @@
+"""The MAR model: an MAE encoder/decoder that gives each masked token a condition, and a diffusion head that paints it.
+
+Parameter names equal the official ones (LTH14/mar), so official weights load strictly. Teacher and one-step student are
+the same class; the student's configuration names its timestep t*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from marval_rl.models.config import MARConfig
+from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, predict_start
+from marval_rl.models.head import DiffusionHead, FinalLayer, ResidualBlock, TimestepEmbedder
+from marval_rl.models.unmasking import gather_tokens, revealed_positions, scatter_tokens, visible_positions
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(projection_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        dropout = self.attention_dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, length, width)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(GradientCheckpointingLayer):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: MARConfig, width: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attn = Attention(width, num_heads, config.attention_dropout, config.projection_dropout)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = FeedForward(width, int(width * config.mlp_ratio), config.projection_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+@dataclass
+class MAROutput(ModelOutput):
+    """What a forward pass of MAR returns.
+
+    Attributes:
+        condition: [B, M, D], what the backbone says of each token that is asked for.
+        model_output: [..., B, M, 2C] or None, the head's noise prediction (first C) and variance values (last C).
+    """
+
+    condition: Tensor | None = None
+    model_output: Tensor | None = None
+
+
+class MARModel(PreTrainedModel):
+    """Masked autoregressive diffusion model (arXiv 2406.11838)."""
+
+    config_class = MARConfig
+    base_model_prefix = "mar"
+    main_input_name = "tokens"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]
+
+    def __init__(self, config: MARConfig):
+        super().__init__(config)
+        width, decoder_width = config.encoder_hidden_size, config.decoder_hidden_size
+        length = config.buffer_size + config.num_tokens
+        self.class_emb = nn.Embedding(config.num_classes, width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # the null class of classifier-free guidance
+
+        self.z_proj = nn.Linear(config.token_channels, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
+        self.encoder_blocks = nn.ModuleList(
+            Block(config, width, config.encoder_num_heads) for _ in range(config.encoder_num_layers)
+        )
+        self.encoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            Block(config, decoder_width, config.decoder_num_heads) for _ in range(config.decoder_num_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=config.layer_norm_eps)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, config.num_tokens, decoder_width))
+
+        self.diffloss = new_head(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The official initialisation: Xavier for linear layers, 0.02 for tables, zero for adaptive norms and output."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, TimestepEmbedder):
+            init.normal_(module.mlp[0].weight, std=0.02)
+            init.normal_(module.mlp[2].weight, std=0.02)
+        elif isinstance(module, ResidualBlock | FinalLayer):
+            init.zeros_(module.adaLN_modulation[1].weight)
+            init.zeros_(module.adaLN_modulation[1].bias)
+            if isinstance(module, FinalLayer):
+                init.zeros_(module.linear.weight)
+                init.zeros_(module.linear.bias)
+        elif isinstance(module, MARModel):
+            for table in (
+                module.fake_latent,
+                module.mask_token,
+                module.encoder_pos_embed_learned,
+                module.decoder_pos_embed_learned,
+                module.diffusion_pos_embed_learned,
+            ):
+                init.normal_(table, std=0.02)
+
+    @property
+    def schedule(self) -> DiffusionSchedule:
+        """The full diffusion process that the head was trained on."""
+        return make_schedule(self.config.num_train_timesteps)
+
+    def embed_classes(self, class_labels: Tensor | None, batch_size: int, drop_mask: Tensor | None = None) -> Tensor:
+        """Class embeddings [B, D]. class_labels int64 [B]; None, or a True in drop_mask [B], gives the null class."""
+        if class_labels is None:
+            return self.fake_latent.expand(batch_size, -1)
+        embedding = self.class_emb(class_labels)
+        if drop_mask is None:
+            return embedding
+        return torch.where(drop_mask.unsqueeze(1), self.fake_latent.to(embedding.dtype), embedding)
+
+    def encode(self, tokens: Tensor, class_embedding: Tensor, order: Tensor, num_masked: int) -> Tensor:
+        """Encoder output [B, buffer + L - num_masked, D]: class tokens first, then visible tokens, positions ascending.
+
+        tokens [B, L, C] (masked ones are never read), class_embedding [B, D], order [B, L].
+        """
+        batch, buffer = tokens.shape[0], self.config.buffer_size
+        visible = visible_positions(order, num_masked)
+        positions = self.encoder_pos_embed_learned.expand(batch, -1, -1)
+        x = self.z_proj(gather_tokens(tokens, visible)) + gather_tokens(positions[:, buffer:], visible)
+        class_tokens = class_embedding.unsqueeze(1) + positions[:, :buffer]
+        x = self.z_proj_ln(torch.cat([class_tokens.to(x.dtype), x], dim=1))
+        for block in self.encoder_blocks:
+            x = block(x)
+        return self.encoder_norm(x)
+
+    def decode(self, encoded: Tensor, order: Tensor, num_masked: int) -> Tensor:
+        """Conditions of all tokens [B, L, D] from the encoder's output."""
+        buffer = self.config.buffer_size
+        encoded = self.decoder_embed(encoded)
+        grid = self.mask_token.to(encoded.dtype).expand(encoded.shape[0], self.config.num_tokens, -1)
+        grid = scatter_tokens(grid, visible_positions(order, num_masked), encoded[:, buffer:])
+        x = torch.cat([encoded[:, :buffer], grid], dim=1) + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
+
+    def forward(
+        self,
+        tokens: Tensor,
+        class_labels: Tensor | None,
+        order: Tensor,
+        num_masked: int,
+        num_kept: int = 0,
+        noisy_tokens: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        drop_mask: Tensor | None = None,
+        guidance_pass: bool = False,
+    ) -> MAROutput:
+        """Conditions, and optionally noise predictions, of the tokens revealed between two counts of masked tokens.
+
+        Args:
+            tokens: [B, L, C]; only the visible ones are read.
+            class_labels: int64 [B], or None for the null class.
+            order: Unmasking order, int64 [B, L].
+            num_masked: Tokens masked before, 1..L.
+            num_kept: Tokens still masked after; the M = num_masked - num_kept between are asked for, positions ascending.
+            noisy_tokens: x_t at those tokens, [..., B, M, C]; leading dimensions hold several draws for one condition.
+            timesteps: int64, broadcastable to noisy_tokens without its channels.
+            drop_mask: bool [B], True where the null class replaces the label (label dropout in pretraining).
+            guidance_pass: Run the null class beside the labels; both outputs then hold [2B, ...], labels first.
+        """
+        class_embedding = self.embed_classes(class_labels, tokens.shape[0], drop_mask)
+        if guidance_pass:
+            class_embedding = torch.cat([class_embedding, self.embed_classes(None, tokens.shape[0])])
+            tokens, order = tokens.repeat(2, 1, 1), order.repeat(2, 1)
+        encoded = self.encode(tokens, class_embedding, order, num_masked)
+        condition = self.decode(encoded, order, num_masked)
+        condition = gather_tokens(condition, revealed_positions(order, num_masked, num_kept))
+        if noisy_tokens is None:
+            return MAROutput(condition=condition)
+        return MAROutput(condition=condition, model_output=self.diffloss(noisy_tokens, timesteps, condition))
+
+    def one_step(
+        self, tokens: Tensor, class_labels: Tensor, order: Tensor, num_masked: int, num_kept: int, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The student's map x0 = (z - sigma_t* eps(z, t*, c)) / alpha_t*, and the condition c it used.
+
+        noise z [B, M, C] ~ N(0, I) for the tokens revealed. Returns ([B, M, C] in float32, [B, M, D]).
+        """
+        t = torch.full((1,), self.config.one_step_timestep, device=noise.device)
+        output = self(tokens, class_labels, order, num_masked, num_kept, noisy_tokens=noise, timesteps=t)
+        eps = output.model_output[..., : noise.shape[-1]].float()
+        return predict_start(self.schedule, noise, eps, t), output.condition
+
+
+def new_head(config: MARConfig) -> DiffusionHead:
+    """A diffusion head of the sizes in `config`, not initialised beyond PyTorch's defaults."""
+    return DiffusionHead(
+        config.token_channels, config.decoder_hidden_size, config.head_hidden_size, config.head_num_layers
+    )

@@ -1,0 +1,80 @@
+"""Unmasking orders and schedules: which tokens are known, and which are revealed in which step.
+
+An order is a permutation of the tokens, [B, L]. While m tokens are masked, these are the FIRST m entries of the order, so
+tokens appear from its end. Every image of a batch reveals equally many tokens in a step: all gathers are dense and no
+step waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def random_order(
+    batch_size: int, num_tokens: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+) -> Tensor:
+    """A uniformly random unmasking order for each image, int64 [B, L]."""
+    # Ranking uniform numbers permutes all rows at once.
+    return torch.rand(batch_size, num_tokens, device=device, generator=generator).argsort(dim=1)
+
+
+def num_masked_after(num_tokens: int, num_unmasking_steps: int) -> list[int]:
+    """How many tokens are still masked after each of the K unmasking steps: MAR's cosine schedule, ending in 0.
+
+    With K > L some steps before the last reveal nothing.
+    """
+    if num_unmasking_steps < 1:
+        raise ValueError(f"num_unmasking_steps must be at least 1, not {num_unmasking_steps}")
+    masked, counts = num_tokens, []
+    for step in range(num_unmasking_steps - 1):
+        target = math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / num_unmasking_steps))
+        masked = max(1, min(masked - 1, target))
+        counts.append(masked)
+    return [*counts, 0]
+
+
+def unmasking_steps(num_tokens: int, num_unmasking_steps: int) -> list[tuple[int, int]]:
+    """(masked before, masked after) of the unmasking steps that reveal at least one token."""
+    after = num_masked_after(num_tokens, num_unmasking_steps)
+    before = [num_tokens, *after[:-1]]
+    return [(b, a) for b, a in zip(before, after, strict=True) if b > a]
+
+
+def guidance_scales(num_tokens: int, num_unmasking_steps: int, scale: float, schedule: str) -> list[float]:
+    """Guidance scale of each step of `unmasking_steps`. 1.0 is no guidance (MAR's convention).
+
+    "linear" grows with the share of tokens revealed, "constant" does not. In MAR the last step counts one masked token,
+    so a linear schedule ends just below `scale`.
+    """
+    if schedule not in ("linear", "constant"):
+        raise ValueError(f'guidance_schedule must be "linear" or "constant", not "{schedule}"')
+    if schedule == "constant":
+        return [scale] * len(unmasking_steps(num_tokens, num_unmasking_steps))
+    return [
+        1 + (scale - 1) * (num_tokens - max(1, after)) / num_tokens
+        for _, after in unmasking_steps(num_tokens, num_unmasking_steps)
+    ]
+
+
+def visible_positions(order: Tensor, num_masked: int) -> Tensor:
+    """Positions of the known tokens, ascending, [B, L - num_masked]."""
+    return order[:, num_masked:].sort(dim=1).values
+
+
+def revealed_positions(order: Tensor, num_masked: int, num_kept: int = 0) -> Tensor:
+    """Positions revealed when the number of masked tokens falls from num_masked to num_kept, ascending, [B, M]."""
+    return order[:, num_kept:num_masked].sort(dim=1).values
+
+
+def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
+    """tokens [B, L, X] at positions [B, M] -> [B, M, X]."""
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def scatter_tokens(tokens: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """A copy of tokens [B, L, X] with values [B, M, X] at positions [B, M]."""
+    index = positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return tokens.scatter(1, index, values.to(tokens.dtype))

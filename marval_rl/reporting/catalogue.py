@@ -1,0 +1,153 @@
+"""What each metric is: its label, unit, the direction that is better, and the section of the report it belongs to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric as the report shows it. `better` is "higher", "lower" or "" where neither is good in itself."""
+
+    key: str
+    section: str
+    label: str
+    unit: str
+    better: str = ""
+    spread_key: str = ""  # metric with the standard deviation, drawn as a band
+    reference: float | str | None = None  # a level to compare with: a number, or the metric that holds it
+    reference_label: str = ""
+    log: bool = False  # a logarithmic axis where the values span decades
+    trained_on: bool = False  # of a judge: a training reward has its name
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.section == "judges" and not self.trained_on
+
+    @property
+    def direction(self) -> str:
+        return f"{self.better} is better" if self.better else ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of charts; `expected` are (words, pattern of a key): what runs of `kinds` (() is all) should log."""
+
+    name: str
+    title: str
+    text: str
+    expected: tuple[tuple[str, str], ...] = ()
+    kinds: tuple[str, ...] = ()
+
+
+SECTIONS = (
+    Section(
+        "rewards",
+        "Rewards",
+        "What the run was trained on. A band is one standard deviation of the samples to either side of the mean.",
+        (("the reward", r"reward"), ("its components", r"rewards/.+/mean")),
+        ("grpo", "reward_backprop"),
+    ),
+    Section(
+        "judges",
+        "Judges",
+        "Scores of images drawn for evaluation. A held-out judge was never trained on; it is the one to believe.",
+        (("a held-out judge", r"eval_.+"),),
+    ),
+    Section(
+        "distribution",
+        "Distribution",
+        "Are the images still as good, and as different from each other, as real ones?",
+        (
+            ("Fréchet distance", r"eval_frechet_distance"),
+            ("diversity", r"eval_diversity"),
+            ("mode coverage", r"eval_mode_coverage"),
+        ),
+    ),
+    Section(
+        "policy",
+        "Policy",
+        "How far each update goes, and how many groups it can learn from.",
+        (("KL", r"kl"), ("clip fraction", r"clip_ratio/region_mean")),
+        ("grpo",),
+    ),
+    Section("optimisation", "Optimisation", "", (("loss", r"loss"),)),
+    Section("other", "Everything else that was logged", ""),
+)
+
+# Here `key` is a pattern; {0} in a label or a spread_key is what its group matched. In order of appearance on the page.
+_RULES = (
+    Metric(r"reward", "rewards", "Reward, weighted sum", "reward", "higher", "reward_std"),
+    Metric(r"rewards/(.+)/mean", "rewards", "{0}", "reward", "higher", "rewards/{0}/std"),
+    Metric(r"eval_rewards/(.+)/mean", "judges", "{0}, mean reward", "reward", "higher", "eval_rewards/{0}/std"),
+    Metric(r"eval_(.+)/accuracy", "judges", "{0}, accuracy", "fraction right", "higher"),
+    Metric(r"eval_(.+)/log_probability", "judges", "{0}, log-probability", "nats", "higher"),
+    Metric(r"eval_(.+)/confidence", "judges", "{0}, confidence", "probability", "higher"),
+    Metric(
+        r"eval_frechet_distance",
+        "distribution",
+        "Fréchet distance",
+        "squared feature units",
+        "lower",
+        reference="eval_frechet_floor",
+        reference_label="floor",
+        log=True,
+    ),
+    Metric(
+        r"eval_diversity",
+        "distribution",
+        "Diversity",
+        "relative to real images",
+        "higher",
+        reference=1.0,
+        reference_label="real",
+    ),
+    Metric(
+        r"eval_mode_coverage",
+        "distribution",
+        "Mode coverage",
+        "relative to real images",
+        "higher",
+        reference=1.0,
+        reference_label="real",
+    ),
+    Metric(r"kl", "policy", "KL to the reference model", "nats"),
+    Metric(r"clip_ratio/region_mean", "policy", "Clip fraction", "fraction of ratios"),
+    Metric(r"frac_reward_zero_std", "policy", "Groups without signal", "fraction of groups", "lower"),
+    Metric(r"entropy", "policy", "Entropy", "nats"),
+    Metric(r"loss", "optimisation", "Loss", "loss", log=True),
+    Metric(r"auxiliary_loss", "optimisation", "Loss of the auxiliary network", "loss", "lower", log=True),
+    Metric(r"anchor_loss", "optimisation", "Anchor loss (GSIM)", "loss", log=True),
+    Metric(r"eval_loss", "optimisation", "Loss at evaluation", "loss", "lower", log=True),
+    Metric(r"grad_norm", "optimisation", "Gradient norm", "L2 norm", log=True),
+    Metric(r"learning_rate", "optimisation", "Learning rate", "per step"),
+)
+# Bookkeeping, and levels that are drawn inside the chart of another metric.
+_HIDDEN = (
+    r"step|time|epoch|total_flos|train_.*|.*_runtime|.*_per_second|num_.*tokens.*|(eval_)?reward(s/.+/|_)std|.*_floor"
+)
+
+
+def catalogue(keys: list[str], trained_on: set[str]) -> list[Metric]:
+    """Describe the metrics `keys`, in the order in which they are shown; `trained_on` are names of training rewards."""
+    ranked = [_describe(key, trained_on) for key in dict.fromkeys(keys) if not re.fullmatch(_HIDDEN, key)]
+    return [metric for _, metric in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _describe(key: str, trained_on: set[str]) -> tuple[tuple[bool, int], Metric]:
+    """A metric and its rank: held-out judges come before those that were trained on."""
+    for rank, rule in enumerate(_RULES):
+        if match := re.fullmatch(rule.key, key):
+            name = match[1] if match.groups() else ""
+            trained = rule.section == "judges" and name in trained_on
+            label = readable(rule.label.format(name))
+            spread_key = rule.spread_key.format(name)
+            return (trained, rank), replace(rule, key=key, label=label, spread_key=spread_key, trained_on=trained)
+    return (False, len(_RULES)), Metric(key, "other", key, "")
+
+
+def readable(key: str) -> str:
+    """A key as words: "images_per_second" is "Images per second"."""
+    words = key.replace("_", " ").replace("/", ", ")
+    return words[:1].upper() + words[1:]

@@ -1,0 +1,182 @@
+"""Finding a reward: an entry-point name, `path/file.py:attribute`, `package.module:attribute`, or a callable."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from marval_rl.errors import MarvalError
+
+ENTRY_POINT_GROUP = "marval_rl.rewards"
+
+# What every reward is called with, by keyword; the columns of the data set come on top.
+STANDARD_ARGUMENTS = ("images", "prompts", "completions", "class_labels", "class_names")
+
+Reward = Callable[..., Any]
+
+
+def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
+    """Return the reward that `spec` means, ready to be called.
+
+    spec    the name of an entry point of the group `marval_rl.rewards`, `path/file.py:attribute`,
+            `package.module:attribute`, or a callable. A class is instantiated with kwargs.
+
+    Raises ValueError for a spec that leads nowhere (unknown names are answered with the nearest ones), for
+    something that is no callable with the arguments of a reward, and for kwargs that are not accepted.
+    """
+    target = _find(spec) if isinstance(spec, str) else spec
+    name = reward_name(spec)
+    if inspect.isclass(target):
+        reward = _instantiate(name, target, kwargs)
+    elif kwargs:
+        given = ", ".join(kwargs)
+        raise ValueError(f"reward {name!r} is no class, so it takes no reward_kwargs (given: {given}); make it a class")
+    else:
+        reward = target
+    if not callable(reward):
+        remedy = "give its class a __call__ method" if inspect.isclass(target) else "it must be a function or a class"
+        raise ValueError(f"reward {name!r} is not callable but a {type(reward).__name__}; {remedy}")
+    _check_arguments(name, reward)
+    return reward
+
+
+def reward_name(spec: str | Reward) -> str:
+    """The name of a reward in metrics and in reward_kwargs.
+
+    For a string what was written (the entry point's name, or the attribute after the colon), for a callable its
+    `name`, `__name__`, or the name of its class.
+    """
+    if isinstance(spec, str):
+        return spec.rpartition(":")[2]
+    for attribute in ("name", "__name__"):
+        name = getattr(spec, attribute, None)  # both are optional in the protocol
+        if isinstance(name, str):
+            return name
+    return type(spec).__name__
+
+
+def is_differentiable(reward: Reward) -> bool:
+    """Whether gradients reach the images through the reward: its optional attribute `differentiable`."""
+    return bool(getattr(reward, "differentiable", False))
+
+
+def list_rewards() -> list[tuple[str, str, str]]:
+    """The registered rewards, by name: (name, `module:attribute`, first line of the docstring).
+
+    A reward that cannot be imported is listed with the reason in place of its docstring.
+    """
+    listing = []
+    points = {(point.name, point.value): point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    for (name, target), point in sorted(points.items()):
+        try:
+            lines = (inspect.getdoc(_load_entry_point(point)) or "no description").splitlines()
+        except ValueError as error:
+            lines = str(error).splitlines()
+        listing.append((name, target, lines[0]))
+    return listing
+
+
+def _find(spec: str) -> Any:
+    source, colon, attribute = spec.rpartition(":")
+    if not colon:
+        return _find_entry_point(spec)
+    if not source or not attribute:
+        raise ValueError(f"reward {spec!r} must look like path/file.py:attribute or package.module:attribute")
+    module = _import_file(spec, Path(source)) if source.endswith(".py") else _import_module(spec, source)
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ValueError(f"reward {spec!r}: {source} has no {attribute!r}{_nearest(attribute, known)}") from error
+
+
+def _find_entry_point(name: str) -> Any:
+    points = entry_points(group=ENTRY_POINT_GROUP)
+    if name not in points.names:
+        known = sorted(points.names)
+        raise ValueError(
+            f"unknown reward {name!r}{_nearest(name, known)}; registered: {', '.join(known) or 'none'}. "
+            "For a reward of your own write path/file.py:attribute or package.module:attribute"
+        )
+    targets = {point.value: point for point in points if point.name == name}
+    if len(targets) > 1:
+        raise ValueError(f"reward {name!r} is registered more than once: {', '.join(targets)}; write one of these")
+    return _load_entry_point(*targets.values())
+
+
+def _load_entry_point(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:  # a plug-in may raise anything
+        raise ValueError(f"reward {point.name!r} ({point.value}) cannot be imported: {_describe(error)}") from error
+
+
+def _import_file(spec: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"reward {spec!r}: the file {str(path)!r} does not exist (looked from {Path.cwd()})")
+    # A name of its own: the file must neither shadow nor be shadowed by an installed module.
+    unique = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    module_name = f"marval_rl_reward_file_{unique}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None  # the suffix is .py
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look their module up there
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything
+        del sys.modules[module_name]
+        raise ValueError(f"reward {spec!r}: {path} cannot be imported: {_describe(error)}") from error
+    return module
+
+
+def _import_module(spec: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        raise ValueError(f"reward {spec!r}: {module_name} cannot be imported: {_describe(error)}") from error
+
+
+def _instantiate(name: str, target: type, kwargs: dict[str, Any]) -> Any:
+    signature = inspect.signature(target)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r} refuses its reward_kwargs: {error}; it takes {signature}") from error
+    try:
+        return target(**kwargs)
+    except MarvalError:
+        raise
+    except Exception as error:  # a user's constructor may raise anything
+        raise ValueError(f"reward {name!r} cannot be made with {kwargs or 'no kwargs'}: {_describe(error)}") from error
+
+
+def _check_arguments(name: str, reward: Reward) -> None:
+    """Refuse at once, and not after minutes of training, what cannot be called with the arguments of a reward."""
+    signature = inspect.signature(reward)
+    try:
+        # The extra keyword stands for the columns of a data set.
+        signature.bind(**dict.fromkeys(STANDARD_ARGUMENTS), other_column=None)
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r} has the signature {signature}, but is called by keyword with "
+            f"{', '.join(STANDARD_ARGUMENTS)} and the data set's columns: {error}; "
+            "name those it needs and end with **columns"
+        ) from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

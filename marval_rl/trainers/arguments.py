@@ -1,0 +1,41 @@
+"""Training arguments that all four trainers share."""
+
+# No `from __future__ import annotations`: the command-line parser reads the field types.
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MARTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the defaults and options of this library's trainers."""
+
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; overrides num_train_epochs if positive."})
+    logging_steps: float = field(default=10, metadata={"help": "Write metrics every this many steps."})
+    save_strategy: str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
+    save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every this many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
+    eval_strategy: str = field(default="steps", metadata={"help": '"no" or "steps".'})
+    eval_steps: float | None = field(default=200, metadata={"help": "Generate and judge images every this many steps."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": 'Trackers as in transformers ("wandb", "tensorboard", ...); none by default.'}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and all noise."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the global gradient norm."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: columns are passed to rewards."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in page-locked memory."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir first."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the weight average that is sampled and saved."})
+    eval_num_images: int = field(default=500, metadata={"help": "Images generated at each evaluation."})
+    eval_batch_size: int = field(default=250, metadata={"help": "Images generated at once in evaluation."})
+    eval_unmasking_steps: int = field(default=16, metadata={"help": "K, unmasking steps in evaluation."})
+    eval_seed: int = field(default=1234, metadata={"help": "Seed of evaluation: the same images at every step."})
+    sample_grid_columns: int = field(default=10, metadata={"help": "Images a class in the sample grids."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")

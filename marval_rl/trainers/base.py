@@ -1,0 +1,179 @@
+"""What the four trainers share on top of `transformers.Trainer`: exact resumption, weight averages, generated evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+from marval_rl.evaluation.evaluator import ImageEvaluator
+from marval_rl.models import MARModel, codec_for, unpatchify
+from marval_rl.rewarding import RewardSet
+from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.callbacks import AverageCallback, InterruptCallback, MetricsFileCallback
+from marval_rl.trainers.ema import ExponentialMovingAverage
+from marval_rl.trainers.progress import ProgressBarCallback
+from marval_rl.trainers.randomness import derive_seed
+from marval_rl.trainers.sampling import SamplingSettings, generate_images, save_image_grid
+
+
+class MARTrainer(Trainer):
+    """Base of the trainers; not used by itself.
+
+    A subclass computes its loss in `compute_loss` and says with `sampling_settings` how its model is sampled. Randomness is
+    seeded anew in each step from (seed, step, process): a run that was killed and resumed draws the same noise as one that
+    was not. A checkpoint holds, besides what `Trainer` saves, the weight average and the subclass's `buffer`.
+
+    Args:
+        network: What the optimizer trains; `model` or a module that holds it.
+        model: The MAR model that is sampled, averaged and saved.
+        evaluator: Compares generated with real images at each evaluation; None to leave that out.
+        eval_rewards: Judges that are only looked at; None for none.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        model: MARModel,
+        args: MARTrainingArguments,
+        train_dataset: Dataset,
+        evaluator: ImageEvaluator | None = None,
+        eval_rewards: RewardSet | None = None,
+        **kwargs: Any,
+    ):
+        # transformers asks for an evaluation set although evaluation here generates its own images.
+        super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
+        self.mar = model
+        self.codec = codec_for(model.config)
+        config = model.config
+        self.class_names = config.class_names or [f"class {label}" for label in range(config.num_classes)]
+        self.evaluator = evaluator
+        self.eval_rewards = eval_rewards
+        self.ema = ExponentialMovingAverage(model, args.ema_decay)
+        self.buffer: dict[str, Tensor] = {}
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._micro_step = (-1, 0)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(ProgressBarCallback())
+        self.add_callback(MetricsFileCallback(Path(args.output_dir) / "metrics.jsonl"))
+        self.interrupt = InterruptCallback()
+        self.add_callback(self.interrupt)
+        self.add_callback(AverageCallback(self.update_average))
+
+    # ---- What a subclass says ----
+
+    def sampling_settings(self) -> SamplingSettings:
+        """How evaluation samples the model."""
+        return SamplingSettings(num_unmasking_steps=self.args.eval_unmasking_steps)
+
+    def record(self, metrics: dict[str, Tensor]) -> None:
+        """Remember metrics of this micro-batch; their mean appears at the next log."""
+        for name, value in metrics.items():
+            self._metrics[name].append(value.detach().float())
+
+    def updates_student(self, step: int) -> bool:
+        """Whether the optimizer step with this index moves the model that is averaged."""
+        return True
+
+    # ---- Training ----
+
+    def update_average(self) -> None:
+        """Called after each optimizer step."""
+        if self.updates_student(self.state.global_step - 1):
+            self.ema.update(self.mar)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        step = self.state.global_step
+        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
+        torch.manual_seed(derive_seed(self.args.seed, "train", *self._micro_step, self.args.process_index))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name, values in self._metrics.items():
+            if "loss" in logs or name not in logs:
+                logs[name] = torch.stack(values).mean().item()
+        self._metrics.clear()
+        super().log(logs, start_time)
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L, C] -> images [B, C, H, W] in 0..1."""
+        config = self.mar.config
+        return self.codec.decode(unpatchify(tokens, config.patch_size, config.grid_size))
+
+    # ---- Evaluation on generated images ----
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Generate `eval_num_images` images from fixed seeds with the averaged weights, and judge them."""
+        args = self.args
+        images, class_labels = generate_images(
+            self.ema.module,
+            self.codec,
+            args.eval_num_images,
+            self.sampling_settings(),
+            seed=args.eval_seed,
+            batch_size=args.eval_batch_size,
+            device=args.device,
+        )
+        metrics: dict[str, float] = {}
+        if self.evaluator is not None:
+            metrics |= self.evaluator.evaluate(images, class_labels)
+        if self.eval_rewards is not None:
+            metrics |= score_images(self.eval_rewards, images, class_labels, self.class_names)
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        if self.is_world_process_zero():
+            folder = Path(args.output_dir) / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"step_{self.state.global_step:06d}.png"
+            save_image_grid(images, class_labels, path, args.sample_grid_columns)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Written before the rest: trainer_state.json comes last, so a checkpoint that has it is whole.
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            state = {**self.ema.module.state_dict(), "num_updates": torch.tensor(self.ema.num_updates)}
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "ema.safetensors")
+        save_file(self.buffer, folder / f"buffer_{self.args.process_index}.safetensors")
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        state = load_file(folder / "ema.safetensors", device=str(self.args.device))
+        self.ema.num_updates = int(state.pop("num_updates"))
+        self.ema.module.load_state_dict(state)
+        buffer = folder / f"buffer_{self.args.process_index}.safetensors"
+        self.buffer = load_file(buffer, device=str(self.args.device))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train; then save the averaged model to `output_dir/final`."""
+        self.ema.module.to(self.args.device)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.should_save and self.state.global_step >= self.state.max_steps:
+            self.save_final(Path(self.args.output_dir) / "final")
+        return result
+
+    def save_final(self, folder: Path) -> None:
+        """Write what the run is for: a folder for `MARModel.from_pretrained`."""
+        self.ema.module.save_pretrained(folder)
+
+
+def score_images(rewards: RewardSet, images: Tensor, class_labels: Tensor, class_names: list[str]) -> dict[str, float]:
+    """Mean of each reward over images [N, C, H, W], as `rewards/<name>/mean`."""
+    names = [class_names[label] for label in class_labels.tolist()]
+    scores = rewards.score(images, names, class_labels, names)
+    means = {name: values.nanmean().item() for name, values in scores.components.items()}
+    return {f"rewards/{name}/mean": value for name, value in means.items() if not math.isnan(value)}

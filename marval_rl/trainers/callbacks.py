@@ -1,0 +1,84 @@
+"""Callbacks of every run: the metrics file, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Appends each log to `metrics.jsonl`. On resumption lines past the checkpoint are dropped, so no step stands twice."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.start = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept, elapsed = [], 0.0
+        if state.global_step > 0 and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # a line torn by the kill
+                if entry["step"] <= state.global_step:
+                    kept.append(line)
+                    elapsed = entry["time"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.start = time.monotonic() - elapsed
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        entry = {"step": state.global_step, "time": round(time.monotonic() - self.start, 3), **logs}
+        entry.pop("total_flos", None)  # transformers' estimate knows language models only
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class AverageCallback(TrainerCallback):
+    """Updates the weight average after each optimizer step, before evaluation and checkpoints see it."""
+
+    def __init__(self, update: Callable[[], None]):
+        self.update = update
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.update()
+
+
+class InterruptCallback(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) ends training after the running step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self):
+        self.interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.interrupted = True
+        signal.signal(number, self._previous[number])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,150 @@
+"""GRPO on the unmasking steps of a one-step student.
+
+Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) with the exact Gaussian policy of `losses/policy.py`: one action an
+unmasking step, one reward an image.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from marval_rl.losses.policy import action_kl, action_log_prob, clipped_policy_loss, group_advantages
+from marval_rl.models import MARModel
+from marval_rl.models.unmasking import unmasking_steps
+from marval_rl.rewarding import RewardSet
+from marval_rl.trainers.gsim import StudentNetworks
+from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
+from marval_rl.trainers.rollout import sample_rollout, step_mean
+
+
+@dataclass
+class MARGRPOConfig(RewardTrainingArguments):
+    """Arguments of `MARGRPOTrainer`; names as in TRL's `GRPOConfig` where it has them."""
+
+    num_generations: int = field(default=12, metadata={"help": "G, images a group (of one class)."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each generation batch."})
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Micro-batches a generation batch (default: gradient_accumulation_steps)."}
+    )
+    sigma: float = field(default=0.1, metadata={"help": "Standard deviation of the policy, in latent units."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference model."})
+    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the ratio of an unmasking step."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range (default: epsilon)."})
+    scale_rewards: str = field(default="group", metadata={"help": '"group", "batch" or "none".'})
+    num_trained_steps: int | None = field(
+        default=None, metadata={"help": "Unmasking steps trained an update, drawn at random (default: all)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2, not {self.num_generations}: an advantage compares images"
+            )
+        if self.sigma <= 0:
+            raise ValueError(f"sigma must be positive, not {self.sigma}: without noise there is no policy gradient")
+        images = self.per_device_train_batch_size * self.steps_per_generation
+        if images % self.num_generations:
+            raise ValueError(
+                f"a generation batch of {images} images a process (per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x steps_per_generation {self.steps_per_generation}) does not divide into "
+                f"groups of num_generations = {self.num_generations}"
+            )
+
+
+class MARGRPOTrainer(RewardTrainer):
+    """Trains a student by GRPO; arguments as `RewardTrainer`'s."""
+
+    args: MARGRPOConfig
+
+    def __init__(self, model: MARModel, rewards: RewardSet, args: MARGRPOConfig, **kwargs: Any):
+        super().__init__(model, rewards, args, **kwargs)
+        self.pairs = unmasking_steps(model.config.num_tokens, args.num_unmasking_steps)
+        if args.num_trained_steps is not None and not 1 <= args.num_trained_steps <= len(self.pairs):
+            raise ValueError(f"num_trained_steps {args.num_trained_steps} is outside 1..{len(self.pairs)}")
+        self.reference = None
+        if args.beta > 0:
+            self.reference = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One batch holds the rows of one generation batch; each row becomes a group of images."""
+        args = self.args
+        rows = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
+        if len(self.train_dataset) < rows * args.world_size:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} rows, a generation batch takes {rows * args.world_size} "
+                f"(per_device_train_batch_size {args.per_device_train_batch_size} x steps_per_generation "
+                f"{args.steps_per_generation} / num_generations {args.num_generations} x {args.world_size} processes)"
+            )
+        loader = DataLoader(self.train_dataset, batch_size=rows, shuffle=True, collate_fn=list, drop_last=True)
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
+        args, step = self.args, self.state.global_step
+        if step % self.cycle:
+            return model(self.auxiliary_loss)
+        # Counts micro-batches of rollouts since the start; a function of the step alone, so it survives resumption.
+        micro_batch = step // self.cycle * args.gradient_accumulation_steps + self._micro_step[1]
+        if micro_batch % (args.steps_per_generation * args.num_iterations) == 0:
+            self.generate_rollouts(inputs)
+        start = micro_batch % args.steps_per_generation * args.per_device_train_batch_size
+        rollout = {
+            name: self.buffer[name][start : start + args.per_device_train_batch_size]
+            for name in ("class_labels", "order", "noise", "tokens", "log_prob", "advantages")
+        }
+        return model(self._losses, rollout)
+
+    def generate_rollouts(self, rows: list[dict[str, Any]]) -> None:
+        """Roll out, score and compare one generation batch; fills the buffer."""
+        args = self.args
+        labels, columns = self.rollout_labels(rows, repeats=args.num_generations)
+        self.mar.eval()
+        rollout = sample_rollout(self.mar, labels, args.num_unmasking_steps, args.sigma)
+        self.mar.train()
+        scores = self.score(rollout["tokens"], labels, columns)
+        rollout["advantages"], metrics = group_advantages(scores.total, args.num_generations, args.scale_rewards)
+        self.record(metrics)
+        # Micro-batches are cut from a shuffled generation batch, so that each holds several groups.
+        shuffled = torch.randperm(len(labels), device=labels.device)
+        self.buffer |= {name: values[shuffled].contiguous() for name, values in rollout.items()}
+
+    def _losses(self, networks: StudentNetworks, rollout: dict[str, Tensor]) -> Tensor:
+        args = self.args
+        loss = torch.zeros((), device=args.device)
+        if self.updates_student(self.state.global_step):
+            loss = self._policy_loss(networks.student, rollout)
+        if self.matcher is not None:
+            loss = loss + self.anchor_losses(networks, rollout)
+        return loss
+
+    def _policy_loss(self, student: MARModel, rollout: dict[str, Tensor]) -> Tensor:
+        args = self.args
+        count = args.num_trained_steps or len(self.pairs)
+        chosen = torch.randperm(len(self.pairs))[:count].tolist() if count < len(self.pairs) else range(count)
+        total = torch.zeros((), device=args.device)
+        for index in chosen:
+            masked, kept = self.pairs[index]
+            actions, means = step_mean(student, rollout, masked, kept)
+            log_prob = action_log_prob(actions, means, args.sigma)
+            loss, metrics = clipped_policy_loss(
+                log_prob, rollout["log_prob"][:, index], rollout["advantages"], args.epsilon, args.epsilon_high
+            )
+            if self.reference is not None:
+                with torch.no_grad():
+                    _, reference_means = step_mean(self.reference, rollout, masked, kept)
+                kl = action_kl(means, reference_means, args.sigma).mean()
+                metrics["kl"] = kl
+                loss = loss + args.beta * kl
+            self.record(metrics)
+            total = total + loss / count
+        return total

@@ -1,0 +1,105 @@
+"""Pretraining a MAR teacher with the masked diffusion loss (arXiv 2406.11838)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marval_rl.models import MARModel, patchify
+from marval_rl.models.diffusion import add_noise, diffusion_losses
+from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions
+from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.masking import draw_num_masked
+from marval_rl.trainers.optimizers import adamw, decay_groups
+from marval_rl.trainers.sampling import SamplingSettings
+
+
+@dataclass
+class PretrainConfig(MARTrainingArguments):
+    """Arguments of `PretrainTrainer`. The defaults are those of the official code where it has them."""
+
+    learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of the backbone's matrices."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "beta2 of AdamW."})
+    max_grad_norm: float = field(default=3.0, metadata={"help": "Clip the global gradient norm."})
+    ema_decay: float = field(
+        default=0.9999, metadata={"help": "Decay of the weight average that is sampled and saved."}
+    )
+    label_dropout: float = field(default=0.1, metadata={"help": "Share of labels replaced by the null class."})
+    mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked."})
+    mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the truncated normal of mask ratios."})
+    timestep_draws: int = field(
+        default=4, metadata={"help": "(t, noise) draws a token and step (diffusion_batch_mul)."}
+    )
+    eval_guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale in evaluation; 1.0 is none."})
+    eval_guidance_schedule: str = field(default="linear", metadata={"help": '"linear" or "constant".'})
+    eval_diffusion_steps: int = field(default=100, metadata={"help": "Diffusion steps in evaluation."})
+
+
+def pretraining_loss(
+    model: nn.Module,
+    tokens: Tensor,
+    class_labels: Tensor,
+    order: Tensor,
+    num_masked: int,
+    timesteps: Tensor,
+    noise: Tensor,
+    drop_mask: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """MAR's loss, the mean over masked tokens of noise error plus variational bound.
+
+    Args:
+        tokens: [B, L, C]. class_labels: [B]. order: [B, L].
+        timesteps: [R, B, M], R draws for each of the M = num_masked masked tokens, positions ascending.
+        noise: [R, B, M, C].
+        drop_mask: bool [B], True where the null class takes the label's place.
+    """
+    schedule = model.schedule if isinstance(model, MARModel) else model.module.schedule
+    x_start = gather_tokens(tokens, revealed_positions(order, num_masked))
+    x_t = add_noise(schedule, x_start, noise, timesteps)
+    output = model(tokens, class_labels, order, num_masked, noisy_tokens=x_t, timesteps=timesteps, drop_mask=drop_mask)
+    mse, vb = diffusion_losses(schedule, output.model_output.float(), x_start.expand_as(x_t), x_t, noise, timesteps)
+    return (mse + vb).mean(), {"loss_mse": mse.mean(), "loss_vb": vb.mean()}
+
+
+class PretrainTrainer(MARTrainer):
+    """Trains a teacher. `train_dataset` yields {"images": [C, H, W] in 0..1, "class_labels": int}."""
+
+    args: PretrainConfig
+
+    def __init__(self, model: MARModel, args: PretrainConfig, **kwargs: Any):
+        super().__init__(model, model, args, **kwargs)
+
+    def sampling_settings(self) -> SamplingSettings:
+        args = self.args
+        return SamplingSettings(
+            num_unmasking_steps=args.eval_unmasking_steps,
+            guidance_scale=args.eval_guidance_scale,
+            guidance_schedule=args.eval_guidance_schedule,
+            num_diffusion_steps=args.eval_diffusion_steps,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = adamw(decay_groups(self.mar, self.args.weight_decay), self.args)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        args, config = self.args, self.mar.config
+        tokens = patchify(self.codec.encode(inputs["images"]), config.patch_size)
+        batch, device = tokens.shape[0], tokens.device
+        order = random_order(batch, config.num_tokens, device)
+        num_masked = draw_num_masked(config.num_tokens, args.mask_ratio_min, args.mask_ratio_std)
+        shape = (args.timestep_draws, batch, num_masked)
+        timesteps = torch.randint(config.num_train_timesteps, shape, device=device)
+        noise = torch.randn(*shape, config.token_channels, device=device)
+        drop_mask = torch.rand(batch, device=device) < args.label_dropout
+        loss, metrics = pretraining_loss(
+            model, tokens, inputs["class_labels"], order, num_masked, timesteps, noise, drop_mask
+        )
+        self.record(metrics)
+        return loss

@@ -1,0 +1,60 @@
+"""Finding the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from marval_rl.errors import CheckpointError
+
+LATEST = "latest"
+STATE_FILE = "trainer_state.json"  # written last: a checkpoint that has it whole is whole
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> Path:
+    """The checkpoint that `resume` names, or the newest complete one of the run for "latest".
+
+    Raises:
+        CheckpointError: If there is none, or the one named is incomplete.
+    """
+    if resume != LATEST:
+        if not is_complete(Path(resume)):
+            raise CheckpointError(f"{resume} is no complete checkpoint ({STATE_FILE} is missing or damaged)")
+        return Path(resume)
+    found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    complete = [folder for folder in found if is_complete(folder)]
+    if not complete:
+        raise CheckpointError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
+    if complete[-1] != found[-1]:
+        print(f"{found[-1]} is incomplete (its writing was cut off); resuming from {complete[-1]}")
+    return complete[-1]
+
+
+def prepare_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Make the run folder. An earlier run in it is kept safe unless it is to be overwritten.
+
+    Raises:
+        ValueError: If a run is there and overwrite is False.
+    """
+    earlier = [*output_dir.glob("checkpoint-*"), *output_dir.glob("metrics.jsonl"), *output_dir.glob("final")]
+    if earlier and not overwrite:
+        raise ValueError(
+            f"{output_dir} already holds a run: go on with it (--resume), choose another --output_dir, or delete it with "
+            "--overwrite_output_dir"
+        )
+    for path in [*earlier, *output_dir.glob("samples")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    output_dir.mkdir(parents=True, exist_ok=True)
