@@ -255,9 +255,17 @@ def test_several_runs_share_axes_and_are_compared(tmp_path):
 def test_missing_things_are_said(tmp_path):
     lines = [{key: value for key, value in line.items() if key not in ("kl", "eval_diversity")} for line in rl_lines()]
     page = text_of(report(make_run(tmp_path / "a", lines)))
-    assert "Not logged: KL." in page
+    assert "Not logged: KL (beta above 0 turns it on)." in page
     assert "Not logged: diversity, mode coverage (null: not defined for these classes)." in page
     assert "There is no samples/ yet." in page and "There is no evaluation.json yet." in page
+
+
+def test_missing_things_are_said_of_the_runs_that_lack_them(tmp_path):
+    without = [{key: value for key, value in line.items() if key != "kl"} for line in rl_lines()]
+    runs = {"a": rl_lines(), "b": without, "c": without}
+    page = text_of(report(*(make_run(tmp_path / name, lines) for name, lines in runs.items())))
+    assert page.count("Not logged in b, c: KL (beta above 0 turns it on).") == 1
+    assert page.count("Not logged: mode coverage") == 1
 
 
 def test_reward_backprop_is_not_asked_for_a_kl(tmp_path):

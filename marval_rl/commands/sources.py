@@ -86,6 +86,7 @@ class ModelArguments:
             buffer_size=self.buffer_size,
             head_hidden_size=self.head_hidden_size,
             head_num_layers=self.head_num_layers,
+            clip_sample_range=1.0,
             attention_dropout=self.dropout,
             projection_dropout=self.dropout,
         )

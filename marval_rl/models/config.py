@@ -25,6 +25,8 @@ class MARConfig(PreTrainedConfig):
         layer_norm_eps: Epsilon of every layer norm.
         num_train_timesteps: Length of the diffusion process the head is trained on.
         num_diffusion_steps: Default length of the respaced reverse chain when sampling a teacher.
+        clip_sample_range: Clip a teacher's predicted x_0 to this range in each reverse step; 1.0 suits pixels, None (no
+            clipping) is what the official models do with latents.
         one_step_timestep: None for a teacher. For a one-step student the fixed timestep t* of
             x0 = (z - sigma_t* eps(z, t*, c)) / alpha_t*.
     """
@@ -53,6 +55,7 @@ class MARConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     num_train_timesteps: int = 1000
     num_diffusion_steps: int = 100
+    clip_sample_range: float | None = None
     one_step_timestep: int | None = None
 
     def __post_init__(self, **kwargs):

@@ -120,14 +120,20 @@ def predict_start(schedule: DiffusionSchedule, x_t: Tensor, noise: Tensor, t: Te
 
 
 def posterior(
-    schedule: DiffusionSchedule, model_output: Tensor, x_t: Tensor, t: Tensor
+    schedule: DiffusionSchedule, model_output: Tensor, x_t: Tensor, t: Tensor, clip_range: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, log variance and predicted x_0 of p(x_{t-1} | x_t), each [..., C]; model_output [..., 2C]."""
+    """Mean, log variance and predicted x_0 of p(x_{t-1} | x_t), each [..., C]; model_output [..., 2C].
+
+    clip_range clips the predicted x_0 to [-clip_range, clip_range]: for pixels, whose range is known. Near t = T an error of
+    the predicted noise is multiplied by hundreds in x_0, and only a long-trained network survives that unclipped.
+    """
     noise, fraction = model_output.chunk(2, dim=-1)
     fraction = (fraction + 1) / 2
     low, high = schedule.at("posterior_log_variance_clipped", t), schedule.at("log_betas", t)
     log_variance = fraction * high + (1 - fraction) * low
     x_start = predict_start(schedule, x_t, noise, t)
+    if clip_range is not None:
+        x_start = x_start.clamp(-clip_range, clip_range)
     mean = schedule.at("posterior_mean_coef1", t) * x_start + schedule.at("posterior_mean_coef2", t) * x_t
     return mean, log_variance, x_start
 
@@ -177,11 +183,17 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> T
 
 
 def reverse_step(
-    schedule: DiffusionSchedule, model_output: Tensor, x_t: Tensor, index: int, noise: Tensor, temperature: float = 1.0
+    schedule: DiffusionSchedule,
+    model_output: Tensor,
+    x_t: Tensor,
+    index: int,
+    noise: Tensor,
+    temperature: float = 1.0,
+    clip_range: float | None = None,
 ) -> Tensor:
     """One ancestral step x_t -> x_{t-1} at respaced `index`; no noise is added at index 0. x_t, noise [N, C]."""
-    t = torch.full(x_t.shape[:-1], index, dtype=torch.int64, device=x_t.device)
-    mean, log_variance, _ = posterior(schedule, model_output, x_t, t)
+    t = torch.full((1,), index, dtype=torch.int64, device=x_t.device)
+    mean, log_variance, _ = posterior(schedule, model_output, x_t, t, clip_range)
     if index == 0:
         return mean
     return mean + (0.5 * log_variance).exp() * noise * temperature

@@ -153,7 +153,7 @@ def sample_chain(
             output = guide(model.diffloss(x.repeat(2, 1), t, condition).float(), guidance_scale)
         # MAR draws noise for both halves and for index 0 too; drawing alike keeps a seed's images the same.
         noise = torch.randn(condition.shape[0], channels, device=device, generator=generator)[:rows]
-        x = reverse_step(schedule, output, x, index, noise, temperature)
+        x = reverse_step(schedule, output, x, index, noise, temperature, config.clip_sample_range)
         states.append(x)
     return torch.stack(states) if return_trajectory else x
 

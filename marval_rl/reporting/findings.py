@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from marval_rl.reporting.catalogue import catalogue
-from marval_rl.reporting.metrics import metric_keys
 from marval_rl.reporting.run_folder import Run
 from marval_rl.reporting.scales import format_number
 from marval_rl.reporting.summary import change_of
@@ -30,7 +29,7 @@ def _unfinished(run: Run) -> list[str]:
 
 def _not_finite(run: Run) -> list[str]:
     sentences = []
-    for key in metric_keys(run.lines):
+    for key in run.keys:
         steps, values = run.series(key)
         if (bad := ~np.isfinite(values)).any():
             sentences.append(f"{key} is not finite at {bad.sum()} of {len(values)} steps, first at {steps[bad][0]:,}.")
@@ -42,7 +41,7 @@ def _torn_samples(run: Run) -> list[str]:
 
 
 def _changes(run: Run) -> dict:
-    metrics = catalogue(metric_keys(run.lines), run.reward_names)
+    metrics = catalogue(run.keys, run.reward_names)
     changes = {metric: change_of(metric, run) for metric in metrics}
     return {metric: change for metric, change in changes.items() if change and change.before is not None}
 

@@ -12,7 +12,6 @@ from marval_rl.reporting.chart import draw_chart
 from marval_rl.reporting.curves import curves_of
 from marval_rl.reporting.findings import findings_of
 from marval_rl.reporting.images import image_rows
-from marval_rl.reporting.metrics import metric_keys
 from marval_rl.reporting.reading import reading_notes
 from marval_rl.reporting.recipe_view import headline, recipe_section
 from marval_rl.reporting.run_folder import EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, Run, load_runs
@@ -39,7 +38,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
 def render_page(runs: list[Run]) -> str:
     """The page as text. Text from the runs is escaped wherever it is put in."""
     trained_on = set().union(*(run.reward_names for run in runs))
-    keys = [key for run in runs for key in metric_keys(run.lines)]
+    keys = [key for run in runs for key in run.keys]
     metrics = catalogue(keys, trained_on)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     body = [
@@ -128,12 +127,11 @@ def _charts(section: Section, metrics: list[Metric], runs: list[Run]) -> str:
 
 
 def _missing(section: Section, runs: list[Run]) -> list[str]:
-    """Sentences (HTML) on what runs of this kind should have logged and did not; null says that it is undefined."""
-    sentences = []
-    for run in runs:
-        if not run.lines or (section.kinds and run.kind not in section.kinds):
-            continue
-        metrics = catalogue(metric_keys(run.lines), run.reward_names)
+    """Sentences (HTML) on what runs of this kind should have logged and did not, one for runs that lack the same."""
+    expecting = [run for run in runs if run.lines and (not section.kinds or run.kind in section.kinds)]
+    lacking: dict[str, list[str]] = {}
+    for run in expecting:
+        metrics = catalogue(run.keys, run.reward_names)
         keys = [metric.key for metric in metrics if section.name != "judges" or metric.is_held_out]
         nulls = {key for line in run.lines for key, value in line.items() if value is None}
         absent = [
@@ -141,10 +139,10 @@ def _missing(section: Section, runs: list[Run]) -> list[str]:
             for words, pattern in section.expected
             if not _any_matches(pattern, keys)
         ]
-        where = f" in {escape(run.name)}" if len(runs) > 1 else ""
         if absent:
-            sentences.append(f"Not logged{where}: {', '.join(absent)}.")
-    return sentences
+            lacking.setdefault(", ".join(absent), []).append(run.name)
+    where = {what: "" if len(names) == len(runs) else f" in {', '.join(names)}" for what, names in lacking.items()}
+    return [f"Not logged{escape(where[what])}: {what}." for what in lacking]
 
 
 def _any_matches(pattern: str, keys: Iterable[str]) -> bool:

@@ -12,7 +12,9 @@ from marval_rl.reporting.scales import format_number, format_seconds
 # Settings worth a line at the top, where the recipe has them: key -> words, with {} for the value.
 _HEADLINE = {
     "reward_funcs": "rewards {}",
+    "labelling": "classes by {}",
     "learning_rate": "learning rate {}",
+    "num_unmasking_steps": "{} unmasking steps",
     "num_generations": "groups of {}",
     "beta": "KL weight {}",
     "anchor_weight": "anchor weight {}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,21 +31,24 @@ class Run:
     path: Path
     lines: list[dict] = field(default_factory=list)
     recipe: dict = field(default_factory=dict)
-    recipe_text: str = ""
     evaluation: dict = field(default_factory=dict)
     samples: list[tuple[int, Path]] = field(default_factory=list)
     torn_samples: list[str] = field(default_factory=list)
     finished: bool = False
 
+    @cached_property
+    def keys(self) -> list[str]:
+        """Every key of metrics.jsonl that holds a number somewhere."""
+        return metric_keys(self.lines)
+
     @property
     def kind(self) -> str:
         """The recipe's `method` ("grpo", "reward_backprop"), or what the metrics tell: "distill", "pretrain" or ""."""
-        keys = set(metric_keys(self.lines))
         if self.recipe.get("method"):
             return str(self.recipe["method"])
-        if "auxiliary_loss" in keys and "reward" not in keys:
+        if "auxiliary_loss" in self.keys and "reward" not in self.keys:
             return "distill"
-        return "pretrain" if "loss" in keys and "reward" not in keys else ""
+        return "pretrain" if "loss" in self.keys and "reward" not in self.keys else ""
 
     @property
     def last_step(self) -> int:
@@ -58,7 +62,7 @@ class Run:
     @property
     def reward_names(self) -> set[str]:
         """Names of the rewards that the run was trained on."""
-        return {match[1] for key in metric_keys(self.lines) if (match := re.fullmatch(r"rewards/(.+)/mean", key))}
+        return {match[1] for key in self.keys if (match := re.fullmatch(r"rewards/(.+)/mean", key))}
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [N] and values [N] of one metric."""
@@ -90,14 +94,13 @@ def _load_run(folder: Path, name: str) -> Run:
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}"))
         hint = f"; did you mean {', '.join(inside[:5])}?" if inside else ""
         raise ValueError(f"{folder} is no run: it holds neither {METRICS_FILE} nor {RECIPE_FILE}{hint}")
-    recipe_text, recipe = _read_recipe(folder / RECIPE_FILE)
+    recipe = _read_recipe(folder / RECIPE_FILE)
     samples, torn = _find_samples(folder / "samples")
     return Run(
         name=name,
         path=folder,
         lines=read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else [],
         recipe=recipe,
-        recipe_text=recipe_text,
         evaluation=_read_evaluation(folder / EVALUATION_FILE),
         samples=samples,
         torn_samples=torn,
@@ -105,9 +108,9 @@ def _load_run(folder: Path, name: str) -> Run:
     )
 
 
-def _read_recipe(path: Path) -> tuple[str, dict]:
+def _read_recipe(path: Path) -> dict:
     if not path.is_file():
-        return "", {}
+        return {}
     text = path.read_text(encoding="utf-8")
     try:
         recipe = yaml.safe_load(text)
@@ -115,7 +118,7 @@ def _read_recipe(path: Path) -> tuple[str, dict]:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must be a mapping of names to values, but holds {type(recipe).__name__}")
-    return text, recipe
+    return recipe
 
 
 def _read_evaluation(path: Path) -> dict:

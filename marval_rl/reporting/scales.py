@@ -78,7 +78,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
     size = abs(value)
     if 999.5 <= size < 1e7:
         text = f"{size:,.{max(digits - len(str(int(size))), 0)}f}"
-    elif 1e-3 <= size < 999.5:
+    elif 1e-4 <= size < 999.5:
         text = f"{size:.{digits}g}"
     else:
         mantissa, exponent = f"{size:.{digits - 1}e}".split("e")

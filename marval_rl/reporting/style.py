@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-COLOURS = 8  # runs beyond the eighth take the colours again, dashed
+COLOURS = 8  # runs beyond the eighth take the colours again, dashed and with a square mark
 
 STYLE = """
 :root{--paper:#fcfcfa;--card:#fff;--ink:#1c1e21;--soft:#646a73;--line:#e4e4de;--grid:#ecece7;--good:#0a7350;
@@ -47,6 +47,7 @@ thead th{font-size:.85rem;color:var(--soft);white-space:nowrap}
 thead th[class]{color:var(--ink);font-weight:600}
 tbody th{min-width:9rem}
 td{white-space:nowrap}
+.compact td,.compact th,.settings td,.settings th{padding-top:4px;padding-bottom:4px;font-size:.92rem}
 table.settings td{white-space:normal;min-width:7rem}
 td b,dd b{font-weight:650;font-size:1.05em}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:16px 22px;margin:12px 0 6px;
@@ -112,5 +113,5 @@ def run_style(count: int) -> str:
         rules.append(f".r{index},.s{index}{{--c:var(--c{index % COLOURS})}}")
         rules.append(f"body:has(#run{index}:not(:checked)) .r{index}{{display:none}}")
         if index >= COLOURS:
-            rules.append(f".r{index} .line{{stroke-dasharray:5 3}}")
+            rules.append(f".r{index} .line{{stroke-dasharray:5 3}}.s{index} i{{border-radius:0}}")
     return "\n".join(rules)

@@ -94,7 +94,7 @@ def _ends(change: Change | None, metric: Metric) -> str:
 
 
 def evaluation_table(runs: list[Run]) -> str:
-    """HTML table of evaluation.json, nested settings flattened to dotted names; "" where no run has one."""
+    """HTML table of evaluation.json, nested settings flattened; "" where no run has one."""
     flat = [{key: _value(value) for key, value in _flatten(run.evaluation).items()} for run in runs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
     known = catalogue([f"eval_{key}" for key in keys], set())
@@ -105,13 +105,13 @@ def evaluation_table(runs: list[Run]) -> str:
         + "</tr>"
         for key in keys
     ]
-    return _table("measure", runs, rows) if rows else ""
+    return _table("measure", runs, rows, "compact") if rows else ""
 
 
 def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
     flat = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -121,11 +121,11 @@ def _value(value: object) -> str:
     return "n/a" if value is None else escape(str(value))
 
 
-def _table(corner: str, runs: list[Run], rows: list[str]) -> str:
+def _table(corner: str, runs: list[Run], rows: list[str], style: str = "roomy") -> str:
     heads = "".join(
         f'<th scope="col" class="s{index}"><i></i>{escape(run.name)}</th>' for index, run in enumerate(runs)
     )
     return (
-        f'<div class="scroll"><table><thead><tr><th scope="col">{corner}</th>{heads}</tr></thead>'
+        f'<div class="scroll"><table class="{style}"><thead><tr><th scope="col">{corner}</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -28,7 +28,8 @@ def guided_output(head: torch.nn.Module, timesteps: Tensor, scale: float) -> Ten
 
 
 def test_timestep_embedding():
-    assert_parity(timestep_embedding(golden("head")["t"]), golden("head")["timestep_embedding_256"])
+    # Angles reach 999, where neighbouring float32 numbers lie 6e-5 apart.
+    assert_parity(timestep_embedding(golden("head")["t"]), golden("head")["timestep_embedding_256"], scale=10)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -82,12 +83,17 @@ def test_single_reverse_steps(heads, weights, index, scale):
         x_t, output = figures["x2"][:8], guided_output(heads[weights], timesteps, scale)
     rows = len(x_t)
     prefix = f"{weights}.step{index}.cfg{scale}"
+    expected = {
+        key: figures[f"{prefix}.{key}"][:rows] for key in ("mean", "log_variance", "pred_xstart", "sample_temp0.9")
+    }
     mean, log_variance, x_start = posterior(schedule, output, x_t, torch.full((rows,), index))
-    assert_parity(mean, figures[f"{prefix}.mean"][:rows])
-    assert_parity(log_variance, figures[f"{prefix}.log_variance"][:rows])
-    assert_parity(x_start, figures[f"{prefix}.pred_xstart"][:rows])
     sample = reverse_step(schedule, output, x_t, index, figures["step_noise"][:rows], temperature=0.9)
-    assert_parity(sample, figures[f"{prefix}.sample_temp0.9"][:rows])
+    # x_0 = (x_t - sigma eps) / alpha is a difference of large numbers where alpha is nearly 0.
+    size = expected["pred_xstart"].abs().max()
+    assert_parity(log_variance, expected["log_variance"])
+    assert_parity(x_start, expected["pred_xstart"], size)
+    assert_parity(mean, expected["mean"], size)
+    assert_parity(sample, expected["sample_temp0.9"], size)
 
 
 @torch.no_grad()

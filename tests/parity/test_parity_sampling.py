@@ -17,8 +17,8 @@ from mar_reference import (
 )
 from torch import Tensor
 
-from marval_rl.models import GenerationOutput, MARModel, generate, generation
-from marval_rl.models.diffusion import make_schedule
+from marval_rl.models import GenerationOutput, MARModel, diffusion, generate, generation
+from marval_rl.models.diffusion import make_schedule, respaced_timesteps
 from marval_rl.models.generation import sample_chain
 
 CHAIN_SEED, GENERATION_SEED = 111, 131
@@ -159,11 +159,12 @@ def test_control_a_generation_with_one_wrong_setting_fails(models, case, changes
 
 
 def test_control_one_respaced_timestep_off_by_one_fails(models, monkeypatch):
-    """166.5 rounded up to 167, as `round half up` would do, in the chain of 25 steps."""
+    """One of the 25 timesteps at 167 instead of 166: its position is 166.5, and halves round to even."""
     case = "lab.linear.cfg1.0.temp0.9.K6"
-    schedule = make_schedule(1000, 25)
-    timesteps = schedule.timesteps.copy()
+    timesteps = respaced_timesteps(1000, 25)
     timesteps[4] += 1
-    monkeypatch.setattr(generation, "make_schedule", lambda *_: replace(schedule, timesteps=timesteps))
+    monkeypatch.setattr(diffusion, "respaced_timesteps", lambda *_: timesteps)
+    uncached = make_schedule.__wrapped__
+    monkeypatch.setattr(generation, "make_schedule", uncached)
     error = relative_l2(paint(models["stable"], case).latents, golden("generate")[f"stable.{case}.out"])
     assert error > GENERATION_TOLERANCE

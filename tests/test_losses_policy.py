@@ -1,0 +1,193 @@
+"""Log-probabilities, divergence, advantages and the clipped loss against hand computations and torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, kl_divergence
+
+from marval_rl.losses.policy import action_kl, action_log_prob, clipped_policy_loss, group_advantages
+
+SIGMA = 0.15
+
+
+def gaussians(batch: int = 5, tokens: int = 3, channels: int = 4):
+    """actions, means and reference means, [B, M, C]."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(batch, tokens, channels, generator=generator)
+    actions = means + SIGMA * torch.randn(means.shape, generator=generator)
+    return actions, means, means + 0.1 * torch.randn(means.shape, generator=generator)
+
+
+@pytest.mark.parametrize("sigma", [0.05, SIGMA, 1.0, 2.0])
+def test_log_prob_is_that_of_independent_normals(sigma):
+    actions, means, _ = gaussians()
+    expected = Independent(Normal(means, sigma), 2).log_prob(actions)
+    torch.testing.assert_close(action_log_prob(actions, means, sigma), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_log_prob_gradient_is_the_standardised_residual():
+    actions, means, _ = gaussians()
+    means.requires_grad_(True)
+    action_log_prob(actions, means, SIGMA).sum().backward()
+    torch.testing.assert_close(means.grad, (actions - means.detach()) / SIGMA**2)
+
+
+def test_log_prob_of_half_precision_is_computed_in_float32():
+    actions, means, _ = gaussians()
+    half = action_log_prob(actions.bfloat16(), means.bfloat16(), SIGMA)
+    assert half.dtype == torch.float32
+    expected = Independent(Normal(means.bfloat16().float(), SIGMA), 2).log_prob(actions.bfloat16().float())
+    torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.05, SIGMA, 1.0])
+def test_kl_is_that_of_independent_normals(sigma):
+    _, means, reference = gaussians()
+    expected = kl_divergence(Independent(Normal(means, sigma), 2), Independent(Normal(reference, sigma), 2))
+    torch.testing.assert_close(action_kl(means, reference, sigma), expected)
+
+
+def test_kl_gradient_is_the_mean_difference():
+    """A k3 estimate with detached actions, or a KL of the policy with itself, would be flat here."""
+    _, means, reference = gaussians()
+    means.requires_grad_(True)
+    action_kl(means, reference, SIGMA).sum().backward()
+    assert means.grad.abs().min() > 0
+    torch.testing.assert_close(means.grad, (means.detach() - reference) / SIGMA**2)
+
+
+def test_kl_vanishes_with_its_gradient_where_the_policies_agree():
+    _, means, _ = gaussians()
+    means.requires_grad_(True)
+    kl = action_kl(means, means.detach(), SIGMA)
+    kl.sum().backward()
+    assert kl.abs().max() == 0
+    assert means.grad.abs().max() == 0
+
+
+def test_before_the_first_update_the_ratio_is_one_and_the_gradient_is_the_vanilla_one():
+    actions, means, _ = gaussians()
+    advantages = torch.tensor([1.5, -0.5, 0.0, 2.0, -1.0])
+    means.requires_grad_(True)
+    log_prob = action_log_prob(actions, means, SIGMA)
+    loss, metrics = clipped_policy_loss(log_prob, log_prob.detach(), advantages)
+    assert metrics["ratio"].item() == 1.0
+    assert metrics["clip_ratio/region_mean"].item() == 0.0
+    assert loss.item() == pytest.approx(-advantages.mean().item(), abs=1e-7)
+    (gradient,) = torch.autograd.grad(loss, means, retain_graph=True)
+    (vanilla,) = torch.autograd.grad(-(advantages * log_prob).mean(), means)
+    assert vanilla.abs().max() > 0
+    torch.testing.assert_close(gradient, vanilla)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope", "clipped"),
+    [
+        # within the range: -rho A, slope -A
+        (1.0, 2.0, -2.0, -2.0, None),
+        (1.1, 2.0, -2.2, -2.0, None),
+        (0.95, -2.0, 1.9, 2.0, None),
+        # good action, already much likelier: nothing more to gain
+        (1.5, 2.0, -2.0 * 1.3, 0.0, "high"),
+        # good action that became unlikely: keep pulling
+        (0.5, 2.0, -1.0, -2.0, None),
+        # bad action, already much less likely
+        (0.5, -2.0, 2.0 * 0.9, 0.0, "low"),
+        # bad action that became likely: keep pushing
+        (1.5, -2.0, 3.0, 2.0, None),
+        # nothing to learn, however far away
+        (1.5, 0.0, 0.0, 0.0, None),
+    ],
+)
+def test_clipping_by_hand(ratio, advantage, loss, slope, clipped):
+    """Clip range 0.9 .. 1.3. slope is d loss / d rho."""
+    old = torch.tensor([-3.0])
+    log_prob = (old + math.log(ratio)).requires_grad_(True)
+    actual, metrics = clipped_policy_loss(log_prob, old, torch.tensor([advantage]), epsilon_low=0.1, epsilon_high=0.3)
+    actual.backward()
+    assert actual.item() == pytest.approx(loss, rel=1e-5)
+    assert log_prob.grad.item() / ratio == pytest.approx(slope, rel=1e-5)  # d rho / d log pi = rho
+    assert metrics["ratio"].item() == pytest.approx(ratio, rel=1e-5)
+    assert metrics["clip_ratio/low_mean"].item() == (clipped == "low")
+    assert metrics["clip_ratio/high_mean"].item() == (clipped == "high")
+    assert metrics["clip_ratio/region_mean"].item() == (clipped is not None)
+
+
+def test_clip_shares_are_means_over_entries():
+    ratios = torch.tensor([0.5, 0.5, 2.0, 1.0])
+    advantages = torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    _, metrics = clipped_policy_loss(ratios.log(), torch.zeros(4), advantages)
+    assert metrics["clip_ratio/low_mean"].item() == 0.25
+    assert metrics["clip_ratio/high_mean"].item() == 0.25
+    assert metrics["clip_ratio/region_mean"].item() == 0.5
+    assert metrics["ratio"].item() == pytest.approx(1.0)
+
+
+def test_advantages_of_hand_made_groups():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0, 0.0, 4.0])  # groups (1, 3), (10, 10), (0, 4)
+    advantages, metrics = group_advantages(rewards, 2)
+    first, last = 1 / (math.sqrt(2) + 1e-4), 2 / (math.sqrt(8) + 1e-4)  # standard deviations are unbiased
+    torch.testing.assert_close(advantages, torch.tensor([-first, first, 0.0, 0.0, -last, last]))
+    assert metrics["reward"].item() == pytest.approx(28 / 6)
+    assert metrics["reward_std"].item() == pytest.approx((math.sqrt(2) + 0 + math.sqrt(8)) / 3)
+    assert metrics["frac_reward_zero_std"].item() == pytest.approx(1 / 3)
+
+
+def test_advantages_ignore_the_scale_and_offset_of_a_group():
+    rewards = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    plain, _ = group_advantages(rewards, 8)
+    moved, _ = group_advantages(100 * rewards + 7, 8)
+    torch.testing.assert_close(plain, moved, rtol=1e-3, atol=1e-3)
+    assert plain.mean().item() == pytest.approx(0, abs=1e-6)
+    assert plain.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_scale_by_the_batch_keeps_the_order_of_groups_spread():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0])
+    advantages, _ = group_advantages(rewards, 2, "batch")
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0]) / (rewards.std() + 1e-4)
+    torch.testing.assert_close(advantages, expected)
+
+
+def test_scale_none_only_centres():
+    advantages, _ = group_advantages(torch.tensor([1.0, 3.0, 10.0, 14.0]), 2, "none")
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0, -2.0, 2.0]))
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_a_sample_without_reward_is_left_out(scale_rewards):
+    rewards = torch.tensor([1.0, math.nan, 3.0, 2.0, 2.0, 5.0])
+    advantages, metrics = group_advantages(rewards, 3, scale_rewards)
+    group, batch = math.sqrt(2), torch.tensor([1.0, 3.0, 2.0, 2.0, 5.0]).std().item()
+    divisor = {"group": group + 1e-4, "batch": batch + 1e-4, "none": 1.0}[scale_rewards]
+    assert advantages[:3].tolist() == pytest.approx([-1 / divisor, 0.0, 1 / divisor], rel=1e-5)
+    assert advantages.isfinite().all()
+    assert metrics["reward"].item() == pytest.approx(13 / 5)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_a_group_without_any_reward_is_left_out(scale_rewards):
+    rewards = torch.tensor([math.nan, math.nan, 1.0, 3.0])
+    advantages, metrics = group_advantages(rewards, 2, scale_rewards)
+    alone, _ = group_advantages(rewards[2:], 2, scale_rewards)
+    assert advantages[:2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(advantages[2:], alone)
+    assert metrics["reward"].item() == 2.0
+    assert metrics["reward_std"].item() == pytest.approx(math.sqrt(2))
+    assert metrics["frac_reward_zero_std"].item() == 0.0
+
+
+def test_a_group_with_a_single_reward_has_nothing_to_compare():
+    advantages, metrics = group_advantages(torch.tensor([math.nan, 5.0, 1.0, 3.0]), 2)
+    assert advantages[:2].tolist() == [0.0, 0.0]
+    assert metrics["frac_reward_zero_std"].item() == 0.5
+
+
+def test_advantages_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match=r'"group", "batch" or "none", not "std"'):
+        group_advantages(torch.zeros(4), 2, "std")
+    with pytest.raises(ValueError, match="5 rewards do not divide into groups of 2"):
+        group_advantages(torch.zeros(5), 2)
