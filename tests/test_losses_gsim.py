@@ -110,9 +110,7 @@ def student_of(theta: Tensor) -> Gaussian:
 
 def gsim_gradient(theta: Tensor, teacher: Gaussian, alphas: list[float], r: float, num_nodes: int, sign: float = 1.0):
     theta = theta.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(
-        expected_gsim_loss(student_of(theta), teacher, alphas, r, num_nodes, sign), theta
-    )
+    (gradient,) = torch.autograd.grad(expected_gsim_loss(student_of(theta), teacher, alphas, r, num_nodes, sign), theta)
     return gradient
 
 

@@ -139,18 +139,13 @@ def test_the_list_survives_a_plug_in_that_cannot_be_imported(registered):
         ("{folder}/mine.py:NUMBER", "'NUMBER' is not callable but a int"),
         ("{folder}/mine.py:NoCall", "'NoCall' is not callable but a NoCall; give its class a __call__ method"),
         ("{folder}/mine.py:no_columns", r"signature \(images\), but is called by keyword with .* end with \*\*columns"),
-        ("{folder}/mine.py:needs_more", "missing a required argument: 'mystery'"),
     ],
 )
 def test_a_spec_that_leads_nowhere_is_answered_clearly(spec, message, registered, tmp_path):
     registered(scaled=f"{__name__}:Scaled", broken="no_such_package:Reward", twice="a:B")
     (tmp_path / "typo.py").write_text("def f(:\n")
     (tmp_path / "mine.py").write_text(
-        "NUMBER = 3\n"
-        "class NoCall: pass\n"
-        "def brightness(**columns): return []\n"
-        "def no_columns(images): return []\n"
-        "def needs_more(mystery, **columns): return []\n"
+        "NUMBER = 3\nclass NoCall: pass\ndef brightness(**columns): return []\ndef no_columns(images): return []\n"
     )
     with pytest.raises(ValueError, match=message):
         load_reward(spec.format(folder=tmp_path))
@@ -450,3 +445,14 @@ def test_the_entry_point_group_of_the_docs_is_the_one_that_is_read():
 def test_the_library_never_imports_the_shipped_rewards_by_name():
     sources = (ROOT / "marval_rl").rglob("*.py")
     assert not [path for path in sources if re.search(r"^\s*(from|import) rewards\b", path.read_text(), re.MULTILINE)]
+
+
+def test_a_parameter_of_another_name_is_a_column_of_the_data_set():
+    def like_artist(images, artist, **columns):
+        return [float(name == "Klee") for name in artist]
+
+    rewards = RewardSet([like_artist])
+    scores = rewards.score(**batch(), columns={"artist": ["Klee", "Marc", "Klee"]})
+    assert scores.total.tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(RewardError, match="'like_artist' raised TypeError: .*artist"):
+        rewards.score(**batch())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 
+from marval_rl.commands.quiet import is_watched, quiet_libraries
 from marval_rl.models import LatentCodec, MARModel, codec_for
 from marval_rl.models.checkpoints import load_model
 from marval_rl.trainers.sampling import SamplingSettings
@@ -28,7 +28,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, torch.device]:
     """The model on its device, and its codec; `args.progress` tells whether to draw progress bars."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args.progress = sys.stderr.isatty()
+    quiet_libraries()
+    args.progress = is_watched()
     model = load_model(args.model).to(device)
     return model, codec_for(model.config), device
 

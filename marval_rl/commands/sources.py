@@ -35,8 +35,9 @@ class DataArguments:
         data = self.load("test")
         names, size = list(data.class_names), data.images.shape[-1]
         if config.num_classes != len(names) or (config.class_names is not None and config.class_names != names):
+            known = ", ".join((config.class_names or ["unnamed"])[:3])
             raise ValueError(
-                f"{model} knows {config.num_classes} classes ({', '.join((config.class_names or ['unnamed'])[:3])}, ...), "
+                f"{model} knows {config.num_classes} classes ({known}, ...), "
                 f"but the data has {len(names)} ({', '.join(names[:3])}, ...): set --labelling or choose another model"
             )
         if (config.image_size, config.image_channels) != (size, data.images.shape[1]):

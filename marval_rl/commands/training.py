@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from marval_rl.commands.dry_run import print_dry_run
-from marval_rl.errors import RecipeError
+from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.resume import find_checkpoint, prepare_output_dir
@@ -25,8 +25,7 @@ def read_recipe(
     args: argparse.Namespace, extra: list[str], config_types: Sequence[type]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The recipe's dataclasses, and its settings as they are written to the run folder."""
-    if args.recipe is None:
-        raise RecipeError(f"which recipe? Try `marval-rl {args.command} recipes/digits/...yaml`")
+    quiet_libraries()
     settings = read_settings(args.recipe, extra, config_types)
     settings.setdefault("output_dir", default_output_dir(args.recipe))
     configs = build_configs(settings, config_types)

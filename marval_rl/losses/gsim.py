@@ -1,7 +1,7 @@
 """Generalised score implicit matching: the loss that turns a MAR teacher into a one-step student.
 
-MARVAL (arXiv 2511.15190) applies the score implicit matching of Luo et al. (2024, arXiv 2410.16794) to the diffusion head.
-Scores are written as predicted clean tokens: s = -eps / sigma = (alpha x0_hat - x_t) / sigma^2, so a difference of scores is
+MARVAL (arXiv 2511.15190) applies the score implicit matching of Luo et al. (2024, arXiv 2410.16794) to the diffusion
+head. Scores are written as predicted clean tokens: s = (alpha x0_hat - x_t) / sigma^2, so a difference of scores is
 alpha / sigma^2 times a difference of x0_hat. Dropping that factor is the weighting of timesteps that trained best here.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor
 def gsim_loss(
     x_start: Tensor, auxiliary_start: Tensor, teacher_start: Tensor, r: float = 1e-5
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = E[-d'(y)^T (s_phi(x_t) - grad log p_t(x_t | x0)) + d(y)],  y = s_phi(x_t) - s_p(x_t),  d(y) = sqrt(|y|^2 + r^2) - r.
+    """L = E[-d'(y)^T (s_phi(x_t) - grad log p_t(x_t | x0)) + d(y)] with y = s_phi(x_t) - s_p(x_t).
 
-    With phi the exact score of the student's distribution its gradient in theta is that of E_{x_t ~ student}[d(s_theta - s_p)]
-    (arXiv 2410.16794, theorem 3.1). At y = 0 it vanishes.
+    d(y) = sqrt(|y|^2 + r^2) - r. With phi the exact score of the student's distribution the gradient in theta is that
+    of E_{x_t ~ student}[d(s_theta - s_p)] (arXiv 2410.16794, theorem 3.1). At y = 0 it vanishes.
 
     Args:
         x_start: x0 = g_theta(z, c), the student's tokens, [..., C], with gradient.

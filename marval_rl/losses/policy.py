@@ -1,7 +1,7 @@
 """Policy gradient on unmasking steps: log-probabilities, group advantages, the clipped loss and the KL divergence.
 
-The action of unmasking step k is the M_k tokens revealed in it, a_k = mu_theta(z_k, s_k) + sigma xi with xi ~ N(0, I): a Gaussian
-whose mean is the one-step student. Everything here is computed in float32.
+The action of unmasking step k is the M_k tokens revealed in it, a_k = mu_theta(z_k, s_k) + sigma xi, xi ~ N(0, I): a
+Gaussian whose mean is the one-step student. Everything here is computed in float32.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def group_advantages(
     """A_i = (R_i - mean of its group) / (std + 1e-4)   (DeepSeekMath, arXiv 2402.03300, section 4.1).
 
     Args:
-        rewards: [N], groups of num_generations in a row. NaN marks a sample without a reward: it is left out of its group's
-            statistics and gets advantage 0.
-        scale_rewards: "group" divides by the group's standard deviation, "batch" by that of all rewards (arXiv 2508.08221),
-            "none" does not divide (Dr. GRPO, arXiv 2503.20783).
+        rewards: [N], groups of num_generations in a row. NaN marks a sample without a reward: it is left out of its
+            group's statistics and gets advantage 0.
+        scale_rewards: "group" divides by the group's standard deviation, "batch" by that of all rewards (arXiv
+            2508.08221), "none" does not divide (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
-        Advantages [N], and metrics as TRL names them: `reward`, `reward_std` (mean over groups), `frac_reward_zero_std`.
+        Advantages [N], and metrics as TRL names them: `reward`, `reward_std` (mean over groups),
+        `frac_reward_zero_std`.
     """
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f'scale_rewards must be "group", "batch" or "none", not "{scale_rewards}"')
@@ -77,10 +78,11 @@ def _nanstd(values: Tensor, valid: Tensor) -> Tensor:
 def clipped_policy_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)],  rho = exp(log pi - log pi_old)   (PPO, arXiv 1707.06347, equation 7).
+    """-E[min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)] with rho = exp(log pi - log pi_old).
 
-    All [B], one entry an image and unmasking step. Metrics: `ratio` (mean), `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-    `clip_ratio/region_mean`: shares of entries whose gradient the clip removes.
+    PPO's clipped objective (arXiv 1707.06347, equation 7).
+    All [B], one entry an image and unmasking step. Metrics: `ratio` (mean), `clip_ratio/low_mean`,
+    `clip_ratio/high_mean`, `clip_ratio/region_mean`: shares of entries whose gradient the clip removes.
     """
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)

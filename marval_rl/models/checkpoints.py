@@ -69,7 +69,8 @@ def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MAR
         model, info = MARModel.from_pretrained(resolved, config=config, output_loading_info=True, dtype=torch.float32)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"the weights of {resolved} cannot be loaded (a damaged file, or sizes other than config.json's): {first_line(error)}"
+            f"the weights of {resolved} cannot be loaded (a damaged file, or sizes other than config.json's): "
+            f"{first_line(error)}"
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:

@@ -1,7 +1,7 @@
 """The diffusion process of the head: cosine schedule, training losses, one reverse step.
 
-Follows the improved-DDPM process (Nichol & Dhariwal 2021, arXiv 2102.09672) as MAR uses it: the network predicts the noise
-and, in a second half of its channels, where the log variance lies between its two bounds.
+Follows the improved-DDPM process (Nichol & Dhariwal 2021, arXiv 2102.09672) as MAR uses it: the network predicts
+the noise and, in a second half of its channels, where the log variance lies between its two bounds.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def posterior(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, log variance and predicted x_0 of p(x_{t-1} | x_t), each [..., C]; model_output [..., 2C].
 
-    clip_range clips the predicted x_0 to [-clip_range, clip_range]: for pixels, whose range is known. Near t = T an error of
+    clip_range clips the predicted x_0 to [-clip_range, clip_range]: for pixels, whose range is known. Near t = T an
+    error of
     the predicted noise is multiplied by hundreds in x_0, and only a long-trained network survives that unclipped.
     """
     noise, fraction = model_output.chunk(2, dim=-1)

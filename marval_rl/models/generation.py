@@ -87,7 +87,7 @@ def generate(
         check_class_labels(class_labels, config.num_classes)
     if config.is_one_step and guidance_scale != 1.0:
         raise ValueError(
-            f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed when it was distilled"
+            f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed in distillation"
         )
     batch = batch_size if class_labels is None else class_labels.shape[0]
     if order is None:

@@ -40,7 +40,8 @@ def codec_for(config: MARConfig) -> LatentCodec:
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
-    """Latents [B, c, h, w] -> tokens [B, L, c*p*p]: tokens row-major, channels inside a token c slowest, then row, column."""
+    """Latents [B, c, h, w] -> tokens [B, L, c*p*p]: tokens row-major, channels inside a token c slowest, then
+    row, column."""
     batch, channels, height, width = latents.shape
     p = patch_size
     x = latents.reshape(batch, channels, height // p, p, width // p, p)

@@ -86,7 +86,7 @@ class MARModel(PreTrainedModel):
     main_input_name = "tokens"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
 
     def __init__(self, config: MARConfig):
         super().__init__(config)
@@ -117,7 +117,8 @@ class MARModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The official initialisation: Xavier for linear layers, 0.02 for tables, zero for adaptive norms and output."""
+        """The official initialisation: Xavier for linear layers, 0.02 for tables, zero for adaptive norms and
+        output."""
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
@@ -204,7 +205,8 @@ class MARModel(PreTrainedModel):
             class_labels: int64 [B], or None for the null class.
             order: Unmasking order, int64 [B, L].
             num_masked: Tokens masked before, 1..L.
-            num_kept: Tokens still masked after; the M = num_masked - num_kept between are asked for, positions ascending.
+            num_kept: Tokens still masked after; the M = num_masked - num_kept between are asked for, positions
+                ascending.
             noisy_tokens: x_t at those tokens, [..., B, M, C]; leading dimensions hold several draws for one condition.
             timesteps: int64, broadcastable to noisy_tokens without its channels.
             drop_mask: bool [B], True where the null class replaces the label (label dropout in pretraining).

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -140,6 +141,8 @@ def _import_file(spec: str, path: Path) -> ModuleType:
 
 def _import_module(spec: str, module_name: str) -> ModuleType:
     try:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # a console script does not look in the current folder by itself
         return importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything
         raise ValueError(f"reward {spec!r}: {module_name} cannot be imported: {_describe(error)}") from error
@@ -162,9 +165,15 @@ def _instantiate(name: str, target: type, kwargs: dict[str, Any]) -> Any:
 def _check_arguments(name: str, reward: Reward) -> None:
     """Refuse at once, and not after minutes of training, what cannot be called with the arguments of a reward."""
     signature = inspect.signature(reward)
+    # A parameter of another name is a column of the data set, as in TRL; one more stands for columns it does not know.
+    columns = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in STANDARD_ARGUMENTS
+    ]
     try:
-        # The extra keyword stands for the columns of a data set.
-        signature.bind(**dict.fromkeys(STANDARD_ARGUMENTS), other_column=None)
+        signature.bind(**dict.fromkeys([*STANDARD_ARGUMENTS, *columns]), other_column=None)
     except TypeError as error:
         raise ValueError(
             f"reward {name!r} has the signature {signature}, but is called by keyword with "

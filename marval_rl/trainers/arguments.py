@@ -4,7 +4,8 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 
 @dataclass
@@ -13,12 +14,13 @@ class MARTrainingArguments(TrainingArguments):
 
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; overrides num_train_epochs if positive."})
     logging_steps: float = field(default=10, metadata={"help": "Write metrics every this many steps."})
-    save_strategy: str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
+    save_strategy: SaveStrategy | str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
     save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every this many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
-    eval_strategy: str = field(default="steps", metadata={"help": '"no" or "steps".'})
+    eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": '"no" or "steps".'})
     eval_steps: float | None = field(default=200, metadata={"help": "Generate and judge images every this many steps."})
-    report_to: None | str | list[str] = field(
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: the starting point."})
+    report_to: str | list[str] | None = field(
         default="none", metadata={"help": 'Trackers as in transformers ("wandb", "tensorboard", ...); none by default.'}
     )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and all noise."})

@@ -1,4 +1,4 @@
-"""What the four trainers share on top of `transformers.Trainer`: exact resumption, weight averages, generated evaluation."""
+"""What the trainers share on top of `transformers.Trainer`: exact resumption, weight averages, generated evaluation."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from marval_rl.trainers.sampling import SamplingSettings, generate_images, save_
 class MARTrainer(Trainer):
     """Base of the trainers; not used by itself.
 
-    A subclass computes its loss in `compute_loss` and says with `sampling_settings` how its model is sampled. Randomness is
-    seeded anew in each step from (seed, step, process): a run that was killed and resumed draws the same noise as one that
-    was not. A checkpoint holds, besides what `Trainer` saves, the weight average and the subclass's `buffer`.
+    A subclass computes its loss in `compute_loss` and says with `sampling_settings` how its model is sampled.
+    Randomness is seeded anew in each step from (seed, step, process): a run that was killed and resumed draws the same
+    noise as one that was not. A checkpoint holds, besides what `Trainer` saves, the weight average and the subclass's
+    `buffer`.
 
     Args:
         network: What the optimizer trains; `model` or a module that holds it.

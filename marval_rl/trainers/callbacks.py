@@ -15,7 +15,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Appends each log to `metrics.jsonl`. On resumption lines past the checkpoint are dropped, so no step stands twice."""
+    """Appends each log to `metrics.jsonl`. On resumption lines past the checkpoint are dropped, so no step
+    stands twice."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,7 +59,8 @@ class AverageCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends training after the running step, with a checkpoint; a second one ends it at once."""
+    """The first Ctrl-C (or SIGTERM) ends training after the running step, with a checkpoint; a second one ends
+    it at once."""
 
     def __init__(self):
         self.interrupted = False

@@ -25,7 +25,8 @@ AUXILIARY_FILE = "auxiliary.safetensors"
 
 @dataclass
 class DistillConfig(MARTrainingArguments):
-    """Arguments of `DistillTrainer`. One step updates the auxiliary network; every `auxiliary_updates`-th the student too."""
+    """Arguments of `DistillTrainer`. One step updates the auxiliary network; every `auxiliary_updates`-th the
+    student too."""
 
     max_steps: int = field(default=2000, metadata={"help": "Optimizer steps, counted in auxiliary updates."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the student."})

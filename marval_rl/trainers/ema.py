@@ -14,7 +14,8 @@ class ExponentialMovingAverage:
     Args:
         model: The model to follow; the average starts as a copy of it.
         decay: d, in 0..1.
-        warmup: Use min(decay, (1 + n) / (10 + n)) at update n. Without it an average of 0.9999 is noise for 10,000 steps.
+        warmup: Use min(decay, (1 + n) / (10 + n)) at update n. Without it an average of 0.9999 is noise for 10,000
+            steps.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = True):

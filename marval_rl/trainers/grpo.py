@@ -1,7 +1,7 @@
 """GRPO on the unmasking steps of a one-step student.
 
-Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) with the exact Gaussian policy of `losses/policy.py`: one action an
-unmasking step, one reward an image.
+Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) with the exact Gaussian policy of
+`losses/policy.py`: one action an unmasking step, one reward an image.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class MARGRPOConfig(RewardTrainingArguments):
         images = self.per_device_train_batch_size * self.steps_per_generation
         if images % self.num_generations:
             raise ValueError(
-                f"a generation batch of {images} images a process (per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} x steps_per_generation {self.steps_per_generation}) does not divide into "
-                f"groups of num_generations = {self.num_generations}"
+                f"a generation batch of {images} images a process does not divide into groups of num_generations = "
+                f"{self.num_generations} (per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"steps_per_generation {self.steps_per_generation})"
             )
 
 

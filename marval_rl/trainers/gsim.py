@@ -19,8 +19,8 @@ from marval_rl.models.head import DiffusionHead
 class StudentNetworks(nn.Module):
     """The student and the auxiliary score network under one roof, for one optimizer and one distributed engine.
 
-    `forward` runs a function of the networks. All use of parameters must happen inside a `forward` of the module that the engine
-    wraps, or DDP would not synchronise gradients and ZeRO-3 would not gather weights.
+    `forward` runs a function of the networks. All use of parameters must happen inside a `forward` of the module
+    that the engine wraps, or DDP would not synchronise gradients and ZeRO-3 would not gather weights.
     """
 
     def __init__(self, student: MARModel, auxiliary: DiffusionHead | None = None):
@@ -96,7 +96,8 @@ class ScoreMatcher:
         return {"x_start": x_start, "condition": condition}
 
     def auxiliary_loss(self, networks: StudentNetworks, sample: dict[str, Tensor]) -> Tensor:
-        """Denoising score matching of the auxiliary network on the student's tokens, under the student's own condition."""
+        """Denoising score matching of the auxiliary network on the student's tokens, under the student's own
+        condition."""
         x_t, noise, t = self._diffuse(sample["x_start"])
         eps = networks.auxiliary(x_t, t, sample["condition"])[..., : noise.shape[-1]].float()
         return denoising_loss(eps, noise)

@@ -49,8 +49,8 @@ def prepare_output_dir(output_dir: Path, overwrite: bool) -> None:
     earlier = [*output_dir.glob("checkpoint-*"), *output_dir.glob("metrics.jsonl"), *output_dir.glob("final")]
     if earlier and not overwrite:
         raise ValueError(
-            f"{output_dir} already holds a run: go on with it (--resume), choose another --output_dir, or delete it with "
-            "--overwrite_output_dir"
+            f"{output_dir} already holds a run: go on with it (--resume), choose another --output_dir, or delete it "
+            "with --overwrite_output_dir"
         )
     for path in [*earlier, *output_dir.glob("samples")]:
         if path.is_dir():

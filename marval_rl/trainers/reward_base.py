@@ -78,8 +78,8 @@ class RewardTrainer(MARTrainer):
         args: The settings.
         train_dataset: Rows {"class_labels": int, ...}; further columns are handed to the rewards.
         teacher: The MAR teacher; needed with an anchor.
-        auxiliary: Weights of an auxiliary network that already fits the student (a folder that distillation wrote, or the
-            network); None starts from the teacher's head.
+        auxiliary: Weights of an auxiliary network that already fits the student (a folder that distillation wrote,
+            or the network); None starts from the teacher's head.
         anchor_dataset: Images {"images", "class_labels"} for the anchor's contexts; needed with an anchor.
     """
 

@@ -27,7 +27,8 @@ class SamplingSettings:
 
 
 def balanced_labels(num_images: int, num_classes: int) -> Tensor:
-    """Class labels [N] in sorted order, each class equally often (the first ones once more where it does not divide)."""
+    """Class labels [N] in sorted order, each class equally often (the first ones once more where it does not
+    divide)."""
     return (torch.arange(num_images) % num_classes).sort().values
 
 

@@ -1,0 +1,190 @@
+"""Painting images: one function for teacher and student."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_student
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from marval_rl.models import MARModel, generate, patchify
+from marval_rl.models.unmasking import random_order, unmasking_steps
+
+LABELS = torch.tensor([0, 1, 2, 1])
+BUILDS = {"teacher": tiny_model, "student": tiny_student}
+
+
+@pytest.fixture(params=BUILDS)
+def model(request) -> MARModel:
+    return BUILDS[request.param]()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def paint(model: MARModel, seed: int = 0, **settings):
+    return generate(model, LABELS, **{"num_unmasking_steps": 3, "generator": seeded(seed), **settings})
+
+
+def test_the_generator_decides_everything(model):
+    first = paint(model).latents
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    assert torch.equal(paint(model).latents, first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(paint(model, seed=1).latents, first)
+
+
+def test_without_a_generator_the_global_one_decides(model):
+    latents = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        latents.append(paint(model, generator=None).latents)
+    assert torch.equal(latents[0], latents[1])
+    assert not torch.equal(latents[0], latents[2])
+
+
+@pytest.mark.parametrize("num_unmasking_steps", [1, 2, 4, 9])
+def test_any_number_of_unmasking_steps_paints_every_token(model, num_unmasking_steps):
+    output = paint(model, num_unmasking_steps=num_unmasking_steps, return_steps=True)
+    assert output.latents.shape == (4, 1, 4, 4)
+    assert output.latents.isfinite().all()
+    assert len(output.steps) == min(4, num_unmasking_steps)
+    assert not torch.equal(output.latents[0], output.latents[2])
+
+
+def test_steps_are_consistent_with_the_order_and_the_result(model):
+    order = random_order(4, 4, generator=seeded(5))
+    output = paint(model, order=order, return_steps=True)
+    rows = torch.arange(4).unsqueeze(1)
+    before = torch.zeros(4, 4, 4)
+    for step, (masked, kept) in zip(output.steps, unmasking_steps(4, 3), strict=True):
+        positions = order[:, kept:masked].sort(dim=1).values
+        torch.testing.assert_close(step.tokens[rows, positions], step.revealed)
+        untouched = torch.ones(4, 4, dtype=torch.bool).scatter(1, positions, False)
+        assert torch.equal(step.tokens[untouched], before[untouched])
+        assert step.condition.shape == (4, masked - kept, 16)
+        before = step.tokens
+    assert torch.equal(before, patchify(output.latents, 2))
+    assert not generate(model, LABELS, num_unmasking_steps=3).steps
+
+
+def test_a_student_paints_in_one_pass_a_step():
+    """x0 of the revealed tokens from noise that belongs to the position, scaled by the temperature."""
+    student, order = tiny_student(), random_order(4, 4, generator=seeded(5))
+    output = paint(student, order=order, temperature=0.7, return_steps=True)
+    noise = 0.7 * torch.randn(4, 4, 4, generator=seeded())
+    tokens, rows = torch.zeros(4, 4, 4), torch.arange(4).unsqueeze(1)
+    for masked, kept in unmasking_steps(4, 3):
+        positions = order[:, kept:masked].sort(dim=1).values
+        with torch.no_grad():
+            revealed, _ = student.one_step(tokens, LABELS, order, masked, kept, noise[rows, positions])
+        tokens = tokens.clone()
+        tokens[rows, positions] = revealed
+    torch.testing.assert_close(output.steps[-1].tokens, tokens)
+
+
+def test_a_teacher_denoises_and_a_student_does_not():
+    """The same weights under either configuration: the head runs once a token, or once a diffusion step."""
+    for build, calls in ((tiny_model, 3 * 5), (tiny_student, 3)):
+        model, count = build(), []
+        model.diffloss.register_forward_hook(lambda *_, count=count: count.append(1))
+        paint(model, num_diffusion_steps=5)
+        assert len(count) == calls
+
+
+def test_temperature_and_diffusion_steps_matter():
+    teacher = tiny_model()
+    latents = paint(teacher).latents
+    assert not torch.equal(latents, paint(teacher, temperature=0.5).latents)
+    assert torch.equal(latents, paint(teacher, num_diffusion_steps=4).latents)  # the configuration's
+    assert not torch.equal(latents, paint(teacher, num_diffusion_steps=3).latents)
+
+
+def test_guidance_of_a_teacher():
+    teacher = tiny_model()
+    plain = paint(teacher, return_steps=True)
+    assert [step.guidance_scale for step in plain.steps] == [1.0] * 3
+    guided = paint(teacher, guidance_scale=2.0, guidance_schedule="constant", return_steps=True)
+    assert [step.guidance_scale for step in guided.steps] == [2.0] * 3
+    assert guided.steps[0].condition.shape[0] == 8
+    torch.testing.assert_close(guided.steps[0].condition[:4], plain.steps[0].condition)
+    assert not torch.allclose(guided.latents, plain.latents)
+
+
+def test_guidance_is_refused_for_a_student():
+    with pytest.raises(ValueError, match=r"guidance_scale 1\.5 was given to a one-step student"):
+        paint(tiny_student(), guidance_scale=1.5)
+
+
+def test_the_null_class_needs_a_batch_size(model):
+    output = generate(model, None, batch_size=2, num_unmasking_steps=2, generator=seeded())
+    assert output.latents.shape == (2, 1, 4, 4)
+    with pytest.raises(ValueError, match="give class_labels, or batch_size"):
+        generate(model, None, num_unmasking_steps=2)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_unknown_class_labels_are_named(model, label):
+    with pytest.raises(ValueError, match=rf"class label {label} is outside 0\.\.2"):
+        generate(model, torch.tensor([0, label]), num_unmasking_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_unmasking_steps": 0}, "num_unmasking_steps must be at least 1, not 0"),
+        ({"guidance_schedule": "cosine"}, 'guidance_schedule must be "linear" or "constant"'),
+    ],
+)
+def test_wrong_settings_are_named(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        paint(model, **settings)
+
+
+def test_nothing_takes_a_gradient(model):
+    assert all(p.requires_grad for p in model.parameters())
+    assert not paint(model).latents.requires_grad
+
+
+def test_generation_does_not_spoil_later_training(model):
+    """Arrays of the diffusion process are cached; made under inference mode they could not be saved for a backward pass."""
+    with torch.inference_mode():
+        paint(model, num_diffusion_steps=6)
+    noise = torch.randn(2, 1, 4)
+    tokens, order = torch.randn(2, 4, 4), random_order(2, 4)
+    t = model.config.one_step_timestep or 1
+    output = model(tokens, LABELS[:2], order, 1, noisy_tokens=noise, timesteps=torch.full((1,), t))
+    (model.schedule.alpha(torch.full((1,), t)) * output.model_output).sum().backward()
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts operations that make the host wait for a device: reading a number, or asking how many entries are non-zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        self.count += any(word in name for word in ("_local_scalar_dense", "nonzero", "unique", "masked_select"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(model):
+    """Only the check of the class labels reads anything back, however many steps follow."""
+    counts = []
+    for num_unmasking_steps, num_diffusion_steps in ((1, 2), (4, 6)):
+        with HostSyncs() as syncs:
+            paint(model, num_unmasking_steps=num_unmasking_steps, num_diffusion_steps=num_diffusion_steps)
+        counts.append(syncs.count)
+    assert counts[0] == counts[1] <= 4
+
+
+def test_host_syncs_are_seen():
+    """The counter of the test above would notice one."""
+    with HostSyncs() as syncs:
+        torch.ones(3).sum().item()
+        torch.ones(3)[torch.tensor([True, False, True])]
+    assert syncs.count == 2
