@@ -39,6 +39,7 @@ COMMANDS = {
     "evaluate": Command("marval_rl.commands.evaluate", "measure quality, diversity, rewards and speed of a model"),
     "report": Command("marval_rl.commands.report", "write one HTML page about one or several runs"),
     "rewards": Command("marval_rl.commands.rewards", "list the rewards, or score images with one"),
+    "bench": Command("marval_rl.commands.bench", "time a student against its teacher"),
     "env": Command("marval_rl.commands.env", "print versions and hardware, for bug reports"),
 }
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv  # wherever it stands; and known even where parsing fails
     argv = [argument for argument in argv if argument != "--debug"]
     try:
-        return _run(argv)
+        return run_command(argv)
     except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, f"unexpected error: {message} (run again with --debug for the traceback)", debug)
 
 
-def _run(argv: list[str]) -> int:
+def run_command(argv: Sequence[str]) -> int:
+    """Runs one command, letting its errors through, and returns the exit code."""
     position = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
     overview = _overview_parser()
     overview.parse_args(argv[:position])  # --help, --version, or an error

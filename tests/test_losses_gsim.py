@@ -1,11 +1,11 @@
 """GSIM's gradient where everything is known: student, teacher and auxiliary network are Gaussians.
 
-The student paints x_0 = mu + tau z, so x_t = alpha x_0 + sigma eps is Gaussian too and the auxiliary network can be exact. Expectations
-over (z, eps) are Gauss-Hermite sums: no sampling noise, and float64 leaves room for tight tolerances.
+The student paints x_0 = mu + tau z, so x_t = alpha x_0 + sigma eps is Gaussian too and the auxiliary network can be
+exact. Expectations over (z, eps) are Gauss-Hermite sums in float64: no sampling noise, tight tolerances.
 
 What is minimised: the loss works on predicted clean tokens, x0_hat = (x_t + sigma^2 s) / alpha. So y is
-k_t (s_theta - s_p) with k_t = sigma^2 / alpha, and the true objective is E_t E_{x_t ~ student}[d(k_t (s_theta - s_p))]: score
-implicit matching with the distance d(k_t .), a constant for each t.
+k_t (s_theta - s_p) with k_t = sigma^2 / alpha, and the true objective is E_t E_{x_t ~ student}[d(k_t (s_theta - s_p))]:
+score implicit matching with the distance d(k_t .), where k_t is a constant of each timestep.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def gsim_gradient(theta: Tensor, teacher: Gaussian, alphas: list[float], r: floa
 @pytest.mark.parametrize("r", [1e-5, 0.3])
 @pytest.mark.parametrize("alphas", [[0.9], [0.3], [0.95, 0.6, 0.2]])
 def test_mean_shift_has_the_closed_form(r, alphas):
-    """With equal variances y = sigma^2 (mu - mu_p) / v is constant; its gradient is y / sqrt(|y|^2 + r^2) sigma^2 / v."""
+    """With equal variances y = sigma^2 (mu - mu_p) / v is constant, and d'(y) sigma^2 / v is the gradient."""
     student, teacher = Gaussian(vector(0.5, -0.2), vector(0.7, 0.7)), Gaussian(vector(0.1, 0.4), vector(0.7, 0.7))
     mean_gradient = gsim_gradient(torch.cat([student.mean, student.std.log()]), teacher, alphas, r, num_nodes=4)[:2]
     expected = torch.zeros(2, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_control_the_wrong_sign_is_not_the_gradient():
 
 
 def test_value_and_metric_by_hand():
-    """One token of two channels: y = (3, 4), |y| = 5, and the auxiliary network is (1, 2) away from the student's token."""
+    """One token of two channels: y = (3, 4), |y| = 5; the auxiliary network is (1, 2) away from the student's token."""
     x_start = torch.tensor([[1.0, 1.0]])
     auxiliary = torch.tensor([[2.0, 3.0]])
     teacher = torch.tensor([[-1.0, -1.0]])

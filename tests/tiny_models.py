@@ -35,12 +35,13 @@ def tiny_config(**changes: Any) -> MARConfig:
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> MARModel:
-    """A model in eval mode. A new MAR predicts zeros (its last layer starts at 0), so every weight is drawn at random."""
-    model = MARModel(tiny_config(**changes)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    """A model in eval mode, made by the seed alone. A new MAR predicts zeros, so its weights are disturbed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MARModel(tiny_config(**changes)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
     return model
 
 

@@ -20,7 +20,7 @@ class MARTrainingArguments(TrainingArguments):
     eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": '"no" or "steps".'})
     eval_steps: float | None = field(default=200, metadata={"help": "Generate and judge images every this many steps."})
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: the starting point."})
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the order that the argument parser takes apart
         default="none", metadata={"help": 'Trackers as in transformers ("wandb", "tensorboard", ...); none by default.'}
     )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and all noise."})

@@ -1,0 +1,130 @@
+"""`marval-rl demo`: teacher, one-step student, RL with both gradients, evaluation and report, on real digits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import marval_rl
+
+SHOWN = ("frechet_distance", "held_out_classifier/accuracy", "held_out_classifier/log_probability", "diversity")
+HEADS = ("FD", "held-out accuracy", "held-out log-prob", "diversity", "images/s")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    parser.add_argument("--recipes", type=Path, metavar="DIR", help="default: recipes/digits of this checkout")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each, to see that all runs; means nothing")
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> None:
+    """Runs the whole story, prints a table, and says where the report lies."""
+    start = time.monotonic()
+    recipes = args.recipes or find_recipes()
+    runs = {name: args.output_dir / name for name in ("teacher", "distill", "grpo", "reward_backprop")}
+    sources = {
+        "teacher": [],
+        "distill": ["--teacher", runs["teacher"]],
+        "grpo": ["--model", runs["distill"], "--teacher", runs["teacher"]],
+        "reward_backprop": ["--model", runs["distill"], "--teacher", runs["teacher"]],
+    }
+    commands = {"teacher": "pretrain", "distill": "distill", "grpo": "train", "reward_backprop": "train"}
+    for name, command in commands.items():
+        print(f"\n== {command} {recipes / name}.yaml ({minutes(start)})", flush=True)
+        overrides = [*sources[name], "--output_dir", runs[name], "--overwrite_output_dir", "true"]
+        call(command, recipes / f"{name}.yaml", *overrides, *(quick_overrides(name) if args.quick else []))
+
+    print(f"\n== evaluate ({minutes(start)})", flush=True)
+    count = "40" if args.quick else "1000"
+    guided = ["--guidance_scale", "1.2", "--diffusion_steps", "4" if args.quick else "100"]
+    evaluations = {
+        "teacher, K=16": (runs["teacher"], ["--steps", "16", *guided]),
+        "student, K=16": (runs["distill"], ["--steps", "16"]),
+        "student, K=2": (runs["distill"], ["--steps", "2"]),
+        "student + GRPO, K=2": (runs["grpo"], ["--steps", "2"]),
+        "student + back-propagation, K=2": (runs["reward_backprop"], ["--steps", "2"]),
+    }
+    rows = {}
+    for title, (run_folder, options) in evaluations.items():
+        output = run_folder / "evaluation.json"
+        call("evaluate", run_folder, *options, "--num_images", count, "--output", output, silent=True)
+        rows[title] = json.loads(output.read_text())
+    grids = {}
+    for title in ("teacher, K=16", "student, K=2", "student + GRPO, K=2", "student + back-propagation, K=2"):
+        run_folder, options = evaluations[title]
+        grids[title] = args.output_dir / f"{run_folder.name}.png"
+        call("sample", run_folder, *options, "--per_class", "8", "--output", grids[title], silent=True)
+    picture = save_picture(grids, args.output_dir / "demo.png")
+
+    print_table(rows)
+    print("\nspeed:")
+    call("bench", runs["teacher"], runs["distill"], *(["--diffusion_steps", "4"] if args.quick else []))
+    report = args.output_dir / "report.html"
+    call("report", runs["grpo"], runs["reward_backprop"], "--output", report, silent=True)
+    print(f"\nreport:  {report}\npicture: {picture}\ntime:    {minutes(start)}")
+
+
+def call(command: str, *arguments: object, silent: bool = False) -> None:
+    """Run another command as its own process would, in this one. Its errors are ours."""
+    import contextlib
+    import io
+
+    from marval_rl.cli import run_command
+
+    with contextlib.redirect_stdout(io.StringIO()) if silent else contextlib.nullcontext():
+        run_command([command, *map(str, arguments)])
+
+
+def find_recipes() -> Path:
+    """recipes/digits of the checkout that this package runs from, or of the current folder."""
+    for root in (Path.cwd(), Path(marval_rl.__file__).parents[1]):
+        if (root / "recipes" / "digits").is_dir():
+            return root / "recipes" / "digits"
+    raise ValueError("recipes/digits is not here: run the demo from a checkout, or name the folder with --recipes")
+
+
+def quick_overrides(name: str) -> list[str]:
+    """Settings under which a recipe ends in seconds."""
+    settings = {"max_steps": 8, "eval_steps": 8, "eval_num_images": 40, "logging_steps": 2, "save_steps": 8}
+    settings |= {"per_device_train_batch_size": 24, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    settings |= {"eval_diffusion_steps": 4} if name == "teacher" else {"auxiliary_warmup_steps": 4}
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))] + [
+        "--lr_scheduler_kwargs",
+        "{}",
+    ]
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """The figures of each model, one a line, with the floor of the Frechet distance in the head."""
+    width = max(map(len, rows))
+    floor = next(iter(rows.values()))["frechet_floor"]
+    print(f"\n{'':{width}s}  " + "  ".join(f"{head:>17s}" for head in HEADS))
+    print(f"{'real images':{width}s}  {floor:17.2f}")
+    for title, row in rows.items():
+        figures = [row[name] for name in (*SHOWN, "images_per_second")]
+        print(f"{title:{width}s}  " + "  ".join(f"{figure:17.3f}" for figure in figures))
+
+
+def save_picture(grids: dict[str, Path], path: Path) -> Path:
+    """The sample grids side by side, each under its title."""
+    images = {title: Image.open(grid).convert("RGB") for title, grid in grids.items()}
+    gap, head = 24, 28
+    width = sum(image.width for image in images.values()) + gap * (len(images) + 1)
+    height = max(image.height for image in images.values()) + head + gap
+    picture = Image.new("RGB", (width, height), "white")
+    draw, x = ImageDraw.Draw(picture), gap
+    for title, image in images.items():
+        draw.text((x, 6), title, fill="black", font_size=16)
+        picture.paste(image, (x, head))
+        x += image.width + gap
+    picture.save(path)
+    return path
+
+
+def minutes(start: float) -> str:
+    seconds = int(time.monotonic() - start)
+    return f"{seconds // 60} min {seconds % 60:02d} s"

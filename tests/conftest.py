@@ -1,0 +1,60 @@
+"""What all tests share: one thread, one cache for the classifiers, and a tiny teacher with its tiny student."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def classifier_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder where the classifiers are kept: trained at most once a session, and never in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "MARVAL_RL_CACHE" not in os.environ:
+            patch.setenv("MARVAL_RL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["MARVAL_RL_CACHE"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads only cost time at these sizes, and sums come out alike in the processes that tests start."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class TinyRuns:
+    """Run folders that nothing may change."""
+
+    teacher: Path
+    student: Path
+
+    def models_of(self, recipe: str) -> dict[str, Path]:
+        """The settings that tell a recipe which models to begin with."""
+        settings = {"teacher": self.teacher, "model": self.student}
+        return {name: settings[name] for name in MODELS_OF[recipe]}
+
+
+MODELS_OF = {
+    "teacher": [],
+    "distill": ["teacher"],
+    "grpo": ["teacher", "model"],
+    "reward_backprop": ["teacher", "model"],
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory, classifier_cache: Path) -> TinyRuns:
+    """A teacher of the digits and its student, made by the recipes."""
+    from tiny_recipes import run_recipe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    runs = TinyRuns(folder / "teacher", folder / "student")
+    assert run_recipe("teacher", runs.teacher) == 0
+    assert run_recipe("distill", runs.student, teacher=runs.teacher) == 0
+    return runs

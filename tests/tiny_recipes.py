@@ -1,0 +1,106 @@
+"""The recipes for the digits at a size that runs in a second, through the command line, for tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from marval_rl.cli import main
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "digits"
+COMMANDS = {"teacher": "pretrain", "distill": "distill", "grpo": "train", "reward_backprop": "train"}  # by recipe
+
+# The learning rate decays in the last steps, so that a resumed run must find its place in the schedule.
+TINY = {
+    "use_cpu": True,
+    "max_steps": 6,
+    "per_device_train_batch_size": 16,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "eval_steps": 3,
+    "eval_num_images": 20,
+    "eval_unmasking_steps": 2,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": json.dumps({"num_decay_steps": 3}),
+}
+TINY_RECIPES: dict[str, dict[str, Any]] = {
+    "teacher": {
+        **TINY,
+        "warmup_steps": 1,
+        "hidden_size": 32,
+        "encoder_num_layers": 1,
+        "decoder_num_layers": 1,
+        "num_heads": 2,
+        "head_hidden_size": 32,
+        "head_num_layers": 1,
+        "dropout": 0.1,
+        "eval_diffusion_steps": 4,
+    },
+    "distill": {**TINY, "auxiliary_warmup_steps": 2, "auxiliary_updates": 2},
+    "grpo": {
+        **TINY,
+        "num_generations": 4,
+        "steps_per_generation": 2,  # each step uses half of a rollout: the other half must survive a checkpoint
+        "beta": 0.1,
+        "anchor_weight": 1.0,
+        "anchor_batch_size": 16,
+        "auxiliary_warmup_steps": 1,
+        "auxiliary_updates": 2,
+    },
+    "reward_backprop": {
+        **TINY,
+        "anchor_batch_size": 16,
+        "auxiliary_warmup_steps": 1,
+        "auxiliary_updates": 2,
+    },
+}
+
+
+def run_recipe(recipe: str, output_dir: Path, *flags: str, path: Path | None = None, **settings: Any) -> int:
+    """Runs one of the recipes for the digits, made tiny, and returns the exit code.
+
+    recipe    its name; path replaces its file, with the command and the tiny settings of that name
+    flags     such as "--resume"
+    settings  win over the tiny ones; None leaves a setting as the recipe has it
+    """
+    return main(command_line(recipe, output_dir, *flags, path=path, **settings))
+
+
+def command_line(recipe: str, output_dir: Path, *flags: str, path: Path | None = None, **settings: Any) -> list[str]:
+    """The arguments that `run_recipe` hands to the command line."""
+    merged = {**TINY_RECIPES[recipe], "output_dir": output_dir, **settings}
+    words = [COMMANDS[recipe], str(path or RECIPES / f"{recipe}.yaml")]
+    for key, value in merged.items():
+        if value is not None:
+            words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [*words, *flags]
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, which must be JSON in the strict sense: finite numbers only."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} in metrics.jsonl")
+
+
+def comparable_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the clock decides."""
+    return [{name: value for name, value in line.items() if not _is_timing(name)} for line in read_lines(run)]
+
+
+def _is_timing(name: str) -> bool:
+    return name == "time" or name.endswith(("_runtime", "_per_second"))
+
+
+def training_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that training steps wrote."""
+    return [line for line in read_lines(run) if "loss" in line]
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
