@@ -84,6 +84,21 @@ def test_variance_values_run_between_the_two_bounds():
         torch.testing.assert_close(log_variance, schedule.at(bound, t).expand(3, 3))
 
 
+def test_clipping_keeps_the_predicted_start_in_its_range():
+    schedule = make_schedule(1000, 100)
+    x_t, noise = draws(4)
+    output, t = torch.cat([noise, torch.zeros_like(noise)], dim=-1), torch.full((4,), 98)
+    _, log_variance, free = posterior(schedule, output, x_t, t)
+    mean, same_log_variance, clipped = posterior(schedule, output, x_t, t, clip_range=1.0)
+    assert free.abs().max() > 1
+    assert torch.equal(clipped, free.clamp(-1, 1))
+    assert torch.equal(same_log_variance, log_variance)
+    coefficients = (schedule.at(f"posterior_mean_coef{i}", t) for i in (1, 2))
+    torch.testing.assert_close(mean, sum(c * x for c, x in zip(coefficients, (clipped, x_t), strict=True)))
+    step = reverse_step(schedule, output, x_t, 98, noise, 0.0, clip_range=1.0)
+    torch.testing.assert_close(step, mean)
+
+
 def test_temperature_scales_the_added_noise():
     schedule = make_schedule(1000, 100)
     x_t, noise = draws(4)

@@ -102,6 +102,15 @@ def test_temperature_and_diffusion_steps_matter():
     assert not torch.equal(latents, paint(teacher, num_diffusion_steps=3).latents)
 
 
+def test_a_clipped_teacher_stays_in_the_range_of_pixels():
+    """At the last reverse step the sample is the predicted start itself."""
+    free = paint(tiny_model()).latents
+    clipped = paint(tiny_model(clip_sample_range=0.5)).latents
+    assert free.abs().max() > 0.5
+    assert clipped.abs().max() == 0.5
+    assert 0 < (clipped.abs() < 0.5).float().mean()
+
+
 def test_guidance_of_a_teacher():
     teacher = tiny_model()
     plain = paint(teacher, return_steps=True)

@@ -126,6 +126,18 @@ def test_clip_shares_are_means_over_entries():
     assert metrics["ratio"].item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [200.0, -200.0])
+def test_a_policy_that_ran_away_gives_no_nan(log_ratio, advantage):
+    """exp(200) is infinite in float32, and infinity times a clipped gradient of 0, or an advantage of 0, is NaN."""
+    log_prob = torch.tensor([log_ratio], requires_grad=True)
+    loss, metrics = clipped_policy_loss(log_prob, torch.zeros(1), torch.tensor([advantage]))
+    loss.backward()
+    assert loss.isfinite()
+    assert log_prob.grad.isfinite().all()
+    assert all(value.isfinite() for value in metrics.values())
+
+
 def test_advantages_of_hand_made_groups():
     rewards = torch.tensor([1.0, 3.0, 10.0, 10.0, 0.0, 4.0])  # groups (1, 3), (10, 10), (0, 4)
     advantages, metrics = group_advantages(rewards, 2)

@@ -7,6 +7,7 @@ import math
 import signal
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -15,9 +16,19 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_student
-from tiny_recipes import COMMANDS, RECIPES, command_line, is_finite, read_lines, run_recipe, training_lines
+from tiny_recipes import (
+    COMMANDS,
+    RECIPES,
+    command_line,
+    comparable_lines,
+    is_finite,
+    read_lines,
+    run_recipe,
+    training_lines,
+)
 from torch import Tensor, nn
 
+from marval_rl.cli import main
 from marval_rl.commands.sources import DataArguments, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.data import class_rows
 from marval_rl.models import MARModel
@@ -134,20 +145,19 @@ def test_the_written_recipe_parses_back_to_the_same_settings(runs, tiny_runs, re
 
 
 def public(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    """What the user sets, without the handle to the machine that transformers keeps beside it."""
+    return {name: value for name, value in vars(config).items() if name[0] != "_" and name != "distributed_state"}
 
 
 def test_parity_measures_mode_coverage_and_the_same_recipe_twice_gives_the_same_metrics(tmp_path):
     settings = {"labelling": "parity", "max_steps": 2, "eval_steps": 2, "eval_num_images": 12}
     assert run_recipe("teacher", tmp_path / "a", **settings) == 0
     torch.manual_seed(99)  # whatever ran before in this process must not matter
-    assert run_recipe("teacher", tmp_path / "b", path=tmp_path / "a" / "recipe.yaml") == 0
-    a, b = read_lines(tmp_path / "a"), read_lines(tmp_path / "b")
-    coverage = [line["eval_mode_coverage"] for line in a if "eval_mode_coverage" in line]
+    assert main(["pretrain", str(tmp_path / "a" / "recipe.yaml"), "--output_dir", str(tmp_path / "b")]) == 0
+    lines = comparable_lines(tmp_path / "a")
+    assert lines == comparable_lines(tmp_path / "b")
+    coverage = [line["eval_mode_coverage"] for line in lines if "eval_mode_coverage" in line]
     assert len(coverage) == 2 and all(0 <= value <= 1.5 for value in coverage)
-    assert [[line.get(name) for name in ("step", "loss", "grad_norm", "eval_diversity")] for line in a] == [
-        [line.get(name) for name in ("step", "loss", "grad_norm", "eval_diversity")] for line in b
-    ]
 
 
 # Trainers of tiny models: 1 x 4 x 4 pixels, 4 tokens, 3 classes
@@ -165,11 +175,20 @@ GRPO = {**QUIET, "num_generations": 4, "num_unmasking_steps": 2, "sigma": 0.2}
 ANCHOR = {"anchor_weight": 1.0, "anchor_batch_size": 8, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3}
 
 
-def brightness(images: Tensor, **_: Any) -> Tensor:
-    return images.mean(dim=(1, 2, 3))
+def grey_student() -> MARModel:
+    """A student whose pixels are of all greys: few are black or white, where a reward has no slope."""
+    student = tiny_student(1, one_step_timestep=400)
+    with torch.no_grad():
+        for parameter in student.diffloss.net.final_layer.linear.parameters():
+            parameter *= 0.3
+    return student
 
 
-brightness.differentiable = True
+def darkness(images: Tensor, **_: Any) -> Tensor:
+    return 1 - images.mean(dim=(1, 2, 3))
+
+
+darkness.differentiable = True
 
 
 def constant(images: Tensor, **_: Any) -> list[float]:
@@ -191,12 +210,12 @@ def distiller(folder: Path, teacher: MARModel, **settings: Any) -> DistillTraine
     return DistillTrainer(teacher, DistillConfig(str(folder), **settings), train_dataset=tiny_images())
 
 
-def grpo_trainer(folder: Path, student: MARModel, reward: Any = brightness, **settings: Any) -> MARGRPOTrainer:
+def grpo_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any) -> MARGRPOTrainer:
     config = MARGRPOConfig(str(folder), **{**GRPO, **settings})
     return MARGRPOTrainer(student, RewardSet([reward]), config, train_dataset=class_rows(3), **anchor_of(config))
 
 
-def backprop_trainer(folder: Path, student: MARModel, reward: Any = brightness, **settings: Any):
+def backprop_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any):
     config = RewardBackpropConfig(str(folder), **{**QUIET, "num_unmasking_steps": 2, **settings})
     return RewardBackpropTrainer(student, RewardSet([reward]), config, train_dataset=class_rows(3), **anchor_of(config))
 
@@ -237,6 +256,19 @@ def snapshots_by_step(trainer: MARTrainer, modules: dict[str, nn.Module]) -> lis
     trainer.callback_handler.callbacks[-1].update = after_each_step  # the callback that was added last
     trainer.train()
     return states
+
+
+@pytest.mark.parametrize("make", [distiller, grpo_trainer, backprop_trainer])
+def test_both_networks_get_the_weight_decay_and_the_rate_that_are_set(tmp_path, make):
+    settings = {"weight_decay": 0.07, "learning_rate": 1e-3, "auxiliary_learning_rate": 2e-3, "adam_beta1": 0.5}
+    anchor = {} if make is distiller else ANCHOR
+    model = tiny_model(3) if make is distiller else tiny_student(1)
+    trainer = make(tmp_path, model, **settings, **anchor)
+    groups = trainer.create_optimizer().param_groups
+    assert [(group["lr"], group["weight_decay"], group["betas"][0]) for group in groups] == [
+        (1e-3, 0.07, 0.5),
+        (2e-3, 0.07, 0.5),
+    ]
 
 
 # Who moves
@@ -327,7 +359,7 @@ def test_before_the_first_update_every_ratio_is_one(tiny_runs, tmp_path, monkeyp
     config = MARGRPOConfig(
         str(tmp_path), **{**GRPO, "num_unmasking_steps": 8, "num_iterations": 2}, max_steps=2, learning_rate=1e-3
     )
-    MARGRPOTrainer(student, RewardSet([brightness]), config, train_dataset=class_rows(10)).train()
+    MARGRPOTrainer(student, RewardSet([darkness]), config, train_dataset=class_rows(10)).train()
     count = len(unmasking_steps(16, 8))
     assert len(ratios) == 2 * count
     torch.testing.assert_close(torch.cat(ratios[:count]), torch.ones(8 * count), atol=1e-5, rtol=0)
@@ -335,16 +367,14 @@ def test_before_the_first_update_every_ratio_is_one(tiny_runs, tmp_path, monkeyp
 
 
 def test_grpo_raises_a_learnable_reward(tmp_path):
-    trainer = grpo_trainer(
-        tmp_path, tiny_student(1), max_steps=15, learning_rate=3e-3, per_device_train_batch_size=48, num_generations=8
-    )
+    settings = {"per_device_train_batch_size": 48, "num_generations": 8, "sigma": 0.4, "max_steps": 12}
+    trainer = grpo_trainer(tmp_path, grey_student(), **settings, learning_rate=3e-3)
     trainer.train()
     rewards = logged(trainer, "reward")
-    assert len(rewards) == 15
-    noise = torch.tensor(rewards[:3]).std().item() + torch.tensor(rewards[-3:]).std().item()
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + max(0.05, 3 * noise)
-    assert logged(trainer, "rewards/brightness/mean") == pytest.approx(rewards)
-    assert all(value == 0 for value in logged(trainer, "frac_reward_zero_std"))
+    assert len(rewards) == 12
+    assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.2
+    assert logged(trainer, "rewards/darkness/mean") == pytest.approx(rewards)
+    assert logged(trainer, "frac_reward_zero_std") == [0.0] * 12
 
 
 def test_grpo_learns_nothing_from_a_constant_reward(tmp_path):
@@ -359,10 +389,7 @@ def test_grpo_learns_nothing_from_a_constant_reward(tmp_path):
 
 
 def recorded_use(monkeypatch, trainer: MARGRPOTrainer) -> list[tuple[int, Tensor]]:
-    """Trains; returns (optimizer step, noise of the images it used) for each micro-batch, and checks the rollouts.
-
-    The noise of a rollout identifies its images.
-    """
+    """Trains; returns (optimizer step, numbers that identify the images it used) for each micro-batch."""
     used, generated = [], []
     original, policy_loss = trainer.generate_rollouts, trainer._policy_loss
 
@@ -411,31 +438,17 @@ def test_steps_per_generation_spreads_a_rollout_over_several_updates(tmp_path, m
 
 
 def test_two_accumulated_micro_batches_are_one_batch_of_twice_the_size(tmp_path, monkeypatch):
-    student = tiny_student(1)
-    trainers = [
-        grpo_trainer(tmp_path / str(size), tiny_student(1), max_steps=2, learning_rate=1e-3, **settings)
-        for size, settings in enumerate(
-            [
-                {"per_device_train_batch_size": 16},
-                {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
-            ]
-        )
-    ]
-    uses = [recorded_use(monkeypatch, trainer) for trainer in trainers]
-    assert [trainer.generated_at for trainer in trainers] == [[0, 1], [0, 1]]
-    assert images_in(uses[0][0]) == images_in(*uses[1][:2])
-    assert images_in(uses[0][1]) == images_in(*uses[1][2:])
-    assert logged(trainers[0], "loss") == pytest.approx(logged(trainers[1], "loss"), abs=1e-5)
-    assert logged(trainers[0], "grad_norm") == pytest.approx(logged(trainers[1], "grad_norm"), rel=1e-3)
-    one, other, start = (
-        torch.cat([p.flatten() for p in model.parameters()])
-        for model in (
-            trainers[0].mar,
-            trainers[1].mar,
-            student,
-        )
-    )
-    assert (one - other).norm() < 0.02 * (one - start).norm()
+    settings = {"max_steps": 1, "learning_rate": 1e-2, "optim": "sgd"}  # Adam would blow up differences of rounding
+    whole = grpo_trainer(tmp_path / "whole", grey_student(), **settings, per_device_train_batch_size=16)
+    halves = grpo_trainer(tmp_path / "halves", grey_student(), **settings, gradient_accumulation_steps=2)
+    start = nn.utils.parameters_to_vector(whole.mar.parameters()).detach().clone()
+    used, in_halves = recorded_use(monkeypatch, whole), recorded_use(monkeypatch, halves)
+    assert len(used) == 1 and len(in_halves) == 2
+    assert images_in(*used) == images_in(*in_halves)
+    for name in ("loss", "grad_norm", "reward"):
+        assert logged(whole, name) == pytest.approx(logged(halves, name), rel=1e-3, abs=1e-5)
+    one, other = (nn.utils.parameters_to_vector(trainer.mar.parameters()) for trainer in (whole, halves))
+    assert (one - other).norm() < 1e-3 * (one - start).norm()
 
 
 def test_a_subset_of_the_unmasking_steps_is_drawn_anew_each_time(tmp_path, monkeypatch):
@@ -490,11 +503,11 @@ def test_rewards_are_asked_about_finished_images_with_their_prompts_and_columns(
 # Reward back-propagation
 
 
-def test_reward_backprop_raises_the_brightness(tmp_path):
-    trainer = backprop_trainer(tmp_path, tiny_student(1), max_steps=10, learning_rate=3e-3)
+def test_reward_backprop_raises_the_reward(tmp_path):
+    trainer = backprop_trainer(tmp_path, grey_student(), max_steps=8, learning_rate=3e-3)
     trainer.train()
     rewards = logged(trainer, "reward")
-    assert len(rewards) == 10 and sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.05
+    assert len(rewards) == 8 and mean(rewards[-3:]) > mean(rewards[:3]) + 0.2
     assert logged(trainer, "loss") == pytest.approx([-reward for reward in rewards], abs=1e-5)
 
 

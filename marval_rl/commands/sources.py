@@ -109,9 +109,6 @@ class RewardArguments:
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Rewards: names, file.py:attribute or package.module:attribute."}
     )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "A weight for each reward (default: 1)."}
-    )
     reward_kwargs: dict | None = field(
         default=None, metadata={"help": "Reward name -> keyword arguments of its class."}
     )

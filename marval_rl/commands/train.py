@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         student = load_model(rewarded.model, one_step=True)
         data.check_classes(student.config, rewarded.model)
         anchored = config.anchor_weight > 0
-        rewards = RewardSet(rewarded.reward_funcs, rewarded.reward_weights, rewarded.reward_kwargs)
+        rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs)
         judges = None
         if rewarded.eval_reward_funcs:
             judges = RewardSet(rewarded.eval_reward_funcs, reward_kwargs=rewarded.eval_reward_kwargs)

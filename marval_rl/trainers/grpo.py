@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from marval_rl.losses.policy import action_kl, action_log_prob, clipped_policy_loss, group_advantages
 from marval_rl.models import MARModel
 from marval_rl.models.unmasking import unmasking_steps
-from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
 from marval_rl.trainers.rollout import sample_rollout, step_mean
@@ -67,14 +66,14 @@ class MARGRPOTrainer(RewardTrainer):
 
     args: MARGRPOConfig
 
-    def __init__(self, model: MARModel, rewards: RewardSet, args: MARGRPOConfig, **kwargs: Any):
-        super().__init__(model, rewards, args, **kwargs)
-        self.pairs = unmasking_steps(model.config.num_tokens, args.num_unmasking_steps)
+    def __init__(self, model: MARModel | str, reward_funcs: Any, args: MARGRPOConfig, **kwargs: Any):
+        super().__init__(model, reward_funcs, args, **kwargs)
+        self.pairs = unmasking_steps(self.mar.config.num_tokens, args.num_unmasking_steps)
         if args.num_trained_steps is not None and not 1 <= args.num_trained_steps <= len(self.pairs):
             raise ValueError(f"num_trained_steps {args.num_trained_steps} is outside 1..{len(self.pairs)}")
         self.reference = None
         if args.beta > 0:
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
+            self.reference = copy.deepcopy(self.mar).eval().requires_grad_(False).to(args.device)
 
     def get_train_dataloader(self) -> DataLoader:
         """One batch holds the rows of one generation batch; each row becomes a group of images."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from marval_rl.models import MARModel
-from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
 from marval_rl.trainers.rollout import differentiable_rollout
@@ -29,13 +28,13 @@ class RewardBackpropTrainer(RewardTrainer):
 
     args: RewardBackpropConfig
 
-    def __init__(self, model: MARModel, rewards: RewardSet, args: RewardBackpropConfig, **kwargs: Any):
-        if not rewards.differentiable:
+    def __init__(self, model: MARModel | str, reward_funcs: Any, args: RewardBackpropConfig, **kwargs: Any):
+        super().__init__(model, reward_funcs, args, **kwargs)
+        if not self.rewards.differentiable:
             raise ValueError(
-                f"reward_backprop needs differentiable rewards, but not all of {', '.join(rewards.names)} are: "
+                f"reward_backprop needs differentiable rewards, but not all of {', '.join(self.rewards.names)} are: "
                 "use method grpo, or a reward class with `differentiable = True`"
             )
-        super().__init__(model, rewards, args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
         if self.state.global_step % self.cycle:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from marval_rl.models import MARModel, patchify
+from marval_rl.models.checkpoints import load_model
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
-from marval_rl.rewarding import RewardScores, RewardSet
+from marval_rl.rewarding import Reward, RewardScores, RewardSet
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
@@ -32,6 +33,9 @@ class RewardTrainingArguments(MARTrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the student."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the student."})
     ema_decay: float = field(default=0.98, metadata={"help": "Decay of the weight average that is sampled and saved."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each reward; default 1."}
+    )
     num_unmasking_steps: int = field(default=8, metadata={"help": "K, unmasking steps of a rollout."})
     eval_unmasking_steps: int | None = field(
         default=None, metadata={"help": "K in evaluation (default: as in training)."}
@@ -73,8 +77,8 @@ class RewardTrainer(MARTrainer):
     """Base of the two reward trainers; not used by itself.
 
     Args:
-        model: A one-step student.
-        rewards: What is trained on.
+        model: A one-step student, or the path of one.
+        reward_funcs: What is trained on: a RewardSet, or one or a list of names, `file.py:attribute` and callables.
         args: The settings.
         train_dataset: Rows {"class_labels": int, ...}; further columns are handed to the rewards.
         teacher: The MAR teacher; needed with an anchor.
@@ -87,8 +91,8 @@ class RewardTrainer(MARTrainer):
 
     def __init__(
         self,
-        model: MARModel,
-        rewards: RewardSet,
+        model: MARModel | str,
+        reward_funcs: RewardSet | str | Reward | list[str | Reward],
         args: RewardTrainingArguments,
         train_dataset: Dataset,
         teacher: MARModel | None = None,
@@ -96,6 +100,8 @@ class RewardTrainer(MARTrainer):
         anchor_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
+        if isinstance(model, str):
+            model = load_model(model)
         if not model.config.is_one_step:
             raise ValueError("the model is a many-step teacher: distil it first, RL needs a one-step student")
         anchored = args.anchor_weight > 0
@@ -103,7 +109,7 @@ class RewardTrainer(MARTrainer):
             raise ValueError(f"anchor_weight {args.anchor_weight} needs a teacher and a data set of images")
         network = StudentNetworks(model, _auxiliary_network(teacher, auxiliary) if anchored else None)
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
-        self.rewards = rewards
+        self.rewards = reward_set(reward_funcs, args.reward_weights)
         self.anchor_dataset = anchor_dataset
         self.cycle = args.auxiliary_updates if anchored else 1
         self.warmup_steps = args.auxiliary_warmup_steps if anchored else 0
@@ -184,6 +190,15 @@ class RewardTrainer(MARTrainer):
         super().save_final(folder)
         if self.model.auxiliary is not None:
             save_auxiliary(self.model.auxiliary, folder)
+
+
+def reward_set(
+    reward_funcs: RewardSet | str | Reward | list[str | Reward], reward_weights: list[float] | None
+) -> RewardSet:
+    """The rewards as a RewardSet, whatever way they were given."""
+    if isinstance(reward_funcs, RewardSet):
+        return reward_funcs
+    return RewardSet(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], reward_weights)
 
 
 def _auxiliary_network(teacher: MARModel, auxiliary: DiffusionHead | Path | None) -> DiffusionHead:

@@ -1,0 +1,241 @@
+"""Stopping and going on: a run that was killed and resumed ends exactly as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_recipes import COMMANDS, command_line, comparable_lines, run_recipe
+
+from marval_rl.errors import CheckpointError
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.resume import find_checkpoint
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_runs, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of each recipe."""
+    runs = {"teacher": tiny_runs.teacher, "distill": tiny_runs.student}
+    for recipe in ("grpo", "reward_backprop"):
+        runs[recipe] = tmp_path_factory.mktemp(recipe) / "undisturbed"
+        assert run_recipe(recipe, runs[recipe], **tiny_runs.models_of(recipe)) == 0
+    return runs
+
+
+def fail_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Lets every training end in this optimizer step as it would by a power cut: nothing more is written."""
+    original = MARTrainer.training_step
+
+    def training_step(self: MARTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise OSError("the lights went out")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MARTrainer, "training_step", training_step)
+
+
+def assert_same_end(run: Path, other: Path, last: str = "checkpoint-6") -> None:
+    """The final model, every state in the last checkpoint and the metrics agree bit for bit."""
+    for file in (
+        "final/model.safetensors",
+        "final/auxiliary.safetensors",
+        *(f"{last}/{name}.safetensors" for name in ("model", "ema", "buffer_0")),
+    ):
+        assert (run / file).exists() == (other / file).exists(), file
+        if (run / file).exists():
+            one, two = load_file(run / file), load_file(other / file)
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[name], two[name]) for name in one), file
+    for file in ("optimizer.pt", "scheduler.pt"):
+        states = [torch.load(folder / last / file, weights_only=True) for folder in (run, other)]
+        assert_equal_nested(*states)
+    assert comparable_lines(run) == comparable_lines(other)
+
+
+def assert_equal_nested(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_nested(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal_nested(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_a_run_that_broke_off_and_was_resumed_ends_as_one_that_did_not(
+    undisturbed, tiny_runs, tmp_path, monkeypatch, recipe
+):
+    run, settings = tmp_path / "run", tiny_runs.models_of(recipe)
+    with monkeypatch.context() as patch:
+        fail_in_step(patch, 4)  # a step after the checkpoint, so that metrics.jsonl has a line too many
+        assert run_recipe(recipe, run, **settings) == 1
+    assert [line["step"] for line in comparable_lines(run)] == [0, 1, 2, 3, 3, 4]
+    assert not (run / "checkpoint-6").exists() and not (run / "final").exists()
+    torch.manual_seed(99)  # a new process has another state
+    assert run_recipe(recipe, run, "--resume", **settings) == 0
+    assert_same_end(run, undisturbed[recipe])
+
+
+def test_the_figures_of_a_line_survive_a_checkpoint_in_between(tiny_runs, tmp_path, monkeypatch):
+    # A line is the mean over 4 steps, the checkpoint lies in their middle.
+    settings = {**tiny_runs.models_of("grpo"), "logging_steps": 4, "save_steps": 2, "max_steps": 4, "eval_steps": 4}
+    assert run_recipe("grpo", tmp_path / "whole", **settings) == 0
+    with monkeypatch.context() as patch:
+        fail_in_step(patch, 3)
+        assert run_recipe("grpo", tmp_path / "broken", **settings) == 1
+    assert run_recipe("grpo", tmp_path / "broken", "--resume", **settings) == 0
+    assert_same_end(tmp_path / "broken", tmp_path / "whole", last="checkpoint-4")
+
+
+def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monkeypatch):
+    # 1297 images in batches of 500: an epoch ends after 3 steps, and the run breaks off in the second one.
+    settings = {
+        "max_steps": 5,
+        "per_device_train_batch_size": 500,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "save_steps": 1,
+        "lr_scheduler_kwargs": json.dumps({"num_decay_steps": 1}),
+    }
+    assert run_recipe("teacher", tmp_path / "whole", **settings) == 0
+    with monkeypatch.context() as patch:
+        fail_in_step(patch, 4)
+        assert run_recipe("teacher", tmp_path / "broken", **settings) == 1
+    assert run_recipe("teacher", tmp_path / "broken", "--resume", **settings) == 0
+    assert_same_end(tmp_path / "broken", tmp_path / "whole", last="checkpoint-5")
+
+
+def test_an_incomplete_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed["distill"], run)
+    shutil.rmtree(run / "final")
+    state = run / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    assert run_recipe("distill", run, "--resume", **tiny_runs.models_of("distill")) == 0
+    output = capsys.readouterr().out
+    assert f"{run / 'checkpoint-6'} is incomplete" in output and f"resuming from {run / 'checkpoint-3'}" in output
+    assert_same_end(run, undisturbed["distill"])
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed, tiny_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed["distill"], run)
+    assert run_recipe("distill", run, "--resume", **tiny_runs.models_of("distill")) == 0
+    assert_same_end(run, undisturbed["distill"])
+
+
+def test_a_checkpoint_can_be_named(undisturbed, tiny_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed["distill"], run)
+    flags = ("--resume", str(run / "checkpoint-3"))
+    assert run_recipe("distill", run, *flags, **tiny_runs.models_of("distill")) == 0
+    assert_same_end(run, undisturbed["distill"])
+
+
+@pytest.mark.parametrize("resume", ["latest", "named"])
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path, resume):
+    torn = tmp_path / "checkpoint-2"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 2, "log_hist')
+    if resume == "latest":
+        with pytest.raises(CheckpointError, match="no complete checkpoint to resume from; start without --resume"):
+            find_checkpoint(tmp_path, "latest")
+    else:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 is no complete checkpoint"):
+            find_checkpoint(tmp_path, str(torn))
+
+
+def test_checkpoints_are_compared_as_numbers(tmp_path):
+    for step in (900, 1000):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1000"
+
+
+# Real processes, real signals
+
+SIGNALLING_REWARD = '''
+import os
+import signal
+
+scored = 0
+
+
+def brightness(images, **columns):
+    """Sends this process a signal when it is asked for the third time."""
+    global scored
+    scored += 1
+    if scored == 3 and "SEND_SIGNAL" in os.environ:
+        os.kill(os.getpid(), int(os.environ["SEND_SIGNAL"]))
+    return images.mean(dim=(1, 2, 3))
+'''
+
+
+@pytest.fixture(scope="module")
+def signalling(tiny_runs, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    """Settings of GRPO with an anchor and a reward that sends a signal, and their undisturbed run.
+
+    A rollout is made in step 0, 2, 4, ...: every second step trains the student and the others the auxiliary network.
+    """
+    folder = tmp_path_factory.mktemp("signalling")
+    (folder / "rewards.py").write_text(SIGNALLING_REWARD)
+    settings = {
+        **tiny_runs.models_of("grpo"),
+        "reward_funcs": f"{folder / 'rewards.py'}:brightness",
+        "steps_per_generation": 1,
+        "max_steps": 9,
+        "save_steps": 3,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+    }
+    assert run_recipe("grpo", folder / "undisturbed", **settings) == 0
+    return settings, folder / "undisturbed"
+
+
+def run_in_process(run: Path, sends: signal.Signals, **settings: Any) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "marval_rl", *command_line("grpo", run, **settings)],
+        env={**os.environ, "SEND_SIGNAL": str(int(sends)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_a_killed_process_is_resumed_to_the_same_weights(signalling, tmp_path):
+    settings, undisturbed = signalling
+    result = run_in_process(tmp_path / "run", signal.SIGKILL, **settings)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3"}
+    assert comparable_lines(tmp_path / "run")[-1]["step"] == 4
+    assert run_recipe("grpo", tmp_path / "run", "--resume", **settings) == 0
+    assert_same_end(tmp_path / "run", undisturbed, last="checkpoint-9")
+
+
+def test_an_interrupted_process_keeps_a_checkpoint_and_is_resumed_to_the_same_weights(signalling, tmp_path):
+    settings, undisturbed = signalling
+    result = run_in_process(tmp_path / "run", signal.SIGINT, **settings)
+    assert result.returncode == 130, result.stderr
+    assert result.stderr.splitlines() == ["marval-rl: error: interrupted"]
+    assert "stopped at step 5: a checkpoint is kept, --resume goes on from it" in result.stdout
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
+    assert not (tmp_path / "run" / "final").exists()
+    assert run_recipe("grpo", tmp_path / "run", "--resume", **settings) == 0
+    assert_same_end(tmp_path / "run", undisturbed, last="checkpoint-9")
