@@ -454,5 +454,5 @@ def test_a_parameter_of_another_name_is_a_column_of_the_data_set():
     rewards = RewardSet([like_artist])
     scores = rewards.score(**batch(), columns={"artist": ["Klee", "Marc", "Klee"]})
     assert scores.total.tolist() == [1.0, 0.0, 1.0]
-    with pytest.raises(RewardError, match="'like_artist' raised TypeError: .*artist"):
+    with pytest.raises(RewardError, match=r"'like_artist' raised TypeError: .*artist"):
         rewards.score(**batch())

@@ -33,9 +33,7 @@ class RewardTrainingArguments(MARTrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the student."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the student."})
     ema_decay: float = field(default=0.98, metadata={"help": "Decay of the weight average that is sampled and saved."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "A weight for each reward; default 1."}
-    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each reward; default 1."})
     num_unmasking_steps: int = field(default=8, metadata={"help": "K, unmasking steps of a rollout."})
     eval_unmasking_steps: int | None = field(
         default=None, metadata={"help": "K in evaluation (default: as in training)."}
