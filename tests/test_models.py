@@ -109,6 +109,21 @@ def test_dropped_labels_get_the_null_class():
 
 
 @torch.no_grad()
+def test_the_pretraining_loss_drops_labels():
+    model = tiny_model()
+    tokens, labels, order = contexts()
+    timesteps, noise = torch.full((1, 3, 3), 500), torch.randn(1, 3, 3, 4)
+
+    def loss(class_labels: torch.Tensor | None, dropped: list[bool]) -> torch.Tensor:
+        mask = torch.tensor(dropped)
+        return pretraining_loss(model, tokens, class_labels, order, 3, timesteps, noise, mask)[0]
+
+    null = loss(None, [False] * 3)
+    torch.testing.assert_close(loss(labels, [True] * 3), null)
+    assert not torch.allclose(loss(labels, [True, False, True]), null)
+
+
+@torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbours_in_the_batch():
     model = tiny_model()
     tokens, labels, order = contexts()

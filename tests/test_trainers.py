@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -628,9 +626,19 @@ def test_metrics_stay_json_when_a_reward_leaves_every_sample_out(tmp_path):
 def test_the_metrics_file_holds_what_the_trainer_logged(tmp_path):
     trainer = pretrainer(tmp_path, tiny_model(0), max_steps=4, logging_steps=2)
     trainer.train()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses == logged(trainer, "loss") and len(losses) == 2
-    for line in lines[:2]:  # means over the steps since the last line
+    lines = training_lines(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    for name in ("loss", "loss_mse", "loss_vb", "grad_norm", "learning_rate"):
+        assert [line[name] for line in lines] == logged(trainer, name)
+    for line in lines:  # means over the steps since the last line
         assert line["loss"] == pytest.approx(line["loss_mse"] + line["loss_vb"], rel=1e-4)
-    assert not any(math.isnan(loss) for loss in losses)
+
+
+def test_an_evaluation_between_two_lines_takes_nothing_from_them(tmp_path):
+    settings = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    images = {"eval_num_images": 6, "eval_diffusion_steps": 2}
+    pretrainer(tmp_path, tiny_model(0), max_steps=4, **settings, **images).train()
+    lines = read_lines(tmp_path)
+    assert [line["step"] for line in lines if "loss_mse" in line] == [2, 4]
+    for line in training_lines(tmp_path):
+        assert line["loss"] == pytest.approx(line["loss_mse"] + line["loss_vb"], rel=1e-4)

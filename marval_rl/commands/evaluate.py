@@ -18,9 +18,7 @@ from marval_rl.trainers.sampling import generate_images
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--num_images", type=int, default=1000, help="images to generate (default: 1000)")
-    parser.add_argument(
-        "--redraws", type=int, default=1, help="draws, seeds from --seed on; gives mean and std"
-    )
+    parser.add_argument("--redraws", type=int, default=1, help="draws, seeds from --seed on; gives mean and std")
     parser.add_argument("--dataset", default="digits", help="real images to compare with (default: digits)")
     parser.add_argument("--labelling", help="its classes (default: the one that fits the model's class names)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: evaluation.json beside the model")

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+MAX_LOG_RATIO = 20.0
 STD_FLOOR = 1e-4  # as in TRL: keeps advantages finite when the rewards of a group barely differ
 
 
@@ -46,7 +47,7 @@ def group_advantages(
     """
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f'scale_rewards must be "group", "batch" or "none", not "{scale_rewards}"')
-    if rewards.numel() % num_generations:
+    if num_generations < 1 or rewards.numel() % num_generations:
         raise ValueError(f"{rewards.numel()} rewards do not divide into groups of {num_generations}")
     groups = rewards.float().view(-1, num_generations)
     valid = ~groups.isnan()
@@ -84,7 +85,8 @@ def clipped_policy_loss(
     All [B], one entry an image and unmasking step. Metrics: `ratio` (mean), `clip_ratio/low_mean`,
     `clip_ratio/high_mean`, `clip_ratio/region_mean`: shares of entries whose gradient the clip removes.
     """
-    ratio = (log_prob - old_log_prob).exp()
+    # Far beyond any clip range, yet exp stays finite: infinity times zero would turn the gradient into NaN.
+    ratio = (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     low = ((ratio < 1 - epsilon_low) & (advantages < 0)).float()

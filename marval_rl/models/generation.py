@@ -46,6 +46,13 @@ def check_class_labels(class_labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"class label {bad} is outside 0..{num_classes - 1}, the classes this model knows")
 
 
+def check_order(order: Tensor, batch_size: int, num_tokens: int) -> None:
+    """Raises ValueError unless each row of order [B, L] is a permutation of the tokens."""
+    everything = torch.arange(num_tokens, device=order.device).expand(batch_size, -1)
+    if order.shape != everything.shape or not torch.equal(order.sort(dim=1).values, everything):
+        raise ValueError(f"order must hold a permutation of 0..{num_tokens - 1} for each of the {batch_size} images")
+
+
 @torch.no_grad()
 def generate(
     model: MARModel,
@@ -85,6 +92,8 @@ def generate(
         raise ValueError("give class_labels, or batch_size to sample the null class")
     if class_labels is not None:
         check_class_labels(class_labels, config.num_classes)
+        if batch_size not in (None, len(class_labels)):
+            raise ValueError(f"batch_size {batch_size} contradicts the {len(class_labels)} class_labels")
     if config.is_one_step and guidance_scale != 1.0:
         raise ValueError(
             f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed in distillation"
@@ -92,6 +101,8 @@ def generate(
     batch = batch_size if class_labels is None else class_labels.shape[0]
     if order is None:
         order = random_order(batch, config.num_tokens, device, generator)
+    else:
+        check_order(order, batch, config.num_tokens)
     tokens = torch.zeros(batch, config.num_tokens, config.token_channels, device=device)
     if config.is_one_step:
         # Drawn for all tokens at once, by position: an image's noise does not depend on K.
@@ -140,7 +151,9 @@ def sample_chain(
         Tokens [N, C], float32.
     """
     config, device = model.config, condition.device
-    schedule = make_schedule(config.num_train_timesteps, num_diffusion_steps or config.num_diffusion_steps)
+    schedule = make_schedule(
+        config.num_train_timesteps, config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
+    )
     rows = condition.shape[0] // (1 if guidance_scale is None else 2)
     channels = config.token_channels
     x = torch.randn(rows, channels, device=device, generator=generator)

@@ -23,10 +23,18 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero. A class of its own, as transformers initialises by the class of leaf modules."""
+
+
+class SmallLinear(nn.Linear):
+    """A linear layer whose weights start from N(0, 0.02^2)."""
+
+
 class TimestepEmbedder(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(SmallLinear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), SmallLinear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
@@ -37,7 +45,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 3 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -48,8 +56,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out_channels: int):
         super().__init__()
         self.width = width
-        self.linear = nn.Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = ZeroLinear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 2 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -77,7 +85,7 @@ class AdaLNMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x [..., C], t [...], condition [..., D] -> [..., 2C]. Leading dimensions broadcast, so that several draws of
         (x, t) for one condition embed the condition once."""
-        x = self.input_proj(x)
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))
         y = self.time_embed(t) + self.cond_embed(condition)
         for block in self.res_blocks:
             x = block(x, y)

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from marval_rl.models.config import MARConfig
 from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, predict_start
-from marval_rl.models.head import DiffusionHead, FinalLayer, ResidualBlock, TimestepEmbedder
+from marval_rl.models.head import DiffusionHead, SmallLinear, ZeroLinear
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, scatter_tokens, visible_positions
 
 
@@ -119,7 +119,13 @@ class MARModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The official initialisation: Xavier for linear layers, 0.02 for tables, zero for adaptive norms and
         output."""
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SmallLinear):
+            init.normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -127,15 +133,6 @@ class MARModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
-        elif isinstance(module, TimestepEmbedder):
-            init.normal_(module.mlp[0].weight, std=0.02)
-            init.normal_(module.mlp[2].weight, std=0.02)
-        elif isinstance(module, ResidualBlock | FinalLayer):
-            init.zeros_(module.adaLN_modulation[1].weight)
-            init.zeros_(module.adaLN_modulation[1].bias)
-            if isinstance(module, FinalLayer):
-                init.zeros_(module.linear.weight)
-                init.zeros_(module.linear.bias)
         elif isinstance(module, MARModel):
             for table in (
                 module.fake_latent,
@@ -168,7 +165,9 @@ class MARModel(PreTrainedModel):
         batch, buffer = tokens.shape[0], self.config.buffer_size
         visible = visible_positions(order, num_masked)
         positions = self.encoder_pos_embed_learned.expand(batch, -1, -1)
-        x = self.z_proj(gather_tokens(tokens, visible)) + gather_tokens(positions[:, buffer:], visible)
+        x = self.z_proj(gather_tokens(tokens, visible).to(self.z_proj.weight.dtype)) + gather_tokens(
+            positions[:, buffer:], visible
+        )
         class_tokens = class_embedding.unsqueeze(1) + positions[:, :buffer]
         x = self.z_proj_ln(torch.cat([class_tokens.to(x.dtype), x], dim=1))
         for block in self.encoder_blocks:

@@ -99,8 +99,9 @@ class MARTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, values in self._metrics.items():
-            if "loss" in logs or name not in logs:
-                logs[name] = torch.stack(values).mean().item()
+            mean = torch.stack(values).nanmean().item()
+            if not math.isnan(mean):  # a reward may leave every sample of a batch out
+                logs[name] = mean
         self._metrics.clear()
         super().log(logs, start_time)
 

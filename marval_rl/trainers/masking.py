@@ -16,6 +16,8 @@ def draw_num_masked(
     """
     if not 0 < ratio_min <= 1:
         raise ValueError(f"mask_ratio_min must lie in (0, 1], not {ratio_min}")
+    if ratio_std <= 0:
+        raise ValueError(f"mask_ratio_std must be positive, not {ratio_std}")
     # Inverse-cdf sampling of the left half of a normal: uniform between cdf(ratio_min) and cdf(1) = 1/2.
     standard = torch.distributions.Normal(0.0, 1.0)
     low = standard.cdf(torch.tensor((ratio_min - 1) / ratio_std, dtype=torch.float64)).item()

@@ -1,0 +1,425 @@
+"""What users get wrong, each with its exit code and its one line on stderr."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_recipes import RECIPES, read_lines, run_recipe, training_lines
+
+from marval_rl.cli import main
+
+PREFIX = "marval-rl: error: "
+
+
+@pytest.fixture
+def complaint(capsys):
+    """`complaint(expected_code, code)` returns the one line that the command left on stderr."""
+
+    def check(expected: int, code: int) -> str:
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert code == expected, captured.err + captured.out
+        assert len(lines) == 1 and lines[0].startswith(PREFIX), captured.err
+        return lines[0].removeprefix(PREFIX)
+
+    return check
+
+
+@pytest.fixture
+def train(tiny_runs, tmp_path):
+    """Runs the GRPO recipe in its shortest form, without an anchor; settings win."""
+
+    def run(*flags: str, recipe: str = "grpo", **settings: Any) -> int:
+        shortest = {"max_steps": 2, "anchor_weight": 0, "beta": 0, "eval_on_start": False, "eval_strategy": "no"}
+        models = {"model": tiny_runs.student, "teacher": tiny_runs.teacher}
+        if recipe != "grpo":
+            del shortest["beta"]
+        merged = {**shortest, "save_strategy": "no", "lr_scheduler_type": "constant", **models, **settings}
+        return run_recipe(recipe, merged.pop("output_dir", tmp_path / "run"), *flags, **merged)
+
+    return run
+
+
+@pytest.fixture
+def broken_student(tiny_runs, tmp_path) -> Path:
+    """A copy of the student's final folder, to be damaged."""
+    return Path(shutil.copytree(tiny_runs.student / "final", tmp_path / "student"))
+
+
+# The recipe
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, complaint):
+    recipe = yaml.safe_load((RECIPES / "teacher.yaml").read_text()) | {"lerning_rate": 1e-3}
+    path = tmp_path / "teacher.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    code = main(["pretrain", str(path)])
+    assert complaint(2, code).startswith(f"{path}: unknown key 'lerning_rate'; did you mean learning_rate")
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(train, complaint):
+    line = complaint(2, train("--num_generation", "4"))
+    assert line.startswith("unknown option --num_generation; did you mean num_generations")
+
+
+def test_a_missing_recipe_names_those_that_are_there(complaint):
+    code = main(["pretrain", str(RECIPES / "teachers.yaml")])
+    line = complaint(2, code)
+    assert line.startswith(f"no recipe at {RECIPES / 'teachers.yaml'}; did you mean {RECIPES / 'teacher.yaml'}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "fast"}, "--learning_rate: expected a number, got 'fast'"),
+        ({"max_steps": "2.5"}, "--max_steps: expected a whole number, got '2.5'"),
+        ({"use_cpu": "perhaps"}, "--use_cpu: expected true or false, got 'perhaps'"),
+        ({"method": "ppo"}, "unknown method 'ppo'; there are grpo, reward_backprop"),
+    ],
+)
+def test_a_value_of_the_wrong_type(train, complaint, settings, message):
+    assert complaint(2, train(**settings)) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"num_generations": 5}, ("32 images", "groups of num_generations = 5", "per_device_train_batch_size 16")),
+        ({"num_generations": 1}, ("num_generations must be at least 2, not 1",)),
+        ({"sigma": 0}, ("sigma must be positive, not 0",)),
+        ({"num_trained_steps": 3}, ("num_trained_steps 3 is outside 1..2",)),
+        ({"anchor_weight": -1}, ("anchor_weight must not be negative",)),
+        ({"prompt_template": "a digit"}, ("prompt_template", "lacks {name}")),
+        ({"scale_rewards": "groups"}, ('scale_rewards must be "group", "batch" or "none"', "groups")),
+        ({"max_steps": 0}, ("max_steps must be at least 1, not 0",)),
+        ({"labelling": "colour"}, ("unknown labelling 'colour'", "digit, parity")),
+        ({"reward_weights": [1, 2]}, ("2 reward_weights for 1 reward_funcs (classifier)",)),
+        ({"reward_funcs": "clasifier"}, ("clasifier", "classifier")),
+    ],
+)
+def test_settings_that_do_not_fit(train, complaint, settings, parts):
+    line = complaint(2, train(**settings))
+    assert all(part in line for part in parts), line
+
+
+def test_timesteps_outside_the_process(train, complaint):
+    line = complaint(2, train(anchor_weight=1, max_timestep=1000))
+    assert "20..1000" in line and "0..999" in line and "max_timestep" in line
+
+
+def test_an_anchor_without_a_teacher(train, tmp_path, complaint):
+    recipe = yaml.safe_load((RECIPES / "grpo.yaml").read_text()) | {"anchor_weight": 10}
+    del recipe["teacher"]
+    path = tmp_path / "grpo.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    line = complaint(2, train(path=path, teacher=None, anchor_weight=None))
+    assert line == "anchor_weight 10 needs the teacher the student came from (--teacher ...)"
+
+
+def test_a_distillation_without_a_teacher(tmp_path, complaint):
+    path = tmp_path / "distill.yaml"
+    path.write_text("max_steps: 2\n")
+    assert complaint(2, main(["distill", str(path)])).startswith("teacher is not set")
+
+
+# The models
+
+
+def test_a_model_that_is_not_there(train, tmp_path, complaint):
+    line = complaint(1, train(model=tmp_path / "nowhere"))
+    assert line == f"no model at {tmp_path / 'nowhere'}: the path does not exist"
+
+
+def test_a_run_that_has_not_finished(train, tmp_path, complaint):
+    (tmp_path / "unfinished").mkdir()
+    line = complaint(1, train(model=tmp_path / "unfinished"))
+    assert line.startswith(f"{tmp_path / 'unfinished'} holds no model") and "--resume" in line
+
+
+def test_a_teacher_where_a_student_is_needed(train, tiny_runs, complaint):
+    line = complaint(1, train(model=tiny_runs.teacher))
+    assert line == f"{tiny_runs.teacher / 'final'} is a many-step teacher, but a one-step student is needed here"
+
+
+def test_a_student_where_a_teacher_is_needed(tiny_runs, tmp_path, complaint):
+    code = run_recipe("distill", tmp_path / "run", teacher=tiny_runs.student)
+    line = complaint(1, code)
+    assert line == f"{tiny_runs.student / 'final'} is a one-step student, but a many-step teacher is needed here"
+
+
+def test_a_student_as_the_teacher_of_an_anchor(train, tiny_runs, complaint):
+    line = complaint(1, train(teacher=tiny_runs.student, anchor_weight=1))
+    assert "is a one-step student, but a many-step teacher is needed here" in line
+
+
+@pytest.mark.parametrize("command", ["distill", "train"])
+def test_a_model_of_other_classes(train, tiny_runs, tmp_path, complaint, command):
+    if command == "train":
+        code = train(labelling="parity")
+    else:
+        code = run_recipe("distill", tmp_path / "run", teacher=tiny_runs.teacher, labelling="parity")
+    line = complaint(2, code)
+    assert "10 classes (zero, one, two, ...)" in line and "2 (even digit, odd digit" in line and "--labelling" in line
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_checkpoint_of_other_sizes(train, broken_student, complaint):
+    edit_config(broken_student, head_hidden_size=48)
+    line = complaint(1, train(model=broken_student))
+    assert str(broken_student) in line and ("sizes" in line or "mismatched" in line)
+
+
+def test_a_checkpoint_with_fewer_blocks_than_its_configuration(train, broken_student, complaint):
+    edit_config(broken_student, encoder_num_layers=2)
+    line = complaint(1, train(model=broken_student))
+    assert str(broken_student) in line and "missing keys: encoder_blocks.1." in line
+
+
+def test_a_checkpoint_with_more_blocks_than_its_configuration(train, broken_student, complaint):
+    edit_config(broken_student, head_num_layers=0)
+    line = complaint(1, train(model=broken_student))
+    assert str(broken_student) in line and "unexpected keys: diffloss.net.res_blocks.0." in line
+
+
+def test_a_configuration_that_contradicts_itself(train, broken_student, complaint):
+    edit_config(broken_student, patch_size=3)
+    line = complaint(2, train(model=broken_student))
+    assert "image_size 8 is not a multiple of latent_stride x patch_size = 1 x 3" in line
+
+
+def test_a_configuration_that_is_no_json(train, broken_student, complaint):
+    (broken_student / "config.json").write_text('{"model_type": "mar", ')
+    line = complaint(1, train(model=broken_student))
+    assert f"cannot read the configuration of {broken_student}" in line
+
+
+def test_a_model_of_another_kind(train, broken_student, complaint):
+    edit_config(broken_student, model_type="bert")
+    line = complaint(1, train(model=broken_student))
+    assert line == f'{broken_student} is no MAR model: its config.json says model_type "bert"'
+
+
+def test_a_truncated_file_of_weights(train, broken_student, complaint):
+    weights = broken_student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = complaint(1, train(model=broken_student))
+    assert line.startswith(f"the weights of {broken_student} cannot be loaded (a damaged file")
+
+
+def test_weights_that_are_not_there(train, broken_student, complaint):
+    (broken_student / "model.safetensors").unlink()
+    line = complaint(1, train(model=broken_student))
+    assert line.startswith(f"the weights of {broken_student} cannot be loaded") and "model.safetensors" in line
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(train, broken_student, complaint, value):
+    weights = load_file(broken_student / "model.safetensors")
+    weights["decoder_norm.weight"][3] = value
+    save_file(weights, broken_student / "model.safetensors", metadata={"format": "pt"})
+    line = complaint(1, train(model=broken_student))
+    assert line == f"the weight decoder_norm.weight of {broken_student} holds NaN or infinity"
+
+
+def test_a_damaged_auxiliary_network(train, broken_student, complaint):
+    weights = broken_student / "auxiliary.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = complaint(1, train(model=broken_student, anchor_weight=1))
+    assert "auxiliary.safetensors" in line and "unexpected error" not in line
+
+
+# Sampling and evaluation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--classes", "10"), "--classes: the model has no class '10'; it knows 0..9 or zero, one, two"),
+        (("--classes", "0,-1"), "--classes: the model has no class '-1'"),
+        (("--classes", "0,cat"), "--classes: the model has no class 'cat'"),
+        (("--per_class", "0"), "--per_class must be at least 1, not 0"),
+        (("--steps", "0"), "num_unmasking_steps must be at least 1, not 0"),
+        (("--guidance_scale", "1.5"), "guidance_scale 1.5 was given to a one-step student"),
+        (("--batch_size", "0"), "batch_size"),
+    ],
+)
+def test_samples_that_cannot_be_painted(tiny_runs, tmp_path, complaint, arguments, message):
+    code = main(["sample", str(tiny_runs.student), "--device", "cpu", "--output", str(tmp_path / "a.png"), *arguments])
+    assert message in complaint(2, code)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_sample_of_a_model_that_is_not_there(tmp_path, complaint):
+    line = complaint(1, main(["sample", str(tmp_path / "nowhere")]))
+    assert line == f"no model at {tmp_path / 'nowhere'}: the path does not exist"
+
+
+def test_an_evaluation_with_too_few_images(tiny_runs, tmp_path, complaint):
+    arguments = ["--num_images", "12", "--device", "cpu", "--output", str(tmp_path / "evaluation.json")]
+    line = complaint(2, main(["evaluate", str(tiny_runs.student), *arguments]))
+    assert "at least 2 images a class" in line
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_too_few_images_to_evaluate_are_noticed_before_training(train, tmp_path, complaint):
+    line = complaint(2, train(eval_on_start=True, eval_strategy="steps", eval_num_images=12))
+    assert "2 images a class" in line
+    assert not training_lines(tmp_path / "run")
+
+
+# The output folder
+
+
+def test_an_output_folder_that_cannot_be_made(train, tmp_path, complaint):
+    (tmp_path / "file").write_text("")
+    line = complaint(1, train(output_dir=tmp_path / "file" / "run"))
+    assert str(tmp_path / "file") in line and "unexpected error" not in line
+
+
+def test_a_grid_in_a_folder_that_cannot_be_made(tiny_runs, tmp_path, complaint):
+    (tmp_path / "file").write_text("")
+    code = main(["sample", str(tiny_runs.student), "--device", "cpu", "--output", str(tmp_path / "file" / "a.png")])
+    assert str(tmp_path / "file") in complaint(1, code)
+
+
+def test_a_folder_that_already_holds_a_run_is_kept(train, tmp_path, complaint):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "time": 0.1}\n')
+    line = complaint(2, train())
+    assert line.startswith(f"{tmp_path / 'run'} already holds a run")
+    assert "--resume" in line and "--overwrite_output_dir" in line
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_overwriting_takes_the_earlier_run_away(train, tmp_path):
+    (tmp_path / "run" / "checkpoint-900").mkdir(parents=True)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert train(overwrite_output_dir=True) == 0
+    assert not (tmp_path / "run" / "checkpoint-900").exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_run_outlives_a_new_one_that_cannot_begin(train, tmp_path, complaint):
+    (tmp_path / "run" / "checkpoint-900").mkdir(parents=True)
+    line = complaint(1, train(overwrite_output_dir=True, model=tmp_path / "nowhere"))
+    assert line.startswith("no model at")
+    assert (tmp_path / "run" / "checkpoint-900").exists()
+
+
+def test_nothing_to_resume(train, tmp_path, complaint):
+    line = complaint(1, train("--resume"))
+    assert line == f"{tmp_path / 'run'} holds no complete checkpoint to resume from; start without --resume"
+
+
+# Rewards
+
+REWARDS = """
+import torch
+
+
+def raises(images, **columns):
+    raise KeyError("no such thing")
+
+
+def too_few(images, **columns):
+    return [0.5] * (len(images) - 1)
+
+
+def not_a_number(images, **columns):
+    return [0.5] * (len(images) - 1) + [float("nan")]
+
+
+def some_left_out(images, **columns):
+    return [None if index % 3 == 0 else float(image.mean()) for index, image in enumerate(images)]
+
+
+def plain(images, **columns):
+    return images.mean(dim=(1, 2, 3))
+
+
+def cut_off(images, **columns):
+    return images.mean(dim=(1, 2, 3)).detach()
+
+
+def some_left_out_with_a_slope(images, **columns):
+    return [None if index % 3 == 0 else image.mean() for index, image in enumerate(images)]
+
+
+cut_off.differentiable = some_left_out_with_a_slope.differentiable = True
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path) -> str:
+    """The path of a file of rewards."""
+    path = tmp_path / "rewards.py"
+    path.write_text(REWARDS)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("raises", "reward 'raises' raised KeyError: 'no such thing'"),
+        ("too_few", "reward 'too_few' returned 31 scores for 32 images"),
+        ("not_a_number", "reward 'not_a_number': the score of sample 31 is nan"),
+    ],
+)
+def test_a_reward_that_breaks_its_contract(train, rewards, complaint, reward, message):
+    assert message in complaint(1, train(reward_funcs=f"{rewards}:{reward}"))
+
+
+def test_a_reward_may_leave_samples_out(train, rewards, tmp_path):
+    assert train(reward_funcs=f"{rewards}:some_left_out") == 0
+    lines = training_lines(tmp_path / "run")
+    assert len(lines) == 2 and all(0 < line["rewards/some_left_out/mean"] < 1 for line in lines[:1])
+
+
+def test_reward_backprop_with_a_reward_that_has_no_slope(train, rewards, complaint):
+    line = complaint(2, train(recipe="reward_backprop", reward_funcs=f"{rewards}:plain"))
+    assert "reward_backprop needs differentiable rewards" in line and "plain" in line and "method grpo" in line
+
+
+def test_reward_backprop_with_a_reward_that_is_cut_off(train, rewards, complaint):
+    line = complaint(1, train(recipe="reward_backprop", reward_funcs=f"{rewards}:cut_off"))
+    assert "reward 'cut_off' declares itself differentiable, but no gradient leads from its scores" in line
+
+
+def test_reward_backprop_with_a_reward_that_leaves_samples_out(train, rewards, tmp_path):
+    assert train(recipe="reward_backprop", reward_funcs=f"{rewards}:some_left_out_with_a_slope") == 0
+    lines = training_lines(tmp_path / "run")
+    assert [line["loss"] for line in lines] == pytest.approx([-line["reward"] for line in lines], abs=1e-5)
+    weights = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_reward_file_that_is_not_there(train, tmp_path, complaint):
+    line = complaint(2, train(reward_funcs=f"{tmp_path / 'nowhere.py'}:plain"))
+    assert str(tmp_path / "nowhere.py") in line
+
+
+def test_a_reward_that_its_file_lacks(train, rewards, complaint):
+    line = complaint(2, train(reward_funcs=f"{rewards}:plane"))
+    assert "plane" in line and "plain" in line
+
+
+def test_a_dry_run_says_what_is_missing(train, tmp_path, capsys):
+    assert train("--dry_run", model=tmp_path / "nowhere") == 0
+    assert f"missing: no model at {tmp_path / 'nowhere'}" in capsys.readouterr().out
+
+
+def test_a_failed_run_can_be_started_again(train, rewards, tmp_path, complaint):
+    assert complaint(2, train(labelling="parity"))
+    assert train() == 0
+    assert read_lines(tmp_path / "run")
