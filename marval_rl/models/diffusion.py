@@ -125,8 +125,7 @@ def posterior(
     """Mean, log variance and predicted x_0 of p(x_{t-1} | x_t), each [..., C]; model_output [..., 2C].
 
     clip_range clips the predicted x_0 to [-clip_range, clip_range]: for pixels, whose range is known. Near t = T an
-    error of
-    the predicted noise is multiplied by hundreds in x_0, and only a long-trained network survives that unclipped.
+    error of the predicted noise is multiplied by hundreds in x_0; only a long-trained network survives that unclipped.
     """
     noise, fraction = model_output.chunk(2, dim=-1)
     fraction = (fraction + 1) / 2

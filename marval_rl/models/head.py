@@ -24,7 +24,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero. A class of its own, as transformers initialises by the class of leaf modules."""
+    """A linear layer that starts at zero; a class of its own, as transformers initialises leaf by leaf."""
 
 
 class SmallLinear(nn.Linear):

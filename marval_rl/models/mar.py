@@ -117,8 +117,7 @@ class MARModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The official initialisation: Xavier for linear layers, 0.02 for tables, zero for adaptive norms and
-        output."""
+        """The official start: Xavier for linear layers, 0.02 for tables, zero for adaptive norms and output."""
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
             init.zeros_(module.bias)

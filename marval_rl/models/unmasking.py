@@ -1,9 +1,8 @@
 """Unmasking orders and schedules: which tokens are known, and which are revealed in which step.
 
 An order is a permutation of the tokens, [B, L]. While m tokens are masked, these are the FIRST m entries of the
-order, so
-tokens appear from its end. Every image of a batch reveals equally many tokens in a step: all gathers are dense and no
-step waits for the device.
+order, so tokens appear from its end. Every image of a batch reveals equally many tokens in a step: all gathers are
+dense and no step waits for the device.
 """
 
 from __future__ import annotations
