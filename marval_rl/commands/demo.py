@@ -11,8 +11,15 @@ from PIL import Image, ImageDraw
 
 import marval_rl
 
-SHOWN = ("frechet_distance", "held_out_classifier/accuracy", "held_out_classifier/log_probability", "diversity")
-HEADS = ("FD", "held-out accuracy", "held-out log-prob", "diversity", "images/s")
+COLUMNS = {  # measure -> head of its column
+    "frechet_distance": "FD",
+    "held_out_classifier/accuracy": "accuracy",
+    "held_out_classifier/log_probability": "log-prob",
+    "held_out_classifier/confidence": "confidence",
+    "diversity": "diversity",
+    "mode_coverage": "coverage",
+    "images_per_second": "images/s",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +51,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     evaluations = {
         "teacher, K=16": (runs["teacher"], ["--steps", "16", *guided]),
         "student, K=16": (runs["distill"], ["--steps", "16"]),
-        "student, K=2": (runs["distill"], ["--steps", "2"]),
-        "student + GRPO, K=2": (runs["grpo"], ["--steps", "2"]),
-        "student + back-propagation, K=2": (runs["reward_backprop"], ["--steps", "2"]),
+        "student, K=4": (runs["distill"], ["--steps", "4"]),
+        "+ GRPO, K=4": (runs["grpo"], ["--steps", "4"]),
+        "+ back-propagation, K=4": (runs["reward_backprop"], ["--steps", "4"]),
     }
     rows = {}
     for title, (run_folder, options) in evaluations.items():
@@ -54,10 +61,11 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         call("evaluate", run_folder, *options, "--num_images", count, "--output", output, silent=True)
         rows[title] = json.loads(output.read_text())
     grids = {}
-    for title in ("teacher, K=16", "student, K=2", "student + GRPO, K=2", "student + back-propagation, K=2"):
-        run_folder, options = evaluations[title]
+    for title, (run_folder, options) in evaluations.items():
+        if title == "student, K=16":
+            continue  # its run folder's grid shows the start of RL
         grids[title] = args.output_dir / f"{run_folder.name}.png"
-        call("sample", run_folder, *options, "--per_class", "8", "--output", grids[title], silent=True)
+        call("sample", run_folder, *options, "--per_class", "10", "--output", grids[title], silent=True)
     picture = save_picture(grids, args.output_dir / "demo.png")
 
     print_table(rows)
@@ -99,28 +107,29 @@ def quick_overrides(name: str) -> list[str]:
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """The figures of each model, one a line, with the floor of the Frechet distance in the head."""
+    """The figures of each model, one a line, below the distance of real images from each other."""
     width = max(map(len, rows))
     floor = next(iter(rows.values()))["frechet_floor"]
-    print(f"\n{'':{width}s}  " + "  ".join(f"{head:>17s}" for head in HEADS))
-    print(f"{'real images':{width}s}  {floor:17.2f}")
+    print(f"\n{'':{width}s}" + "".join(f"{head:>12s}" for head in COLUMNS.values()))
+    print(f"{'real images':{width}s}{floor:12.2f}")
     for title, row in rows.items():
-        figures = [row[name] for name in (*SHOWN, "images_per_second")]
-        print(f"{title:{width}s}  " + "  ".join(f"{figure:17.3f}" for figure in figures))
+        figures = [f"{row[name]:12.3f}" if row[name] is not None else f"{'-':>12s}" for name in COLUMNS]
+        print(f"{title:{width}s}" + "".join(figures))
+    print("FD: Frechet distance. accuracy, log-prob, confidence: of a held-out classifier. K: unmasking steps.")
 
 
 def save_picture(grids: dict[str, Path], path: Path) -> Path:
-    """The sample grids side by side, each under its title."""
+    """The sample grids below each other, each with its title."""
     images = {title: Image.open(grid).convert("RGB") for title, grid in grids.items()}
-    gap, head = 24, 28
-    width = sum(image.width for image in images.values()) + gap * (len(images) + 1)
-    height = max(image.height for image in images.values()) + head + gap
+    gap, head = 16, 26
+    width = max(image.width for image in images.values()) + 2 * gap
+    height = sum(image.height + head + gap for image in images.values())
     picture = Image.new("RGB", (width, height), "white")
-    draw, x = ImageDraw.Draw(picture), gap
+    draw, y = ImageDraw.Draw(picture), 0
     for title, image in images.items():
-        draw.text((x, 6), title, fill="black", font_size=16)
-        picture.paste(image, (x, head))
-        x += image.width + gap
+        draw.text((gap, y + 5), title, fill="black", font_size=15)
+        picture.paste(image, (gap, y + head))
+        y += image.height + head + gap
     picture.save(path)
     return path
 

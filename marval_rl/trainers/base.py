@@ -80,6 +80,10 @@ class MARTrainer(Trainer):
         for name, value in metrics.items():
             self._metrics[name].append(value.detach().float())
 
+    def prompts_for(self, class_names: list[str]) -> list[str]:
+        """The prompt of each image, given the names of their classes."""
+        return class_names
+
     def updates_student(self, step: int) -> bool:
         """Whether the optimizer step with this index moves the model that is averaged."""
         return True
@@ -105,6 +109,10 @@ class MARTrainer(Trainer):
         self._metrics.clear()
         super().log(logs, start_time)
 
+    def names_of(self, class_labels: Tensor) -> list[str]:
+        """The class name of each label [B]."""
+        return [self.class_names[label] for label in class_labels.tolist()]
+
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L, C] -> images [B, C, H, W] in 0..1."""
         config = self.mar.config
@@ -128,7 +136,7 @@ class MARTrainer(Trainer):
         if self.evaluator is not None:
             metrics |= self.evaluator.evaluate(images, class_labels)
         if self.eval_rewards is not None:
-            metrics |= score_images(self.eval_rewards, images, class_labels, self.class_names)
+            metrics |= self.judge(images, class_labels)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         if self.is_world_process_zero():
             folder = Path(args.output_dir) / "samples"
@@ -138,6 +146,13 @@ class MARTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+    def judge(self, images: Tensor, class_labels: Tensor) -> dict[str, float]:
+        """The mean of each held-out reward, as `rewards/<name>/mean`; left out where it scored no image."""
+        names = self.names_of(class_labels)
+        scores = self.eval_rewards.score(images, self.prompts_for(names), class_labels, names)
+        means = {name: values.nanmean().item() for name, values in scores.components.items()}
+        return {f"rewards/{name}/mean": mean for name, mean in means.items() if not math.isnan(mean)}
 
     # ---- Checkpoints ----
 
@@ -171,11 +186,3 @@ class MARTrainer(Trainer):
     def save_final(self, folder: Path) -> None:
         """Write what the run is for: a folder for `MARModel.from_pretrained`."""
         self.ema.module.save_pretrained(folder)
-
-
-def score_images(rewards: RewardSet, images: Tensor, class_labels: Tensor, class_names: list[str]) -> dict[str, float]:
-    """Mean of each reward over images [N, C, H, W], as `rewards/<name>/mean`."""
-    names = [class_names[label] for label in class_labels.tolist()]
-    scores = rewards.score(images, names, class_labels, names)
-    means = {name: values.nanmean().item() for name, values in scores.components.items()}
-    return {f"rewards/{name}/mean": value for name, value in means.items() if not math.isnan(value)}

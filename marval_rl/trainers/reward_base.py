@@ -123,6 +123,9 @@ class RewardTrainer(MARTrainer):
     def sampling_settings(self) -> SamplingSettings:
         return SamplingSettings(num_unmasking_steps=self.args.eval_unmasking_steps)
 
+    def prompts_for(self, class_names: list[str]) -> list[str]:
+        return [self.args.prompt_template.format(name=name) for name in class_names]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = adamw(student_groups(self.model, self.args), self.args)
@@ -142,10 +145,9 @@ class RewardTrainer(MARTrainer):
         self, tokens: Tensor, class_labels: Tensor, columns: dict[str, list[Any]], with_grad: bool = False
     ) -> RewardScores:
         """Rewards of finished tokens [B, L, C]; their means are recorded as `rewards/<name>/mean`."""
-        names = [self.class_names[label] for label in class_labels.tolist()]
-        prompts = [self.args.prompt_template.format(name=name) for name in names]
+        names = self.names_of(class_labels)
         scores = self.rewards.score(
-            self.decode_tokens(tokens), prompts, class_labels, names, columns=columns, with_grad=with_grad
+            self.decode_tokens(tokens), self.prompts_for(names), class_labels, names, columns, with_grad
         )
         for name, values in scores.components.items():
             values = values.detach()
