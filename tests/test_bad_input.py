@@ -115,12 +115,12 @@ def test_timesteps_outside_the_process(train, complaint):
 
 
 def test_an_anchor_without_a_teacher(train, tmp_path, complaint):
-    recipe = yaml.safe_load((RECIPES / "grpo.yaml").read_text()) | {"anchor_weight": 10}
+    recipe = yaml.safe_load((RECIPES / "grpo.yaml").read_text())
     del recipe["teacher"]
     path = tmp_path / "grpo.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    line = complaint(2, train(path=path, teacher=None, anchor_weight=None))
-    assert line == "anchor_weight 10 needs the teacher the student came from (--teacher ...)"
+    line = complaint(2, train(path=path, teacher=None, anchor_weight=10))
+    assert line == "anchor_weight 10.0 needs the teacher the student came from (--teacher ...)"
 
 
 def test_a_distillation_without_a_teacher(tmp_path, complaint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,15 @@ def print_dry_run(settings: dict[str, Any], config: Any, make_trainer: Callable[
     print()
     for line in batch_arithmetic(config):
         print(line)
-    try:
-        trainer = make_trainer()
-    except MarvalError as error:
-        print(f"missing: {error}")
-        return
-    for line in memory_estimate(trainer):
-        print(line)
+    with tempfile.TemporaryDirectory() as folder:
+        config.output_dir = folder  # transformers makes it at once, and a dry run leaves nothing behind
+        try:
+            trainer = make_trainer()
+        except MarvalError as error:
+            print(f"missing: {error}")
+            return
+        for line in memory_estimate(trainer):
+            print(line)
     print("nothing was trained (--dry_run)")
 
 

@@ -29,6 +29,8 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, 
     """The model on its device, and its codec; `args.progress` tells whether to draw progress bars."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     quiet_libraries()
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, not {args.batch_size}")
     args.progress = is_watched()
     model = load_model(args.model).to(device)
     return model, codec_for(model.config), device

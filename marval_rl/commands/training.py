@@ -11,7 +11,7 @@ from marval_rl.commands.dry_run import print_dry_run
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
 from marval_rl.trainers.base import MARTrainer
-from marval_rl.trainers.resume import find_checkpoint, prepare_output_dir
+from marval_rl.trainers.resume import check_output_dir, find_checkpoint, remove_earlier_run
 
 
 def default_output_dir(recipe: str) -> str:
@@ -54,8 +54,10 @@ def run_training(
     if args.resume is not None:
         checkpoint = str(find_checkpoint(output_dir, args.resume))
     else:
-        prepare_output_dir(output_dir, config.overwrite_output_dir)
+        check_output_dir(output_dir, config.overwrite_output_dir)
     trainer = make_trainer()
+    if checkpoint is None:
+        remove_earlier_run(output_dir)
     save_recipe(output_dir / "recipe.yaml", settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step >= trainer.state.max_steps:

@@ -102,11 +102,12 @@ class MARTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, values in self._metrics.items():
-            mean = torch.stack(values).nanmean().item()
-            if not math.isnan(mean):  # a reward may leave every sample of a batch out
-                logs[name] = mean
-        self._metrics.clear()
+        if "loss" in logs:  # not the line of an evaluation, which may fall between two of training
+            for name, values in self._metrics.items():
+                mean = torch.stack(values).nanmean().item()
+                if not math.isnan(mean):  # a reward may leave every sample of a batch out
+                    logs[name] = mean
+            self._metrics.clear()
         super().log(logs, start_time)
 
     def names_of(self, class_labels: Tensor) -> list[str]:
@@ -178,7 +179,10 @@ class MARTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; then save the averaged model to `output_dir/final`."""
         self.ema.module.to(self.args.device)
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.interrupt.restore()
         if self.args.should_save and self.state.global_step >= self.state.max_steps:
             self.save_final(Path(self.args.output_dir) / "final")
         return result

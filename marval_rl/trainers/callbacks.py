@@ -80,7 +80,8 @@ class InterruptCallback(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def restore(self) -> None:
+        """Give the signals back, however training ended."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

@@ -125,7 +125,8 @@ def student_groups(networks: StudentNetworks, args: Any) -> list[dict[str, Any]]
     groups: list[dict[str, Any]] = [{"params": student, "lr": args.learning_rate}]
     if networks.auxiliary is not None:
         groups.append({"params": list(networks.auxiliary.parameters()), "lr": args.auxiliary_learning_rate})
-    return groups
+    # transformers takes the weight decay from the groups; without it PyTorch's default would decay by 0.01.
+    return [{**group, "weight_decay": args.weight_decay} for group in groups]
 
 
 def save_auxiliary(auxiliary: DiffusionHead, folder: Path) -> None:

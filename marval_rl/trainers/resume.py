@@ -40,21 +40,30 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path:
     return complete[-1]
 
 
-def prepare_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Make the run folder. An earlier run in it is kept safe unless it is to be overwritten.
+def earlier_run(output_dir: Path) -> list[Path]:
+    """What an earlier run left in the folder."""
+    names = ("checkpoint-*", "metrics.jsonl", "final", "samples")
+    return [path for name in names for path in output_dir.glob(name)]
+
+
+def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Make sure that the run folder can be used.
 
     Raises:
-        ValueError: If a run is there and overwrite is False.
+        ValueError: If an earlier run is there and overwrite is False.
     """
-    earlier = [*output_dir.glob("checkpoint-*"), *output_dir.glob("metrics.jsonl"), *output_dir.glob("final")]
-    if earlier and not overwrite:
+    if earlier_run(output_dir) and not overwrite:
         raise ValueError(
             f"{output_dir} already holds a run: go on with it (--resume), choose another --output_dir, or delete it "
             "with --overwrite_output_dir"
         )
-    for path in [*earlier, *output_dir.glob("samples")]:
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def remove_earlier_run(output_dir: Path) -> None:
+    """Delete what `earlier_run` finds: only once the new run is ready to begin."""
+    for path in earlier_run(output_dir):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-    output_dir.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from marval_rl.errors import CheckpointError
 from marval_rl.models import MARModel, patchify
-from marval_rl.models.checkpoints import load_model
+from marval_rl.models.checkpoints import first_line, load_model
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
@@ -206,7 +208,13 @@ def _auxiliary_network(teacher: MARModel, auxiliary: DiffusionHead | Path | None
         return auxiliary
     network = copy.deepcopy(teacher.diffloss).requires_grad_(True)
     if auxiliary is not None and (auxiliary / AUXILIARY_FILE).exists():
-        network.load_state_dict(load_file(auxiliary / AUXILIARY_FILE))
+        try:
+            network.load_state_dict(load_file(auxiliary / AUXILIARY_FILE))
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{auxiliary / AUXILIARY_FILE} is damaged or does not fit the teacher's head: {first_line(error)}; "
+                "delete it to start the auxiliary network from the teacher's head"
+            ) from error
     return network
 
 
