@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, unpatchify
@@ -179,6 +179,10 @@ class MARTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; then save the averaged model to `output_dir/final`."""
         self.ema.module.to(self.args.device)
+        if resume_from_checkpoint is not None:
+            self.args.eval_on_start = False  # the run began long ago, and that step has been evaluated
+            if self._is_finished(resume_from_checkpoint):
+                return None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -186,6 +190,17 @@ class MARTrainer(Trainer):
         if self.args.should_save and self.state.global_step >= self.state.max_steps:
             self.save_final(Path(self.args.output_dir) / "final")
         return result
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is the run's last one; transformers would train one step more. Writes `final` anew."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step < self.args.max_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.should_save:
+            self.save_final(Path(self.args.output_dir) / "final")
+        return True
 
     def save_final(self, folder: Path) -> None:
         """Write what the run is for: a folder for `MARModel.from_pretrained`."""

@@ -39,11 +39,14 @@ class MetricsFileCallback(TrainerCallback):
         self.path.write_text("".join(f"{line}\n" for line in kept))
         self.start = time.monotonic() - elapsed
 
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A line is a mean over steps; none may reach across a checkpoint, for a resumed run knows nothing before it.
+        control.should_log |= control.should_save
+
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return  # the summary at the end counts from the last resumption only
         entry = {"step": state.global_step, "time": round(time.monotonic() - self.start, 3), **logs}
-        entry.pop("total_flos", None)  # transformers' estimate knows language models only
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
