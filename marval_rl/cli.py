@@ -35,6 +35,8 @@ COMMANDS = {
     "pretrain": Command("marval_rl.commands.pretrain", "train a MAR teacher", takes_recipe=True),
     "distill": Command("marval_rl.commands.distill", "distil a teacher into a one-step student", takes_recipe=True),
     "train": Command("marval_rl.commands.train", "RL on a student: method grpo or reward_backprop", takes_recipe=True),
+    "convert": Command("marval_rl.commands.convert", "official MAR or VAE weights to a model folder, and back"),
+    "cache": Command("marval_rl.commands.cache", "encode a data set by the VAE, once", takes_recipe=True),
     "sample": Command("marval_rl.commands.sample", "paint images with a model"),
     "evaluate": Command("marval_rl.commands.evaluate", "measure quality, diversity, rewards and speed of a model"),
     "report": Command("marval_rl.commands.report", "write one HTML page about one or several runs"),

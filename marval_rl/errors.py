@@ -17,3 +17,7 @@ class RewardError(MarvalError):
 
 class CheckpointError(MarvalError):
     """A model folder or a checkpoint cannot be used as asked."""
+
+
+class DataError(MarvalError):
+    """Images, a data set or a cache cannot be read, or are not what they should be."""

@@ -33,7 +33,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, 
         raise ValueError(f"--batch_size must be at least 1, not {args.batch_size}")
     args.progress = is_watched()
     model = load_model(args.model).to(device)
-    return model, codec_for(model.config), device
+    return model, codec_for(model.config).to(device), device
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:

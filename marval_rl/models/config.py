@@ -1,5 +1,7 @@
 """The sizes and conventions of a MAR model, teacher or one-step student."""
 
+from typing import Any, Self
+
 from transformers import PreTrainedConfig
 
 # No `from __future__ import annotations` here: transformers turns this class into a dataclass and checks its types.
@@ -14,6 +16,7 @@ class MARConfig(PreTrainedConfig):
         latent_stride: Pixels along one side of a latent cell (1: the latents are the pixels themselves; 16 for KL-16).
         latent_channels: Channels of the latents.
         patch_size: Latent cells along one side of a token.
+        vae: Name or path of the diffusers `AutoencoderKL` that belongs to the latents; None where they are pixels.
         num_classes: Number of classes the model is conditioned on.
         class_names: Their names, in order of their labels; used for prompts and reports.
         encoder_hidden_size, encoder_num_layers, encoder_num_heads: The MAE encoder.
@@ -38,6 +41,7 @@ class MARConfig(PreTrainedConfig):
     latent_stride: int = 16
     latent_channels: int = 16
     patch_size: int = 1
+    vae: str | None = None
     num_classes: int = 1000
     class_names: list[str] | None = None
     encoder_hidden_size: int = 1024
@@ -57,6 +61,32 @@ class MARConfig(PreTrainedConfig):
     num_diffusion_steps: int = 100
     clip_sample_range: float | None = None
     one_step_timestep: int | None = None
+
+    @classmethod
+    def base(cls, **overrides: Any) -> Self:
+        """MAR-B: 208M parameters, ImageNet at 256 px on KL-16 latents (arXiv 2406.11838, table 4)."""
+        return cls._published(768, 12, 12, (1024, 6), overrides)
+
+    @classmethod
+    def large(cls, **overrides: Any) -> Self:
+        """MAR-L: 478M parameters."""
+        return cls._published(1024, 16, 16, (1280, 8), overrides)
+
+    @classmethod
+    def huge(cls, **overrides: Any) -> Self:
+        """MAR-H: 942M parameters."""
+        return cls._published(1280, 20, 16, (1536, 12), overrides)
+
+    @classmethod
+    def _published(
+        cls, width: int, num_layers: int, num_heads: int, head: tuple[int, int], overrides: dict[str, Any]
+    ) -> Self:
+        sizes = {
+            f"{part}_{name}": value
+            for part in ("encoder", "decoder")
+            for name, value in (("hidden_size", width), ("num_layers", num_layers), ("num_heads", num_heads))
+        }
+        return cls(**{**sizes, "head_hidden_size": head[0], "head_num_layers": head[1], **overrides})
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from marval_rl.models.config import MARConfig
@@ -12,8 +13,17 @@ from marval_rl.models.config import MARConfig
 class LatentCodec(Protocol):
     """Turns images into the latents a MAR model paints, and back."""
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device; returns itself."""
+
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in 0..1 -> latents [B, c, h, w], about unit scale."""
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in 0..1 -> what `from_moments` draws latents from; the part that is worth caching."""
+
+    def from_moments(self, moments: Tensor) -> Tensor:
+        """Moments -> latents [B, c, h, w]."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, c, h, w] -> images [B, C, H, W] in 0..1; differentiable."""
@@ -22,20 +32,38 @@ class LatentCodec(Protocol):
 class PixelCodec:
     """The latents are the pixels themselves, moved from 0..1 to -1..1. For small images such as the digits."""
 
+    def to(self, device: torch.device | str) -> Self:
+        return self
+
     def encode(self, images: Tensor) -> Tensor:
         return images * 2 - 1
+
+    def moments(self, images: Tensor) -> Tensor:
+        return self.encode(images)
+
+    def from_moments(self, moments: Tensor) -> Tensor:
+        return moments
 
     def decode(self, latents: Tensor) -> Tensor:
         return ((latents + 1) / 2).clamp(0, 1)
 
 
 def codec_for(config: MARConfig) -> LatentCodec:
-    """The codec that belongs to a model."""
+    """The codec that belongs to a model, on the CPU.
+
+    Raises:
+        CheckpointError: If the VAE that the configuration names cannot be loaded or has other latents.
+        ValueError: If the latents are no pixels and the configuration names no VAE.
+    """
+    if config.vae is not None:
+        from marval_rl.models.vae import VAECodec  # diffusers is slow to import, and pixels do without
+
+        return VAECodec.from_pretrained(config.vae, config)
     if config.latent_stride == 1 and config.latent_channels == config.image_channels:
         return PixelCodec()
     raise ValueError(
-        f"latents of stride {config.latent_stride} with {config.latent_channels} channels need a VAE; "
-        "only pixel latents (latent_stride 1, latent_channels = image_channels) are supported so far"
+        f"latents of stride {config.latent_stride} with {config.latent_channels} channels need a VAE, and the model's "
+        "configuration names none: give a diffusers AutoencoderKL, by path or name (--vae ...)"
     )
 
 

@@ -52,7 +52,7 @@ class MARTrainer(Trainer):
         # transformers asks for an evaluation set although evaluation here generates its own images.
         super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
         self.mar = model
-        self.codec = codec_for(model.config)
+        self.codec = codec_for(model.config).to(args.device)
         config = model.config
         self.class_names = config.class_names or [f"class {label}" for label in range(config.num_classes)]
         self.evaluator = evaluator
