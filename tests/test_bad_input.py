@@ -97,7 +97,7 @@ def test_a_value_of_the_wrong_type(train, complaint, settings, message):
         ({"num_trained_steps": 3}, ("num_trained_steps 3 is outside 1..2",)),
         ({"anchor_weight": -1}, ("anchor_weight must not be negative",)),
         ({"prompt_template": "a digit"}, ("prompt_template", "lacks {name}")),
-        ({"scale_rewards": "groups"}, ('scale_rewards must be "group", "batch" or "none"', "groups")),
+        ({"scale_rewards": "groups"}, ("scale_rewards must be one of group, batch, none", "groups")),
         ({"max_steps": 0}, ("max_steps must be at least 1, not 0",)),
         ({"labelling": "colour"}, ("unknown labelling 'colour'", "digit, parity")),
         ({"reward_weights": [1, 2]}, ("2 reward_weights for 1 reward_funcs (classifier)",)),

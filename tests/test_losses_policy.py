@@ -199,7 +199,7 @@ def test_a_group_with_a_single_reward_has_nothing_to_compare():
 
 
 def test_advantages_refuse_what_they_do_not_know():
-    with pytest.raises(ValueError, match=r'"group", "batch" or "none", not "std"'):
+    with pytest.raises(ValueError, match='one of group, batch, none, not "std"'):
         group_advantages(torch.zeros(4), 2, "std")
     with pytest.raises(ValueError, match="5 rewards do not divide into groups of 2"):
         group_advantages(torch.zeros(5), 2)

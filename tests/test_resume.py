@@ -239,3 +239,21 @@ def test_an_interrupted_process_keeps_a_checkpoint_and_is_resumed_to_the_same_we
     assert not (tmp_path / "run" / "final").exists()
     assert run_recipe("grpo", tmp_path / "run", "--resume", **settings) == 0
     assert_same_end(tmp_path / "run", undisturbed, last="checkpoint-9")
+
+
+def test_other_folders_named_checkpoint_are_passed_over(tmp_path):
+    for name in ("checkpoint-old", "checkpoint-", "checkpoint-3", "checkpoint-20"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-20"
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(undisturbed, tiny_runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed["distill"], run)
+    models = tiny_runs.models_of("distill")
+    older = run / "checkpoint-3"
+    assert run_recipe("distill", run, f"--resume={older}", **models, max_steps=4, save_steps=1) == 0
+    assert f"{run / 'checkpoint-6'} is newer than {older}: renamed to {run / 'superseded-6'}" in capsys.readouterr().out
+    assert find_checkpoint(run, "latest").name == "checkpoint-4"
+    assert (run / "superseded-6" / "model.safetensors").is_file()

@@ -11,7 +11,7 @@ from marval_rl.commands.dry_run import print_dry_run
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
 from marval_rl.trainers.base import MARTrainer
-from marval_rl.trainers.resume import check_output_dir, find_checkpoint, remove_earlier_run
+from marval_rl.trainers.resume import check_output_dir, find_checkpoint, remove_earlier_run, set_aside_newer
 
 
 def default_output_dir(recipe: str) -> str:
@@ -58,6 +58,8 @@ def run_training(
     trainer = make_trainer()
     if checkpoint is None:
         remove_earlier_run(output_dir)
+    else:
+        set_aside_newer(output_dir, Path(checkpoint))
     save_recipe(output_dir / "recipe.yaml", settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step >= trainer.state.max_steps:

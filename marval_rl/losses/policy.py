@@ -13,6 +13,7 @@ from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
 STD_FLOOR = 1e-4  # as in TRL: keeps advantages finite when the rewards of a group barely differ
+REWARD_SCALES = ("group", "batch", "none")
 
 
 def action_log_prob(actions: Tensor, means: Tensor, sigma: float) -> Tensor:
@@ -45,8 +46,8 @@ def group_advantages(
         Advantages [N], and metrics as TRL names them: `reward`, `reward_std` (mean over groups),
         `frac_reward_zero_std`.
     """
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f'scale_rewards must be "group", "batch" or "none", not "{scale_rewards}"')
+    if scale_rewards not in REWARD_SCALES:
+        raise ValueError(f'scale_rewards must be one of {", ".join(REWARD_SCALES)}, not "{scale_rewards}"')
     if num_generations < 1 or rewards.numel() % num_generations:
         raise ValueError(f"{rewards.numel()} rewards do not divide into groups of {num_generations}")
     groups = rewards.float().view(-1, num_generations)

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 class MARTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the defaults and options of this library's trainers."""
 
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; overrides num_train_epochs if positive."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1: num_train_epochs over the data."})
     logging_steps: float = field(default=10, metadata={"help": "Write metrics every this many steps."})
     save_strategy: SaveStrategy | str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
     save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every this many steps."})
@@ -39,5 +39,7 @@ class MARTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(
+                f"max_steps must be at least 1, not {self.max_steps}; -1 trains num_train_epochs passes over the data"
+            )

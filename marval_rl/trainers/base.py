@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from marval_rl.evaluation.evaluator import ImageEvaluator
-from marval_rl.models import MARModel, codec_for, unpatchify
+from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.arguments import MARTrainingArguments
-from marval_rl.trainers.callbacks import AverageCallback, InterruptCallback, MetricsFileCallback
+from marval_rl.trainers.batches import EpochBatches, epoch_loader
+from marval_rl.trainers.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
 from marval_rl.trainers.ema import ExponentialMovingAverage
 from marval_rl.trainers.progress import ProgressBarCallback
 from marval_rl.trainers.randomness import derive_seed
@@ -60,13 +61,15 @@ class MARTrainer(Trainer):
         self.ema = ExponentialMovingAverage(model, args.ema_decay)
         self.buffer: dict[str, Tensor] = {}
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._micro_step = (-1, 0)
+        self.micro_batch = 0  # its index within the optimizer step
+        self._last_step = -1
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressBarCallback())
         self.add_callback(MetricsFileCallback(Path(args.output_dir) / "metrics.jsonl"))
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
+        self.add_callback(EpochCallback())
         self.add_callback(AverageCallback(self.update_average))
 
     # ---- What a subclass says ----
@@ -88,7 +91,33 @@ class MARTrainer(Trainer):
         """Whether the optimizer step with this index moves the model that is averaged."""
         return True
 
+    def batch_pattern(self) -> list[bool]:
+        """Over the micro-steps, repeated: whether one reads a batch, or goes on with what an earlier one read."""
+        return [True] * self.args.gradient_accumulation_steps
+
+    def rows_per_batch(self) -> int:
+        """Rows of `train_dataset` that a micro-step reads, in each process."""
+        return self.args.per_device_train_batch_size
+
     # ---- Training ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        batches = EpochBatches(
+            self.train_dataset,
+            self.rows_per_batch(),
+            args.data_seed,
+            args.process_index,
+            args.world_size,
+            self.batch_pattern(),
+        )
+        return epoch_loader(
+            batches,
+            self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def update_average(self) -> None:
         """Called after each optimizer step."""
@@ -97,8 +126,9 @@ class MARTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         step = self.state.global_step
-        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
-        torch.manual_seed(derive_seed(self.args.seed, "train", *self._micro_step, self.args.process_index))
+        self.micro_batch = self.micro_batch + 1 if step == self._last_step else 0
+        self._last_step = step
+        torch.manual_seed(derive_seed(self.args.seed, "train", step, self.micro_batch, self.args.process_index))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -109,6 +139,14 @@ class MARTrainer(Trainer):
                     logs[name] = mean
             self._metrics.clear()
         super().log(logs, start_time)
+
+    def tokens_of(self, rows: dict[str, Tensor]) -> Tensor:
+        """Tokens [B, L, C] of a batch of "images" [B, C, H, W] in 0..1 or of cached "moments" [B, 2c, h, w]."""
+        if "moments" in rows:
+            latents = self.codec.from_moments(rows["moments"].to(self.args.device))
+        else:
+            latents = self.codec.encode(rows["images"].to(self.args.device))
+        return patchify(latents, self.mar.config.patch_size)
 
     def names_of(self, class_labels: Tensor) -> list[str]:
         """The class name of each label [B]."""
@@ -194,7 +232,8 @@ class MARTrainer(Trainer):
     def _is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the run's last one; transformers would train one step more. Writes `final` anew."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step < self.args.max_steps:
+        # By epochs, max_steps is -1 and the number of steps follows from the data; the first start noted it.
+        if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return False
         self.state = state
         self._load_from_checkpoint(checkpoint)

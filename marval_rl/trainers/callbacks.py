@@ -1,4 +1,4 @@
-"""Callbacks of every run: the metrics file, and a clean stop on Ctrl-C."""
+"""Callbacks of every run: the metrics file, the epoch of the data, the weight average, a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -49,6 +50,15 @@ class MetricsFileCallback(TrainerCallback):
         entry = {"step": state.global_step, "time": round(time.monotonic() - self.start, 3), **logs}
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the batches which epoch begins; after a resumption too, where that is not the first."""
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: DataLoader, **kwargs: Any
+    ) -> None:
+        train_dataloader.batch_sampler.set_epoch(int(state.epoch or 0))
 
 
 class AverageCallback(TrainerCallback):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from marval_rl.models import MARConfig, MARModel, patchify
+from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
 from marval_rl.trainers.arguments import MARTrainingArguments
@@ -57,7 +57,8 @@ def student_from_teacher(teacher: MARModel, student_timestep: int) -> MARModel:
 
 
 class DistillTrainer(MARTrainer):
-    """Trains a student. `train_dataset` yields {"images": [C, H, W] in 0..1, "class_labels": int}.
+    """Trains a student. `train_dataset` yields {"images": [C, H, W] in 0..1, "class_labels": int}, or cached "moments"
+    [2c, h, w] instead of images; a batch is read for each student update and serves the auxiliary updates after it.
 
     Args:
         teacher: A MAR teacher; stays as it is.
@@ -84,6 +85,10 @@ class DistillTrainer(MARTrainer):
     def updates_student(self, step: int) -> bool:
         return step >= self.args.auxiliary_warmup_steps and self._draws_contexts(step)
 
+    def batch_pattern(self) -> list[bool]:
+        steps = [self._draws_contexts(step) for step in range(self.args.auxiliary_updates)]
+        return [reads for reads in steps for _ in range(self.args.gradient_accumulation_steps)]
+
     def _draws_contexts(self, step: int) -> bool:
         return step % self.args.auxiliary_updates == 0
 
@@ -99,17 +104,19 @@ class DistillTrainer(MARTrainer):
         args, config, step = self.args, self.mar.config, self.state.global_step
         loss = torch.zeros((), device=args.device)
         if self._draws_contexts(step):
-            tokens = patchify(self.codec.encode(inputs["images"]), config.patch_size)
+            tokens = self.tokens_of(inputs)
             order = random_order(len(tokens), config.num_tokens, tokens.device)
             num_masked = draw_num_masked(config.num_tokens, args.mask_ratio_min, args.mask_ratio_std)
             context = (tokens, inputs["class_labels"], order, num_masked)
             if self.updates_student(step):
-                loss, metrics, self.buffer = self.matcher.student_loss(networks, *context)
+                loss, metrics, sample = self.matcher.student_loss(networks, *context)
                 self.record({"student_loss": loss, **metrics})
             else:
-                self.buffer = self.matcher.sample(networks, *context)
+                sample = self.matcher.sample(networks, *context)
+            self.buffer |= {f"{self.micro_batch}.{name}": value for name, value in sample.items()}
         # The same detached sample serves the auxiliary updates in between: they cost the head alone.
-        auxiliary_loss = self.matcher.auxiliary_loss(networks, self.buffer)
+        sample = {name: self.buffer[f"{self.micro_batch}.{name}"] for name in ("x_start", "condition")}
+        auxiliary_loss = self.matcher.auxiliary_loss(networks, sample)
         self.record({"auxiliary_loss": auxiliary_loss})
         return loss + auxiliary_loss
 

@@ -7,14 +7,14 @@ Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) with the exa
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from marval_rl.losses.policy import action_kl, action_log_prob, clipped_policy_loss, group_advantages
+from marval_rl.losses.policy import REWARD_SCALES, action_kl, action_log_prob, clipped_policy_loss, group_advantages
 from marval_rl.models import MARModel
 from marval_rl.models.unmasking import unmasking_steps
 from marval_rl.trainers.gsim import StudentNetworks
@@ -50,6 +50,8 @@ class MARGRPOConfig(RewardTrainingArguments):
             raise ValueError(
                 f"num_generations must be at least 2, not {self.num_generations}: an advantage compares images"
             )
+        if self.scale_rewards not in REWARD_SCALES:
+            raise ValueError(f'scale_rewards must be one of {", ".join(REWARD_SCALES)}, not "{self.scale_rewards}"')
         if self.sigma <= 0:
             raise ValueError(f"sigma must be positive, not {self.sigma}: without noise there is no policy gradient")
         images = self.per_device_train_batch_size * self.steps_per_generation
@@ -75,28 +77,39 @@ class MARGRPOTrainer(RewardTrainer):
         if args.beta > 0:
             self.reference = copy.deepcopy(self.mar).eval().requires_grad_(False).to(args.device)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """One batch holds the rows of one generation batch; each row becomes a group of images."""
-        args = self.args
-        rows = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
-        if len(self.train_dataset) < rows * args.world_size:
-            raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} rows, a generation batch takes {rows * args.world_size} "
-                f"(per_device_train_batch_size {args.per_device_train_batch_size} x steps_per_generation "
-                f"{args.steps_per_generation} / num_generations {args.num_generations} x {args.world_size} processes)"
-            )
-        loader = DataLoader(self.train_dataset, batch_size=rows, shuffle=True, collate_fn=list, drop_last=True)
-        return self.accelerator.prepare(loader)
+    def rows_per_batch(self) -> int:
+        """The rows of one generation batch; each becomes a group of images."""
+        return self.args.per_device_train_batch_size * self.args.steps_per_generation // self.args.num_generations
+
+    def batch_pattern(self) -> list[bool]:
+        accumulation = self.args.gradient_accumulation_steps
+        rollout_steps = math.lcm(self.rollout_period, accumulation) // accumulation * self.cycle
+        return [
+            step % self.cycle == 0 and self._starts_rollout(step, micro_batch)
+            for step in range(rollout_steps)
+            for micro_batch in range(accumulation)
+        ]
+
+    @property
+    def rollout_period(self) -> int:
+        """Micro-batches of policy updates that one generation batch serves."""
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _policy_micro_batch(self, step: int, micro_batch: int) -> int:
+        """Counts micro-batches of policy updates since the start; a function of the step, so it survives resumption."""
+        return step // self.cycle * self.args.gradient_accumulation_steps + micro_batch
+
+    def _starts_rollout(self, step: int, micro_batch: int) -> bool:
+        return self._policy_micro_batch(step, micro_batch) % self.rollout_period == 0
 
     def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
         args, step = self.args, self.state.global_step
         if step % self.cycle:
             return model(self.auxiliary_loss)
-        # Counts micro-batches of rollouts since the start; a function of the step alone, so it survives resumption.
-        micro_batch = step // self.cycle * args.gradient_accumulation_steps + self._micro_step[1]
-        if micro_batch % (args.steps_per_generation * args.num_iterations) == 0:
+        if self._starts_rollout(step, self.micro_batch):
             self.generate_rollouts(inputs)
-        start = micro_batch % args.steps_per_generation * args.per_device_train_batch_size
+        part = self._policy_micro_batch(step, self.micro_batch) % args.steps_per_generation
+        start = part * args.per_device_train_batch_size
         rollout = {
             name: self.buffer[name][start : start + args.per_device_train_batch_size]
             for name in ("class_labels", "order", "noise", "tokens", "log_prob", "advantages")

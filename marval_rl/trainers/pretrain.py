@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval_rl.models import MARModel, patchify
+from marval_rl.models import MARModel
 from marval_rl.models.diffusion import add_noise, diffusion_losses
 from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions
 from marval_rl.trainers.arguments import MARTrainingArguments
@@ -67,7 +67,8 @@ def pretraining_loss(
 
 
 class PretrainTrainer(MARTrainer):
-    """Trains a teacher. `train_dataset` yields {"images": [C, H, W] in 0..1, "class_labels": int}."""
+    """Trains a teacher. `train_dataset` yields {"images": [C, H, W] in 0..1, "class_labels": int}, or cached
+    "moments" [2c, h, w] instead of images."""
 
     args: PretrainConfig
 
@@ -90,7 +91,7 @@ class PretrainTrainer(MARTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         args, config = self.args, self.mar.config
-        tokens = patchify(self.codec.encode(inputs["images"]), config.patch_size)
+        tokens = self.tokens_of(inputs)
         batch, device = tokens.shape[0], tokens.device
         order = random_order(batch, config.num_tokens, device)
         num_masked = draw_num_masked(config.num_tokens, args.mask_ratio_min, args.mask_ratio_std)

@@ -31,7 +31,7 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path:
         if not is_complete(Path(resume)):
             raise CheckpointError(f"{resume} is no complete checkpoint ({STATE_FILE} is missing or damaged)")
         return Path(resume)
-    found = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    found = sorted((f for f in output_dir.glob("checkpoint-*") if step_of(f) is not None), key=step_of)
     complete = [folder for folder in found if is_complete(folder)]
     if not complete:
         raise CheckpointError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
@@ -40,9 +40,29 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path:
     return complete[-1]
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name checkpoint-<step>; None for another name."""
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() and step != checkpoint.name else None
+
+
+def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
+    """Rename the run's checkpoints that are newer than the one it goes on from to superseded-<step>: a later `--resume`
+    must not take them for its own."""
+    if checkpoint.parent.resolve() != output_dir.resolve():
+        return
+    for folder in sorted(output_dir.glob("checkpoint-*")):
+        if (step_of(folder) or 0) > step_of(checkpoint):
+            aside = output_dir / f"superseded-{step_of(folder)}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            print(f"{folder} is newer than {checkpoint}: renamed to {aside}")
+
+
 def earlier_run(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
-    names = ("checkpoint-*", "metrics.jsonl", "final", "samples")
+    names = ("checkpoint-*", "superseded-*", "metrics.jsonl", "final", "samples")
     return [path for name in names for path in output_dir.glob(name)]
 
 

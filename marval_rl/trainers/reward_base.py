@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from marval_rl.errors import CheckpointError
-from marval_rl.models import MARModel, patchify
+from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import first_line, load_model
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.batches import EpochAware
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
@@ -133,6 +134,10 @@ class RewardTrainer(MARTrainer):
             self.optimizer = adamw(student_groups(self.model, self.args), self.args)
         return self.optimizer
 
+    def batch_pattern(self) -> list[bool]:
+        accumulation = self.args.gradient_accumulation_steps
+        return [True] * accumulation + [False] * accumulation * (self.cycle - 1)
+
     def updates_student(self, step: int) -> bool:
         return step >= self.warmup_steps and step % self.cycle == 0
 
@@ -163,9 +168,11 @@ class RewardTrainer(MARTrainer):
         """
         args, config = self.args, self.mar.config
         half = args.anchor_batch_size // 2
+        if isinstance(self.anchor_dataset, EpochAware):
+            self.anchor_dataset.set_epoch(self.state.global_step)  # fresh flips
         chosen = torch.randint(len(self.anchor_dataset), (args.anchor_batch_size - half,)).tolist()
         data = default_collate([self.anchor_dataset[index] for index in chosen])
-        data_tokens = patchify(self.codec.encode(data["images"].to(args.device)), config.patch_size)
+        data_tokens = self.tokens_of(data)
         own = torch.randint(len(own_tokens["tokens"]), (half,), device=args.device)
         tokens = torch.cat([data_tokens, own_tokens["tokens"][own].detach()])
         labels = torch.cat([data["class_labels"].to(args.device), own_tokens["class_labels"][own]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,24 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marval_rl.models import LatentCodec, MARModel, generate
+from marval_rl.models.generation import SamplingSettings, balanced_labels
 from marval_rl.trainers.randomness import derive_generator
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """The settings of `generate` that are the same for every batch."""
-
-    num_unmasking_steps: int
-    guidance_scale: float = 1.0
-    guidance_schedule: str = "linear"
-    temperature: float = 1.0
-    num_diffusion_steps: int | None = None
-
-
-def balanced_labels(num_images: int, num_classes: int) -> Tensor:
-    """Class labels [N] in sorted order, each class equally often (the first ones once more where it does not
-    divide)."""
-    return (torch.arange(num_images) % num_classes).sort().values
 
 
 def _batches(labels: Tensor, batch_size: int) -> Iterator[Tensor]:
