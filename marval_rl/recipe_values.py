@@ -16,7 +16,8 @@ import yaml
 
 TRUE_WORDS = ("true", "yes", "t", "y", "1")
 FALSE_WORDS = ("false", "no", "f", "n", "0")
-NONE_WORDS = ("none", "null")
+NULL = "null"
+NONE_WORDS = ("none", NULL)
 
 
 class WrongType(Exception):
@@ -99,7 +100,7 @@ def _convert_union(value: Any, hint: Any) -> Any:
     if enums:  # transformers writes `SchedulerType | str` for the names of a SchedulerType
         return convert(value, enums[0])
     if str in members and isinstance(value, str):
-        return value
+        return None if optional and value == NULL else value  # "none" may be a name: report_to has it
     if optional and isinstance(value, str) and value.lower() in NONE_WORDS:
         return None
     for member in members:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from marval_rl.trainers.batches import REUSE, EpochBatches, epoch_loader
-from marval_rl.trainers.grpo import MARGRPOTrainer
+from marval_rl.trainers.grpo import MARGRPOConfig
 
 
 def batches_of(count: int, batch_size: int = 3, rank: int = 0, world_size: int = 1, pattern=(True,)) -> EpochBatches:
     return EpochBatches(list(range(count)), batch_size, 7, rank, world_size, pattern)
 
 
+def flat(batches: EpochBatches) -> list[int]:
+    return list(chain.from_iterable(batches))
+
+
 def test_an_epoch_reads_every_row_once_and_drops_what_fills_no_batch():
-    rows = sum(batches_of(14), [])
+    rows = flat(batches_of(14))
     assert len(rows) == len(set(rows)) == 12
     assert set(rows) < set(range(14))
 
@@ -30,7 +36,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 def test_processes_share_the_rows_without_overlap():
-    parts = [sum(batches_of(30, rank=rank, world_size=2), []) for rank in range(2)]
+    parts = [flat(batches_of(30, rank=rank, world_size=2)) for rank in range(2)]
     assert len(parts[0]) == len(parts[1]) == 15
     assert sorted(parts[0] + parts[1]) == list(range(30))
     alone = list(batches_of(30))
@@ -54,16 +60,15 @@ def test_the_loader_hands_out_a_sign_where_a_batch_is_reused():
 
 def test_a_data_set_is_told_the_epoch():
     class Flips(Dataset):
-        epochs: list[int] = []
-
         def __len__(self) -> int:
             return 6
 
         def set_epoch(self, epoch: int) -> None:
-            self.epochs.append(epoch)
+            epochs.append(epoch)
 
+    epochs = []
     EpochBatches(Flips(), 3, 0, 0, 1, [True]).set_epoch(4)
-    assert Flips.epochs == [0, 4]
+    assert epochs == [0, 4]
 
 
 def test_too_few_rows_are_refused_with_the_arithmetic():
@@ -82,11 +87,18 @@ def test_too_few_rows_are_refused_with_the_arithmetic():
         (1, 2, 1, 3, "R....."),  # an anchor's steps in between read nothing
     ],
 )
-def test_grpo_reads_rows_where_a_rollout_begins(accumulation, steps_per_generation, num_iterations, cycle, pattern):
-    class Arguments:
-        gradient_accumulation_steps = accumulation
-
-    trainer = object.__new__(MARGRPOTrainer)
-    trainer.args, trainer.cycle = Arguments(), cycle
-    trainer.args.steps_per_generation, trainer.args.num_iterations = steps_per_generation, num_iterations
-    assert "".join("R" if reads else "." for reads in trainer.batch_pattern()) == pattern
+def test_grpo_reads_rows_where_a_rollout_begins(
+    tmp_path, accumulation, steps_per_generation, num_iterations, cycle, pattern
+):
+    config = MARGRPOConfig(
+        str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=steps_per_generation,
+        num_iterations=num_iterations,
+        anchor_weight=1.0 if cycle > 1 else 0.0,
+        auxiliary_updates=cycle,
+    )
+    assert "".join("R" if reads else "." for reads in config.batch_pattern()) == pattern

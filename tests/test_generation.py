@@ -8,6 +8,7 @@ from tiny_models import tiny_model, tiny_student
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marval_rl.models import MARModel, generate, patchify
+from marval_rl.models.noise import IndexedNoise
 from marval_rl.models.unmasking import random_order, unmasking_steps
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -92,6 +93,16 @@ def test_a_teacher_denoises_and_a_student_does_not():
         model.diffloss.register_forward_hook(lambda *_, count=count: count.append(1))
         paint(model, num_diffusion_steps=5)
         assert len(count) == calls
+
+
+def test_autocast_changes_the_precision_of_the_networks_only(model):
+    """The noise and the chain stay in float32; None leaves an autocast around the call as it is."""
+    exact, rough = paint(model).latents, paint(model, autocast_dtype=torch.bfloat16).latents
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert (rough - exact).norm() < 0.1 * exact.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(paint(model).latents, rough)
 
 
 def test_temperature_and_diffusion_steps_matter():
@@ -183,12 +194,15 @@ class HostSyncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_waits_for_the_device(model):
+@pytest.mark.parametrize("source", [seeded, lambda: IndexedNoise(0, torch.arange(4))], ids=["generator", "indices"])
+def test_no_step_waits_for_the_device(model, source):
     """Only the check of the class labels reads anything back, however many steps follow."""
     counts = []
     for num_unmasking_steps, num_diffusion_steps in ((1, 2), (4, 6)):
+        settings = {"num_unmasking_steps": num_unmasking_steps, "num_diffusion_steps": num_diffusion_steps}
+        noise = source()
         with HostSyncs() as syncs:
-            paint(model, num_unmasking_steps=num_unmasking_steps, num_diffusion_steps=num_diffusion_steps)
+            paint(model, generator=noise, **settings)
         counts.append(syncs.count)
     assert counts[0] == counts[1] <= 4
 

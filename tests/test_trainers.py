@@ -27,7 +27,8 @@ from tiny_recipes import (
 from torch import Tensor, nn
 
 from marval_rl.cli import main
-from marval_rl.commands.sources import DataArguments, ModelArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.networks import ModelArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.sources import DataArguments
 from marval_rl.data import class_rows
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model

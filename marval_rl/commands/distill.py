@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from marval_rl.commands.networks import TeacherArguments
+from marval_rl.commands.planning.plan import plan_distillation
 from marval_rl.commands.recipe_arguments import add_recipe_arguments
-from marval_rl.commands.sources import DataArguments, TeacherArguments
+from marval_rl.commands.sources import DataArguments
 from marval_rl.commands.training import read_recipe, run_training
 from marval_rl.errors import RecipeError
-from marval_rl.models.checkpoints import load_model
 from marval_rl.trainers.distill import DistillConfig, DistillTrainer
 
 
@@ -23,9 +24,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         raise RecipeError("teacher is not set: name a model folder, a run folder or a hub id (--teacher ...)")
 
     def make_trainer() -> DistillTrainer:
-        teacher = load_model(source.teacher, one_step=False)
-        dataset = data.load("train")
-        data.check_classes(teacher.config, source.teacher)
+        teacher = source.load()
+        dataset = data.load_training(teacher.config.image_size, config.seed)
+        data.fit(teacher.config, source.teacher, dataset)
         return DistillTrainer(teacher, config, train_dataset=dataset, evaluator=data.evaluator())
 
-    run_training(args, settings, config, make_trainer)
+    run_training(args, settings, config, make_trainer, lambda: plan_distillation(data, source, config))

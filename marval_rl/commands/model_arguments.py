@@ -11,10 +11,16 @@ from marval_rl.models import LatentCodec, MARModel, codec_for
 from marval_rl.models.checkpoints import load_model
 from marval_rl.trainers.sampling import SamplingSettings
 
+AUTOCAST_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, model_is_optional: bool = False) -> None:
     """Adds MODEL and how to sample it."""
-    parser.add_argument("model", metavar="MODEL", help="model folder, run folder or hub id")
+    count = "?" if model_is_optional else None
+    parser.add_argument("model", metavar="MODEL", nargs=count, help="model folder, run folder or hub id")
+    parser.add_argument(
+        "--vae", metavar="PATH", help="diffusers AutoencoderKL: folder or hub id (default: the model's)"
+    )
     parser.add_argument("--steps", type=int, default=16, metavar="K", help="unmasking steps (default: 16)")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="1.0 is none; for teachers only")
     parser.add_argument("--guidance_schedule", default="linear", choices=["linear", "constant"])
@@ -22,6 +28,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--diffusion_steps", type=int, metavar="N", help="of a teacher (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
     parser.add_argument("--batch_size", type=int, default=250, help="images at once (default: 250)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=AUTOCAST_DTYPES, help="bfloat16 runs MAR under autocast; never the VAE"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
 
 
@@ -32,8 +41,10 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, 
     if args.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, not {args.batch_size}")
     args.progress = is_watched()
-    model = load_model(args.model).to(device)
-    return model, codec_for(model.config).to(device), device
+    model = load_model(args.model)
+    if args.vae is not None:
+        model.config.vae = args.vae
+    return model.to(device), codec_for(model.config).to(device), device
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
@@ -44,4 +55,5 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
         guidance_schedule=args.guidance_schedule,
         temperature=args.temperature,
         num_diffusion_steps=args.diffusion_steps,
+        autocast_dtype=AUTOCAST_DTYPES[args.dtype],
     )

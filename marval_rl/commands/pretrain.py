@@ -6,8 +6,10 @@ import argparse
 
 import torch
 
+from marval_rl.commands.networks import ModelArguments
+from marval_rl.commands.planning.plan import plan_pretraining
 from marval_rl.commands.recipe_arguments import add_recipe_arguments
-from marval_rl.commands.sources import DataArguments, ModelArguments
+from marval_rl.commands.sources import DataArguments
 from marval_rl.commands.training import read_recipe, run_training
 from marval_rl.models import MARModel
 from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
@@ -22,9 +24,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     (data, sizes, config), settings = read_recipe(args, extra, (DataArguments, ModelArguments, PretrainConfig))
 
     def make_trainer() -> PretrainTrainer:
-        dataset = data.load("train")
+        dataset = data.load_training(None, config.seed)
         torch.manual_seed(config.seed)
-        model = MARModel(sizes.config(dataset))
+        model = MARModel(sizes.config(data.latents(dataset)))
         return PretrainTrainer(model, config, train_dataset=dataset, evaluator=data.evaluator())
 
-    run_training(args, settings, config, make_trainer)
+    run_training(args, settings, config, make_trainer, lambda: plan_pretraining(data, sizes, config))

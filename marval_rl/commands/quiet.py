@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import torch
 
@@ -12,6 +13,8 @@ def quiet_libraries() -> None:
     """No warnings meant for developers, and no progress bars of loading and saving."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where installed, warns that it finds no GPU
+    for library in ("transformers", "huggingface_hub", "diffusers"):
+        warnings.filterwarnings("ignore", module=library)  # of what will be renamed in their next release
     from transformers.utils import logging
 
     logging.set_verbosity_error()

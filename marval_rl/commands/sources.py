@@ -1,118 +1,154 @@
-"""What a recipe says beside the trainer's arguments: data, models, rewards, judges."""
+"""What a recipe says of its data: the images, their latents, and the networks that judge them."""
 
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from marval_rl.data import ImageDataset, load_image_dataset
+from torch.utils.data import Dataset
+
+from marval_rl.data import CroppedImages, ImageDataset, load_image_dataset, load_labelled_images, load_moments
+from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
 from marval_rl.rewarding import load_reward
 
+DIGITS = "digits"
+DIGIT_JUDGES = ("classifier", "held_out_classifier")
+
 
 @dataclass
 class DataArguments:
-    """The images and the networks that judge them."""
+    """The images, and for the digits the networks that judge them."""
 
-    dataset: str = field(default="digits", metadata={"help": 'Images to train on and to compare with: "digits".'})
+    dataset: str = field(
+        default=DIGITS,
+        metadata={"help": '"digits", a folder of class folders, parquet, a saved `datasets` folder, or a hub id.'},
+    )
     labelling: str | None = field(
-        default=None, metadata={"help": 'Classes of the images; digits: "digit" or "parity".'}
+        default=None, metadata={"help": 'Classes of the digits: "digit" (default) or "parity".'}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of images (parquet, `datasets`)."})
+    label_column: str = field(default="label", metadata={"help": "Column of class labels (parquet, `datasets`)."})
+    class_names: str | None = field(
+        default=None, metadata={"help": 'Names where the data has none: "imagenet", or a file of one name a line.'}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Images are cropped to this many pixels (default: the model's)."}
+    )
+    flip: bool = field(default=True, metadata={"help": "Mirror half of the images (never the digits)."})
+    vae: str | None = field(
+        default=None, metadata={"help": "diffusers AutoencoderKL of the latents: folder or hub id (default: none)."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of VAE moments by `marval-rl cache`; read instead of the images."}
     )
     feature_extractor: str = field(
-        default="classifier", metadata={"help": "Reward with a method `features`: the space of the Frechet distance."}
+        default="classifier",
+        metadata={"help": "Digits: reward with a method `features`, the space of the Frechet distance."},
     )
     judges: list[str] = field(
-        default_factory=lambda: ["classifier", "held_out_classifier"],
-        metadata={"help": "Rewards with a method `mode_log_probs`: accuracy, log-probability, mode coverage."},
+        default_factory=lambda: list(DIGIT_JUDGES),
+        metadata={"help": "Digits: rewards with a method `mode_log_probs`: accuracy, mode coverage."},
     )
 
+    @property
+    def are_digits(self) -> bool:
+        return self.dataset == DIGITS
+
     def load(self, split: str) -> ImageDataset:
-        """The split "train" or "test"."""
+        """The digits' split "train" or "test"."""
         return load_image_dataset(self.dataset, split, self.labelling)
 
-    def check_classes(self, config: MARConfig, model: str) -> None:
-        """Raises ValueError if a model was trained on other classes or another image size than this data's."""
-        data = self.load("test")
-        names, size = list(data.class_names), data.images.shape[-1]
+    def load_training(self, image_size: int | None, seed: int) -> Dataset:
+        """What is trained on: rows of "images" or cached "moments", and "class_labels"; it knows its `class_names`.
+
+        Raises DataError for data that cannot be read, RecipeError where no size is known to crop to.
+        """
+        if self.are_digits:
+            return self.load("train")
+        if self.cache_dir is not None:
+            return load_moments(self.cache_dir, flip=self.flip, seed=seed, class_names=self.class_names)
+        size = self.image_size or image_size
+        if size is None:
+            raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
+        return CroppedImages(self.load_images(), size, flip=self.flip, seed=seed)
+
+    def load_images(self):
+        """The images as they are, before they are cropped."""
+        return load_labelled_images(
+            self.dataset,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            class_names=self.class_names,
+        )
+
+    def fit(self, config: MARConfig, model: str, dataset: Dataset | None = None) -> None:
+        """Gives a model's configuration the recipe's VAE, and the names of its classes where it has none.
+
+        Raises ValueError if the model was trained on other classes or another image size than this data's. dataset:
+        what `load_training` gave; None where no image is read.
+        """
+        if self.vae is not None:
+            config.vae = self.vae
+        if dataset is None:
+            return
+        names = list(dataset.class_names)
         if config.num_classes != len(names) or (config.class_names is not None and config.class_names != names):
             known = ", ".join((config.class_names or ["unnamed"])[:3])
             raise ValueError(
                 f"{model} knows {config.num_classes} classes ({known}, ...), "
-                f"but the data has {len(names)} ({', '.join(names[:3])}, ...): set --labelling or choose another model"
+                f"but the data has {len(names)} ({', '.join(names[:3])}, ...): "
+                f"{'set --labelling or ' if self.are_digits else ''}choose another model"
             )
-        if (config.image_size, config.image_channels) != (size, data.images.shape[1]):
+        config.class_names = names
+        self._check_shape(config, model, dataset[0])
+
+    def _check_shape(self, config: MARConfig, model: str, row: dict[str, Any]) -> None:
+        side = config.image_size
+        if "moments" in row:
+            expected = (2 * config.latent_channels, side // config.latent_stride, side // config.latent_stride)
+            if tuple(row["moments"].shape) != expected:
+                raise ValueError(
+                    f"{model} paints latents whose moments are {_shape(expected)}, those of {self.cache_dir} are "
+                    f"{_shape(row['moments'].shape)}: cache with this model's VAE and image size"
+                )
+        elif tuple(row["images"].shape) != (config.image_channels, side, side):
             raise ValueError(
-                f"{model} paints images of {config.image_channels} x {config.image_size} x {config.image_size}, "
-                f"the data's are {data.images.shape[1]} x {size} x {size}"
+                f"{model} paints images of {_shape((config.image_channels, side, side))}, "
+                f"the data's are {_shape(row['images'].shape)}"
             )
 
-    def evaluator(self) -> ImageEvaluator:
-        """Compares generated images with the real ones."""
+    def latents(self, dataset: Dataset) -> dict[str, Any]:
+        """The fields of a MARConfig that follow from data to pretrain on: image size, latents, classes."""
+        classes = {"num_classes": len(dataset.class_names), "class_names": list(dataset.class_names)}
+        if self.vae is None:
+            channels, size, _ = dataset[0]["images"].shape
+            # Clipping suits pixels, which lie in -1..1; latents do not.
+            pixels = {"latent_stride": 1, "latent_channels": channels, "clip_sample_range": 1.0}
+            return {"image_size": size, "image_channels": channels, **pixels, **classes}
+        from marval_rl.models.vae import load_autoencoder, stride_of
+
+        autoencoder = load_autoencoder(self.vae)
+        stride, channels = stride_of(autoencoder), autoencoder.config.latent_channels
+        row = dataset[0]
+        size = row["moments"].shape[-1] * stride if "moments" in row else row["images"].shape[-1]
+        return {
+            "image_size": size,
+            "latent_stride": stride,
+            "latent_channels": channels,
+            "vae": self.vae,
+            **classes,
+        }
+
+    def evaluator(self) -> ImageEvaluator | None:
+        """Compares generated digits with the real ones; None for other data, which `marval-rl evaluate` measures."""
+        if not self.are_digits:
+            return None
         judges = {name: load_reward(name) for name in self.judges}
         features = judges.get(self.feature_extractor) or load_reward(self.feature_extractor)
         return ImageEvaluator(self.load("train"), self.load("test"), features.features, judges)
 
 
-@dataclass
-class ModelArguments:
-    """Sizes of a teacher to pretrain; image size, channels and classes come from the data."""
-
-    patch_size: int = field(default=2, metadata={"help": "Pixels along one side of a token."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of encoder and decoder."})
-    encoder_num_layers: int = field(default=2, metadata={"help": "Blocks of the encoder."})
-    decoder_num_layers: int = field(default=2, metadata={"help": "Blocks of the decoder."})
-    num_heads: int = field(default=4, metadata={"help": "Attention heads."})
-    buffer_size: int = field(default=4, metadata={"help": "Class tokens in front of the image tokens."})
-    head_hidden_size: int = field(default=128, metadata={"help": "Width of the diffusion head."})
-    head_num_layers: int = field(default=3, metadata={"help": "Residual blocks of the diffusion head."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout of attention and projections, in 0..1."})
-
-    def config(self, data: ImageDataset) -> MARConfig:
-        """The configuration of a model of pixels for this data."""
-        _, channels, size, _ = data.images.shape
-        return MARConfig(
-            image_size=size,
-            image_channels=channels,
-            latent_stride=1,
-            latent_channels=channels,
-            patch_size=self.patch_size,
-            num_classes=len(data.class_names),
-            class_names=list(data.class_names),
-            encoder_hidden_size=self.hidden_size,
-            encoder_num_layers=self.encoder_num_layers,
-            encoder_num_heads=self.num_heads,
-            decoder_hidden_size=self.hidden_size,
-            decoder_num_layers=self.decoder_num_layers,
-            decoder_num_heads=self.num_heads,
-            buffer_size=self.buffer_size,
-            head_hidden_size=self.head_hidden_size,
-            head_num_layers=self.head_num_layers,
-            clip_sample_range=1.0,
-            attention_dropout=self.dropout,
-            projection_dropout=self.dropout,
-        )
-
-
-@dataclass
-class TeacherArguments:
-    """Where the teacher is."""
-
-    teacher: str | None = field(default=None, metadata={"help": "Teacher: model folder, run folder or hub id."})
-
-
-@dataclass
-class RewardArguments:
-    """The student, and what it is rewarded for."""
-
-    method: str = field(default="grpo", metadata={"help": "The gradient.", "choices": ["grpo", "reward_backprop"]})
-    model: str | None = field(default=None, metadata={"help": "Student: model folder, run folder or hub id."})
-    reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards: names, file.py:attribute or package.module:attribute."}
-    )
-    reward_kwargs: dict | None = field(
-        default=None, metadata={"help": "Reward name -> keyword arguments of its class."}
-    )
-    eval_reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Held-out rewards: looked at in evaluation, never trained on."}
-    )
-    eval_reward_kwargs: dict | None = field(default=None, metadata={"help": "As reward_kwargs, for eval_reward_funcs."})
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from marval_rl.commands.networks import RewardArguments, TeacherArguments
+from marval_rl.commands.planning.plan import plan_reward_training
 from marval_rl.commands.recipe_arguments import add_recipe_arguments
-from marval_rl.commands.sources import DataArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.sources import DataArguments
 from marval_rl.commands.training import read_recipe, run_training
 from marval_rl.data import class_rows
 from marval_rl.errors import RecipeError
@@ -46,8 +48,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
     def make_trainer() -> RewardTrainer:
         student = load_model(rewarded.model, one_step=True)
-        data.check_classes(student.config, rewarded.model)
         anchored = config.anchor_weight > 0
+        images = data.load_training(student.config.image_size, config.seed) if anchored or data.are_digits else None
+        data.fit(student.config, rewarded.model, images)
         rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs)
         judges = None
         if rewarded.eval_reward_funcs:
@@ -56,12 +59,12 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
             student,
             rewards,
             config,
-            train_dataset=class_rows(student.config.num_classes),
-            teacher=load_model(source.teacher, one_step=False) if anchored else None,
+            train_dataset=class_rows(student.config.num_classes, rewarded.prompts_per_class),
+            teacher=source.load() if anchored else None,
             auxiliary=Path(resolve_model(rewarded.model)) if anchored else None,
-            anchor_dataset=data.load("train") if anchored else None,
+            anchor_dataset=images if anchored else None,
             evaluator=data.evaluator(),
             eval_rewards=judges,
         )
 
-    run_training(args, settings, config, make_trainer)
+    run_training(args, settings, config, make_trainer, lambda: plan_reward_training(data, rewarded, source, config))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from marval_rl.commands.dry_run import print_dry_run
+from marval_rl.commands.planning.dry_run import print_dry_run
+from marval_rl.commands.planning.plan import Planner
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
 from marval_rl.trainers.base import MARTrainer
@@ -37,6 +38,7 @@ def run_training(
     settings: dict[str, Any],
     config: Any,
     make_trainer: Callable[[], MARTrainer],
+    make_plan: Planner,
 ) -> None:
     """Train, or only say what would be trained.
 
@@ -44,10 +46,11 @@ def run_training(
         args: The command line, with `dry_run` and `resume`.
         settings: The resolved recipe.
         config: The trainer's arguments.
-        make_trainer: Builds the trainer; called once.
+        make_trainer: Builds the trainer; called once, and not for a dry run.
+        make_plan: Finds out what would be trained, for a dry run.
     """
     if args.dry_run:
-        print_dry_run(settings, config, make_trainer)
+        print_dry_run(settings, config, make_plan)
         return
     output_dir = Path(config.output_dir)
     checkpoint = None

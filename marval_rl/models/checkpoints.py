@@ -11,15 +11,20 @@ from safetensors import SafetensorError
 from marval_rl.errors import CheckpointError
 from marval_rl.models.config import MARConfig
 from marval_rl.models.mar import MARModel
+from marval_rl.models.official.mar_weights import read_mar
+from marval_rl.models.official.reading import is_official_path
 
 
 def resolve_model(name_or_path: str | Path) -> str:
-    """The folder that holds a model: itself, or the `final` inside a run folder; else a hub id, unchanged.
+    """The folder that holds a model: itself, or the `final` inside a run folder; else an official checkpoint's file or
+    a hub id, unchanged.
 
     Raises:
         CheckpointError: For a path that does not exist or holds no model.
     """
     path = Path(name_or_path)
+    if path.is_file():
+        return str(path)
     if (path / "config.json").is_file():
         return str(path)
     if (path / "final" / "config.json").is_file():
@@ -30,30 +35,35 @@ def resolve_model(name_or_path: str | Path) -> str:
             "`--resume` goes on with it)"
         )
     looks_like_hub_id = str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "runs/"))
-    if not looks_like_hub_id:
+    if not looks_like_hub_id or is_official_path(path):
         raise CheckpointError(f"no model at {path}: the path does not exist")
     return str(name_or_path)
 
 
 def load_config(name_or_path: str | Path) -> MARConfig:
-    """The configuration of a model folder, run folder or hub id. Raises CheckpointError."""
+    """The configuration of a model folder, run folder, official checkpoint or hub id. Raises CheckpointError."""
     resolved = resolve_model(name_or_path)
+    if is_official_path(resolved):
+        return read_mar(resolved).config
     try:
         config = MARConfig.get_config_dict(resolved)[0]
-        if config.get("model_type") != MARConfig.model_type:
-            raise CheckpointError(
-                f'{resolved} is no MAR model: its config.json says model_type "{config.get("model_type")}"'
-            )
-        return MARConfig.from_dict(config)
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cannot read the configuration of {resolved}: {first_line(error)}") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != MARConfig.model_type:
+        raise CheckpointError(f'{resolved} is no MAR model: its config.json says model_type "{model_type}"')
+    try:
+        return MARConfig.from_dict(config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"the configuration of {resolved} is wrong: {first_line(error)}") from error
 
 
 def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MARModel:
     """A model in eval mode, on the CPU, in float32.
 
     Args:
-        name_or_path: A model folder, a run folder or a hub id.
+        name_or_path: A model folder, a run folder, the file of an official checkpoint (its average weights are taken)
+            or a hub id.
         one_step: True asks for a student, False for a teacher, None takes either.
 
     Raises:

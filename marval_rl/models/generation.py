@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,14 +12,26 @@ from tqdm import tqdm
 from marval_rl.models.diffusion import make_schedule, reverse_step
 from marval_rl.models.latents import unpatchify
 from marval_rl.models.mar import MARModel
+from marval_rl.models.noise import Noise, as_noise
 from marval_rl.models.unmasking import (
     gather_tokens,
     guidance_scales,
-    random_order,
     revealed_positions,
     scatter_tokens,
     unmasking_steps,
 )
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The settings of `generate` that are the same for every batch."""
+
+    num_unmasking_steps: int
+    guidance_scale: float = 1.0
+    guidance_schedule: str = "linear"
+    temperature: float = 1.0
+    num_diffusion_steps: int | None = None
+    autocast_dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -37,6 +50,12 @@ class GenerationOutput:
 
     latents: Tensor
     steps: list[GenerationStep] = field(default_factory=list)
+
+
+def balanced_labels(num_images: int, num_classes: int) -> Tensor:
+    """Class labels [N] in sorted order, each class equally often (the first ones once more where it does not
+    divide)."""
+    return (torch.arange(num_images) % num_classes).sort().values
 
 
 def check_class_labels(class_labels: Tensor, num_classes: int) -> None:
@@ -65,7 +84,8 @@ def generate(
     num_diffusion_steps: int | None = None,
     batch_size: int | None = None,
     order: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Noise | None = None,
+    autocast_dtype: torch.dtype | None = None,
     return_steps: bool = False,
     progress: bool = False,
 ) -> GenerationOutput:
@@ -80,7 +100,9 @@ def generate(
         temperature: Scales the noise added in each reverse step; for a student the noise z it starts from.
         num_diffusion_steps: Length of the teacher's reverse chain (None: the configuration's).
         order: Unmasking order, int64 [B, L]; None draws a random one for each image.
-        generator: Source of all randomness, on the model's device; None uses the global one.
+        generator: Source of all randomness: a generator on the model's device, None for the global one, or an
+            `IndexedNoise`, with which an image does not depend on its batch.
+        autocast_dtype: Run the networks under autocast to it (torch.bfloat16); None leaves their precision alone.
         return_steps: Keep every unmasking step.
         progress: Show a progress bar over unmasking steps.
 
@@ -99,35 +121,38 @@ def generate(
             f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed in distillation"
         )
     batch = batch_size if class_labels is None else class_labels.shape[0]
+    noise = as_noise(generator, device)
     if order is None:
-        order = random_order(batch, config.num_tokens, device, generator)
+        order = noise.order(batch, config.num_tokens)
     else:
         check_order(order, batch, config.num_tokens)
     tokens = torch.zeros(batch, config.num_tokens, config.token_channels, device=device)
     if config.is_one_step:
         # Drawn for all tokens at once, by position: an image's noise does not depend on K.
-        noise = temperature * torch.randn(tokens.shape, device=device, generator=generator)
+        token_noise = temperature * noise.normal(batch * config.num_tokens, config.token_channels).view_as(tokens)
     scales = guidance_scales(config.num_tokens, num_unmasking_steps, guidance_scale, guidance_schedule)
     pairs = unmasking_steps(config.num_tokens, num_unmasking_steps)
     kept_steps = []
-    for (masked, kept), scale in tqdm(
-        list(zip(pairs, scales, strict=True)), desc="unmasking", leave=False, disable=not progress
-    ):
-        positions = revealed_positions(order, masked, kept)
-        if config.is_one_step:
-            revealed, condition = model.one_step(
-                tokens, class_labels, order, masked, kept, gather_tokens(noise, positions)
-            )
-        else:
-            # As in MAR, the null class is run whenever guidance is asked for, also while its scale is still 1.
-            guided = guidance_scale != 1.0
-            condition = model(tokens, class_labels, order, masked, kept, guidance_pass=guided).condition
-            revealed = sample_chain(
-                model, condition.flatten(0, 1), scale if guided else None, temperature, num_diffusion_steps, generator
-            ).view(batch, -1, config.token_channels)
-        tokens = scatter_tokens(tokens, positions, revealed)
-        if return_steps:
-            kept_steps.append(GenerationStep(scale, condition, revealed, tokens))
+    precision = nullcontext() if autocast_dtype is None else torch.autocast(device.type, autocast_dtype)
+    with precision:  # once around all steps, so that the weights are cast once
+        for (masked, kept), scale in tqdm(
+            list(zip(pairs, scales, strict=True)), desc="unmasking", leave=False, disable=not progress
+        ):
+            positions = revealed_positions(order, masked, kept)
+            if config.is_one_step:
+                revealed, condition = model.one_step(
+                    tokens, class_labels, order, masked, kept, gather_tokens(token_noise, positions)
+                )
+            else:
+                # As in MAR, the null class is run whenever guidance is asked for, also while its scale is still 1.
+                guided = guidance_scale != 1.0
+                condition = model(tokens, class_labels, order, masked, kept, guidance_pass=guided).condition
+                revealed = sample_chain(
+                    model, condition.flatten(0, 1), scale if guided else None, temperature, num_diffusion_steps, noise
+                ).view(batch, -1, config.token_channels)
+            tokens = scatter_tokens(tokens, positions, revealed)
+            if return_steps:
+                kept_steps.append(GenerationStep(scale, condition, revealed, tokens))
     return GenerationOutput(unpatchify(tokens, config.patch_size, config.grid_size), kept_steps)
 
 
@@ -137,7 +162,7 @@ def sample_chain(
     guidance_scale: float | None,
     temperature: float = 1.0,
     num_diffusion_steps: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Noise | None = None,
     return_trajectory: bool = False,
 ) -> Tensor:
     """The teacher's reverse diffusion chain for N tokens.
@@ -145,6 +170,7 @@ def sample_chain(
     Args:
         condition: [N, D]; with guidance [2N, D], the null class in the second half.
         guidance_scale: None for no guidance.
+        generator: As for `generate`; with an `IndexedNoise` the tokens stand image by image, equally many each.
         return_trajectory: Return every state, [steps, N, C], instead of the last.
 
     Returns:
@@ -156,7 +182,8 @@ def sample_chain(
     )
     rows = condition.shape[0] // (1 if guidance_scale is None else 2)
     channels = config.token_channels
-    x = torch.randn(rows, channels, device=device, generator=generator)
+    noise = as_noise(generator, device)
+    x = noise.normal(rows, channels)
     states = []
     for index in reversed(range(len(schedule))):
         t = torch.full((1,), int(schedule.timesteps[index]), device=device)
@@ -165,8 +192,8 @@ def sample_chain(
         else:
             output = guide(model.diffloss(x.repeat(2, 1), t, condition).float(), guidance_scale)
         # MAR draws noise for both halves and for index 0 too; drawing alike keeps a seed's images the same.
-        noise = torch.randn(condition.shape[0], channels, device=device, generator=generator)[:rows]
-        x = reverse_step(schedule, output, x, index, noise, temperature, config.clip_sample_range)
+        step_noise = noise.normal(rows, channels, num_unused_rows=condition.shape[0] - rows)
+        x = reverse_step(schedule, output, x, index, step_noise, temperature, config.clip_sample_range)
         states.append(x)
     return torch.stack(states) if return_trajectory else x
 

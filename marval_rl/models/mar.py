@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from marval_rl.models.config import MARConfig
 from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, predict_start
 from marval_rl.models.head import DiffusionHead, SmallLinear, ZeroLinear
+from marval_rl.models.official.reading import is_official_path
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, scatter_tokens, visible_positions
 
 
@@ -114,6 +115,22 @@ class MARModel(PreTrainedModel):
 
         self.diffloss = new_head(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config: MARConfig | None = None, **kwargs):
+        """As transformers', from a folder or hub id; also from an official checkpoint's file, of its average weights.
+
+        Raises:
+            CheckpointError: If an official file cannot be used; see `marval_rl.models.official`.
+        """
+        path = pretrained_model_name_or_path
+        if path is None or not is_official_path(path):
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        from marval_rl.models.official.mar_weights import load_official_mar  # it builds on this class
+
+        official = load_official_mar(path)
+        config = official.config if config is None else config
+        return super().from_pretrained(None, *args, config=config, state_dict=official.weights, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

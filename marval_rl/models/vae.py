@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from marval_rl.errors import CheckpointError
+from marval_rl.models.checkpoints import first_line
 from marval_rl.models.config import MARConfig
+from marval_rl.models.official.reading import check_finite
 
 
 class VAECodec:
@@ -58,7 +65,16 @@ class VAECodec:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in 0..1 -> mean and log-variance of the posterior, [B, 2c, h, w], unscaled."""
+        """Images [B, 3, H, W] in 0..1 -> mean and log-variance of the posterior, [B, 2c, h, w], unscaled.
+
+        Raises:
+            ValueError: If H or W is not a multiple of the stride; the VAE would drop the rest silently.
+        """
+        stride = stride_of(self.autoencoder)
+        if images.shape[-2] % stride or images.shape[-1] % stride:
+            raise ValueError(
+                f"images of {tuple(images.shape[-2:])} pixels do not divide into the VAE's {stride} x {stride}"
+            )
         return self.autoencoder.encode(images * 2 - 1).latent_dist.parameters
 
     def from_moments(self, moments: Tensor) -> Tensor:
@@ -66,6 +82,7 @@ class VAECodec:
         return (DiagonalGaussianDistribution(moments.float()).sample() - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, c, h, w] -> images [B, 3, H, W] in 0..1, float32; differentiable."""
         images = self.autoencoder.decode(latents / self.scale + self.shift).sample
         return ((images.float() + 1) / 2).clamp(0, 1)
 
@@ -76,26 +93,54 @@ def stride_of(autoencoder: AutoencoderKL) -> int:
 
 
 def load_autoencoder(name_or_path: str | Path) -> AutoencoderKL:
-    """diffusers' AutoencoderKL from a folder or hub id, safetensors only. Raises CheckpointError."""
+    """diffusers' AutoencoderKL from a folder or hub id: safetensors only, strictly, in float32.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, incomplete, of another class, or not finite.
+    """
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path} is no VAE folder: it holds no config.json (`marval-rl convert kl16.ckpt OUT` makes one)"
         )
-    looks_local = str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1
+    looks_local = str(name_or_path).startswith((".", "/", "~", "runs/")) or str(name_or_path).count("/") != 1
     if looks_local and not path.exists():
         raise CheckpointError(f"no VAE at {path}: the path does not exist (--vae ...)")
     try:
-        autoencoder, info = AutoencoderKL.from_pretrained(
-            str(name_or_path), use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"cannot load the VAE {name_or_path}: {first}") from error
+        with _silent_diffusers():
+            config = AutoencoderKL.load_config(str(name_or_path))
+            _check_config(config, name_or_path)
+            autoencoder, info = AutoencoderKL.from_pretrained(
+                str(name_or_path), use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
+            )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"cannot load the VAE {name_or_path}: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             shown = ", ".join(map(str, sorted(info[what], key=str)[:5]))
             raise CheckpointError(
                 f"the VAE {name_or_path} is incomplete or another: {len(info[what])} {what.replace('_', ' ')}: {shown}"
             )
+    check_finite(autoencoder.state_dict(), path)
     return autoencoder
+
+
+def _check_config(config: object, name_or_path: str | Path) -> None:
+    """Raises CheckpointError unless a config.json is an AutoencoderKL's, with a scale and shift that are numbers."""
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if class_name != AutoencoderKL.__name__:
+        raise CheckpointError(f"{name_or_path} is no AutoencoderKL: its config.json says _class_name {class_name!r}")
+    scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (scale, shift)) or scale == 0:
+        raise CheckpointError(f"the VAE {name_or_path} has scaling_factor {scale!r} and shift_factor {shift!r}")
+
+
+@contextmanager
+def _silent_diffusers() -> Iterator[None]:
+    """diffusers logs what it then raises or returns; one line is enough."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)

@@ -8,6 +8,11 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 
+def cycle_pattern(accumulation: int, cycle: int) -> list[bool]:
+    """Batches are read in the first of each `cycle` steps, in all of its micro-steps."""
+    return [True] * accumulation + [False] * accumulation * (cycle - 1)
+
+
 @dataclass
 class MARTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the defaults and options of this library's trainers."""
@@ -34,6 +39,15 @@ class MARTrainingArguments(TrainingArguments):
     eval_unmasking_steps: int = field(default=16, metadata={"help": "K, unmasking steps in evaluation."})
     eval_seed: int = field(default=1234, metadata={"help": "Seed of evaluation: the same images at every step."})
     sample_grid_columns: int = field(default=10, metadata={"help": "Images a class in the sample grids."})
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of the data set that a micro-step reads, in each process."""
+        return self.per_device_train_batch_size
+
+    def batch_pattern(self) -> list[bool]:
+        """Over the micro-steps, repeated: whether one reads a batch, or goes on with what an earlier one read."""
+        return cycle_pattern(self.gradient_accumulation_steps, 1)
 
     def __post_init__(self):
         super().__post_init__()

@@ -91,25 +91,17 @@ class MARTrainer(Trainer):
         """Whether the optimizer step with this index moves the model that is averaged."""
         return True
 
-    def batch_pattern(self) -> list[bool]:
-        """Over the micro-steps, repeated: whether one reads a batch, or goes on with what an earlier one read."""
-        return [True] * self.args.gradient_accumulation_steps
-
-    def rows_per_batch(self) -> int:
-        """Rows of `train_dataset` that a micro-step reads, in each process."""
-        return self.args.per_device_train_batch_size
-
     # ---- Training ----
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         batches = EpochBatches(
             self.train_dataset,
-            self.rows_per_batch(),
+            args.rows_per_batch,
             args.data_seed,
             args.process_index,
             args.world_size,
-            self.batch_pattern(),
+            args.batch_pattern(),
         )
         return epoch_loader(
             batches,

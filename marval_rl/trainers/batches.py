@@ -45,7 +45,7 @@ class EpochBatches(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.pattern = list(pattern)
-        self.rounds = len(dataset) // (batch_size * world_size) // sum(self.pattern)
+        self.rounds = rounds_in(len(dataset), batch_size * world_size, self.pattern)
         if self.rounds == 0:
             raise ValueError(
                 f"train_dataset has {len(dataset)} rows, but {batch_size * world_size * sum(self.pattern)} are needed: "
@@ -70,6 +70,11 @@ class EpochBatches(Sampler[list[int]]):
         for _ in range(self.rounds):
             for reads in self.pattern:
                 yield next(mine).tolist() if reads else []
+
+
+def rounds_in(num_rows: int, rows_per_batch: int, pattern: Sequence[bool]) -> int:
+    """How often an epoch of `num_rows` goes through the pattern; rows_per_batch over all processes."""
+    return num_rows // rows_per_batch // sum(pattern)
 
 
 def epoch_loader(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
-from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
@@ -45,12 +45,20 @@ class DistillConfig(MARTrainingArguments):
     mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked."})
     mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the truncated normal of mask ratios."})
 
+    def batch_pattern(self) -> list[bool]:
+        return cycle_pattern(self.gradient_accumulation_steps, self.auxiliary_updates)
+
+
+def student_config(teacher: MARConfig, student_timestep: int) -> MARConfig:
+    """The teacher's configuration as a student has it."""
+    settings = teacher.to_dict()
+    settings |= {"one_step_timestep": student_timestep, "attention_dropout": 0.0, "projection_dropout": 0.0}
+    return MARConfig.from_dict(settings)
+
 
 def student_from_teacher(teacher: MARModel, student_timestep: int) -> MARModel:
     """A student that starts as the teacher. It needs no null class and is trained without dropout."""
-    settings = teacher.config.to_dict()
-    settings |= {"one_step_timestep": student_timestep, "attention_dropout": 0.0, "projection_dropout": 0.0}
-    student = MARModel(MARConfig.from_dict(settings))
+    student = MARModel(student_config(teacher.config, student_timestep))
     student.load_state_dict(teacher.state_dict())
     student.fake_latent.requires_grad_(False)
     return student.to(teacher.device)
@@ -84,10 +92,6 @@ class DistillTrainer(MARTrainer):
 
     def updates_student(self, step: int) -> bool:
         return step >= self.args.auxiliary_warmup_steps and self._draws_contexts(step)
-
-    def batch_pattern(self) -> list[bool]:
-        steps = [self._draws_contexts(step) for step in range(self.args.auxiliary_updates)]
-        return [reads for reads in steps for _ in range(self.args.gradient_accumulation_steps)]
 
     def _draws_contexts(self, step: int) -> bool:
         return step % self.args.auxiliary_updates == 0

@@ -62,6 +62,34 @@ class MARGRPOConfig(RewardTrainingArguments):
                 f"steps_per_generation {self.steps_per_generation})"
             )
 
+    @property
+    def rows_per_batch(self) -> int:
+        """The rows of one generation batch; each becomes a group of images."""
+        return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
+
+    def batch_pattern(self) -> list[bool]:
+        """Rows are read where a rollout begins."""
+        accumulation = self.gradient_accumulation_steps
+        rollout_steps = math.lcm(self.rollout_period, accumulation) // accumulation * self.cycle
+        return [
+            step % self.cycle == 0 and self.starts_rollout(step, micro_batch)
+            for step in range(rollout_steps)
+            for micro_batch in range(accumulation)
+        ]
+
+    @property
+    def rollout_period(self) -> int:
+        """Micro-batches of policy updates that one generation batch serves."""
+        return self.steps_per_generation * self.num_iterations
+
+    def policy_micro_batch(self, step: int, micro_batch: int) -> int:
+        """Counts micro-batches of policy updates since the start; a function of the step, so it survives resumption."""
+        return step // self.cycle * self.gradient_accumulation_steps + micro_batch
+
+    def starts_rollout(self, step: int, micro_batch: int) -> bool:
+        """Whether a policy update begins a new generation batch in this micro-batch."""
+        return self.policy_micro_batch(step, micro_batch) % self.rollout_period == 0
+
 
 class MARGRPOTrainer(RewardTrainer):
     """Trains a student by GRPO; arguments as `RewardTrainer`'s."""
@@ -77,38 +105,13 @@ class MARGRPOTrainer(RewardTrainer):
         if args.beta > 0:
             self.reference = copy.deepcopy(self.mar).eval().requires_grad_(False).to(args.device)
 
-    def rows_per_batch(self) -> int:
-        """The rows of one generation batch; each becomes a group of images."""
-        return self.args.per_device_train_batch_size * self.args.steps_per_generation // self.args.num_generations
-
-    def batch_pattern(self) -> list[bool]:
-        accumulation = self.args.gradient_accumulation_steps
-        rollout_steps = math.lcm(self.rollout_period, accumulation) // accumulation * self.cycle
-        return [
-            step % self.cycle == 0 and self._starts_rollout(step, micro_batch)
-            for step in range(rollout_steps)
-            for micro_batch in range(accumulation)
-        ]
-
-    @property
-    def rollout_period(self) -> int:
-        """Micro-batches of policy updates that one generation batch serves."""
-        return self.args.steps_per_generation * self.args.num_iterations
-
-    def _policy_micro_batch(self, step: int, micro_batch: int) -> int:
-        """Counts micro-batches of policy updates since the start; a function of the step, so it survives resumption."""
-        return step // self.cycle * self.args.gradient_accumulation_steps + micro_batch
-
-    def _starts_rollout(self, step: int, micro_batch: int) -> bool:
-        return self._policy_micro_batch(step, micro_batch) % self.rollout_period == 0
-
     def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
         args, step = self.args, self.state.global_step
-        if step % self.cycle:
+        if step % args.cycle:
             return model(self.auxiliary_loss)
-        if self._starts_rollout(step, self.micro_batch):
+        if args.starts_rollout(step, self.micro_batch):
             self.generate_rollouts(inputs)
-        part = self._policy_micro_batch(step, self.micro_batch) % args.steps_per_generation
+        part = args.policy_micro_batch(step, self.micro_batch) % args.steps_per_generation
         start = part * args.per_device_train_batch_size
         rollout = {
             name: self.buffer[name][start : start + args.per_device_train_batch_size]

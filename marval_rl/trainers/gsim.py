@@ -31,6 +31,16 @@ class StudentNetworks(nn.Module):
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(self, *args)
 
+    # transformers' Trainer calls the first, before its release 5.23 the second.
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Keep only the inputs of the student's blocks for the backward pass."""
+        self.student.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.student.gradient_checkpointing_enable(**options)
+
 
 class ScoreMatcher:
     """Draws contexts and computes the two losses of GSIM.

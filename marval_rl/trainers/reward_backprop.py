@@ -37,7 +37,7 @@ class RewardBackpropTrainer(RewardTrainer):
             )
 
     def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
-        if self.state.global_step % self.cycle:
+        if self.state.global_step % self.args.cycle:
             return model(self.auxiliary_loss)
         return model(self._losses, inputs)
 

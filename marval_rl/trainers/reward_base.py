@@ -19,7 +19,7 @@ from marval_rl.models.checkpoints import first_line, load_model
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
-from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.batches import EpochAware
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
@@ -63,6 +63,14 @@ class RewardTrainingArguments(MARTrainingArguments):
     timestep_draws: int = field(default=1, metadata={"help": "(t, noise) draws a token in the anchor."})
     mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked in the anchor."})
     mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the anchor's mask ratios."})
+
+    @property
+    def cycle(self) -> int:
+        """Steps of which one updates the student; with an anchor the others train the auxiliary network."""
+        return self.auxiliary_updates if self.anchor_weight > 0 else 1
+
+    def batch_pattern(self) -> list[bool]:
+        return cycle_pattern(self.gradient_accumulation_steps, self.cycle)
 
     def __post_init__(self):
         super().__post_init__()
@@ -112,7 +120,6 @@ class RewardTrainer(MARTrainer):
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
         self.rewards = reward_set(reward_funcs, args.reward_weights)
         self.anchor_dataset = anchor_dataset
-        self.cycle = args.auxiliary_updates if anchored else 1
         self.warmup_steps = args.auxiliary_warmup_steps if anchored else 0
         self.matcher = None
         if anchored:
@@ -134,12 +141,8 @@ class RewardTrainer(MARTrainer):
             self.optimizer = adamw(student_groups(self.model, self.args), self.args)
         return self.optimizer
 
-    def batch_pattern(self) -> list[bool]:
-        accumulation = self.args.gradient_accumulation_steps
-        return [True] * accumulation + [False] * accumulation * (self.cycle - 1)
-
     def updates_student(self, step: int) -> bool:
-        return step >= self.warmup_steps and step % self.cycle == 0
+        return step >= self.warmup_steps and step % self.args.cycle == 0
 
     def rollout_labels(self, rows: list[dict[str, Any]], repeats: int = 1) -> tuple[Tensor, dict[str, list[Any]]]:
         """Class labels [B * repeats] and the other columns of the rows, each row repeated in place."""

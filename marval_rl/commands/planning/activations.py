@@ -1,0 +1,88 @@
+"""The activations of one micro-batch of each trainer, counted on fake tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marval_rl.commands.planning.memory import saved_bytes
+from marval_rl.losses.policy import action_log_prob, clipped_policy_loss
+from marval_rl.models import MARConfig, MARModel
+from marval_rl.models.mar import new_head
+from marval_rl.models.unmasking import random_order, unmasking_steps
+from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
+from marval_rl.trainers.pretrain import pretraining_loss
+from marval_rl.trainers.rollout import step_mean
+
+
+def pretrain_bytes(config: MARConfig, args: Any) -> int:
+    """`pretraining_loss` with all tokens masked, the most there can be."""
+
+    def run(model: MARModel) -> Any:
+        tokens, labels, order = _batch(config, args.per_device_train_batch_size)
+        shape = (args.timestep_draws, *tokens.shape[:2])
+        timesteps = torch.zeros(shape, dtype=torch.long)
+        noise = torch.randn(*shape, config.token_channels)
+        drop_mask = torch.zeros(len(tokens), dtype=torch.bool)
+        return pretraining_loss(model, tokens, labels, order, config.num_tokens, timesteps, noise, drop_mask)
+
+    return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
+
+
+def gsim_bytes(student: MARConfig, teacher: MARConfig, args: Any, batch_size: int) -> int:
+    """The student's and the auxiliary network's loss with all tokens masked."""
+
+    def networks() -> list[Any]:
+        return [StudentNetworks(_trained(student, args), new_head(student)), MARModel(teacher).eval()]
+
+    def run(networks: StudentNetworks, teacher: MARModel) -> Any:
+        timestep_range = (args.min_timestep, args.max_timestep)
+        matcher = ScoreMatcher(teacher, args.guidance_scale, timestep_range, args.timestep_draws)
+        tokens, labels, order = _batch(student, batch_size)
+        loss, _, sample = matcher.student_loss(networks, tokens, labels, order, student.num_tokens)
+        return loss, matcher.auxiliary_loss(networks, sample)
+
+    return saved_bytes(networks, run, student, args.bf16)
+
+
+def grpo_bytes(config: MARConfig, args: Any) -> int:
+    """The policy loss over the trained unmasking steps."""
+    pairs = unmasking_steps(config.num_tokens, args.num_unmasking_steps)
+
+    def run(student: MARModel) -> Any:
+        tokens, labels, order = _batch(config, args.per_device_train_batch_size)
+        rollout = {"tokens": tokens, "class_labels": labels, "order": order, "noise": torch.randn_like(tokens)}
+        losses = []
+        for masked, kept in pairs[: args.num_trained_steps]:
+            log_prob = action_log_prob(*step_mean(student, rollout, masked, kept), args.sigma)
+            old, advantages = torch.zeros(len(tokens)), torch.zeros(len(tokens))
+            losses.append(clipped_policy_loss(log_prob, old, advantages, args.epsilon, args.epsilon_high))
+        return losses
+
+    return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
+
+
+def reward_backprop_bytes(config: MARConfig, args: Any) -> int:
+    """One unmasking step, the largest, as each is checkpointed; the decoder and the reward come on top."""
+
+    def run(student: MARModel) -> Any:
+        tokens, labels, order = _batch(config, args.per_device_train_batch_size)
+        kept = unmasking_steps(config.num_tokens, args.num_unmasking_steps)[-1][1]
+        return student.one_step(tokens, labels, order, config.num_tokens, kept, torch.randn_like(tokens))
+
+    return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
+
+
+def _trained(config: MARConfig, args: Any) -> MARModel:
+    model = MARModel(config).train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+    return model
+
+
+def _batch(config: MARConfig, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B, L, C], class labels [B] and an unmasking order [B, L]."""
+    tokens = torch.randn(batch_size, config.num_tokens, config.token_channels)
+    return tokens, torch.zeros(batch_size, dtype=torch.long), random_order(batch_size, config.num_tokens, "cpu", None)

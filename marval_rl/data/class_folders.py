@@ -1,0 +1,74 @@
+"""Files sorted into one folder a class, as torchvision's `ImageFolder` and `DatasetFolder` expect them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from marval_rl.errors import DataError
+
+
+class ClassFolders:
+    """The files below `root`/<class>/, at any depth; labels are the order of the class folders by name.
+
+    Millions of files are listed without opening or asking about any of them, and kept as one array of bytes, which
+    forked workers share. Hidden folders and files with other endings are left out.
+
+    Args:
+        root: Holds the class folders.
+        endings: Lower-case endings of the files that count, each with its dot.
+
+    Raises:
+        DataError: If there is no such folder, it holds no class folders, or a class folder holds no such file.
+    """
+
+    def __init__(self, root: Path, endings: tuple[str, ...]):
+        if not root.is_dir():
+            raise DataError(f"no folder at {root}: " + ("it is a file" if root.exists() else "it does not exist"))
+        self.root = root
+        try:
+            with os.scandir(root) as entries:
+                found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            files = {folder: _files_below(root / folder, endings) for folder in found}
+        except OSError as error:
+            raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
+        wanted = ", ".join(endings)
+        if not files:
+            raise DataError(
+                f"{root} holds no class folders: one folder a class is expected, with files ending in {wanted}"
+            )
+        empty = [folder for folder in files if not files[folder]]
+        if empty:
+            raise DataError(
+                f"{len(empty)} of the {len(files)} class folders in {root} hold no files ending in {wanted}: "
+                f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; fill or remove them"
+            )
+        self.folders = found
+        self.class_labels = [label for label, folder in enumerate(found) for _ in files[folder]]
+        self._paths = np.array([path for folder in found for path in files[folder]], dtype=np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self.class_labels)
+
+    def name(self, index: int) -> str:
+        """The path of a file below the root."""
+        return os.fsdecode(self._paths[index].item())
+
+    def path(self, index: int) -> Path:
+        return self.root / self.name(index)
+
+
+def _files_below(folder: Path, endings: tuple[str, ...]) -> list[bytes]:
+    """The paths of a class, relative to the folder above it, sorted."""
+    paths = []
+    for parent, _, names in os.walk(folder, followlinks=True, onerror=_raise):
+        inside = os.path.relpath(parent, folder.parent)
+        chosen = (name for name in names if name.lower().endswith(endings) and not name.startswith("."))
+        paths += [os.fsencode(os.path.join(inside, name)) for name in chosen]
+    return sorted(paths)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that it cannot list

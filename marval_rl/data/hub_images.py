@@ -1,0 +1,114 @@
+"""Images in a Hugging Face `datasets.Dataset`: parquet files, a saved data set, or one of the hub."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from marval_rl.data.class_names import check_number, read_class_names
+from marval_rl.data.imagenet import imagenet_names
+from marval_rl.data.labelled_images import CorruptImageError, LabelledImages, decode_image, read_bytes
+from marval_rl.errors import DataError
+
+
+class HubImages(LabelledImages):
+    """The rows of a data set with an image and a label column; the labels are read without decoding images.
+
+    Labels may be a ClassLabel (which knows its names), whole numbers (named "class 0", "class 1", ... unless
+    `class_names` says better) or text (its different values, sorted, are the classes).
+
+    Args:
+        dataset: The rows.
+        image_column: Encoded images: an Image feature, bytes, or the {bytes, path} of a parquet file.
+        label_column: The labels.
+        class_names: A list, "imagenet" or a text file with one name a line.
+        where: What the data set is called in messages.
+
+    Raises:
+        DataError: If a column is missing or holds something else, or a row has no valid label.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str = "image",
+        label_column: str = "label",
+        class_names: Sequence[str] | str | None = None,
+        where: str = "the data set",
+    ):
+        for setting, column in (("image_column", image_column), ("label_column", label_column)):
+            if column not in dataset.column_names:
+                raise DataError(
+                    f"{where} has no column {column!r}{_nearest(column, dataset.column_names)}; it has "
+                    f"{', '.join(dataset.column_names)} (--{setting} ...)"
+                )
+        if not len(dataset):
+            raise DataError(f"{where} has no rows")
+        if not _holds_images(dataset.features[image_column]):
+            raise DataError(
+                f"the column {image_column!r} of {where} holds no images but {dataset.features[image_column]} "
+                "(--image_column ...)"
+            )
+        self.where = where
+        self.image_column = image_column
+        self._images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        column = f"the column {label_column!r} of {where}"
+        labels = dataset.select_columns([label_column]).with_format("arrow")[:].column(label_column)
+        if labels.null_count:
+            raise DataError(f"{column} has no label in {labels.null_count} of {len(labels)} rows")
+        names = None if class_names is None else read_class_names(class_names)
+        self.class_labels, self.class_names = _labels_and_names(labels, dataset.features[label_column], names, column)
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+    def read(self, index: int) -> Image.Image:
+        cell = self._images[index][self.image_column]
+        where = f"row {index} of {self.where}"
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise CorruptImageError(f"{where} holds no image", "it holds no image")
+        data = cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
+        return decode_image(data, where)
+
+
+def _labels_and_names(
+    labels: pa.ChunkedArray, feature: datasets.Value | datasets.ClassLabel, names: list[str] | None, column: str
+) -> tuple[list[int], list[str]]:
+    """The label of each row, and the names of the classes. Raises DataError; `column` is what it calls the labels."""
+    if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type):
+        words, values = np.unique(np.array(labels.to_pylist()), return_inverse=True)
+        found = words.tolist()
+        known = imagenet_names(found) or found
+    elif pa.types.is_integer(labels.type):
+        values = labels.to_numpy()
+        if values.min() < 0:
+            row = int(values.argmin())
+            raise DataError(f"{column} is {values[row]} in row {row}: labels count from 0 (is the split unlabelled?)")
+        if isinstance(feature, datasets.ClassLabel):
+            known = feature.names
+        else:
+            known = [f"class {label}" for label in range(int(values.max()) + 1)]
+            if names is not None and len(names) > len(known):  # the last classes may have no images
+                known = names
+    else:
+        raise DataError(f"{column} holds {labels.type}: labels are whole numbers or text (--label_column ...)")
+    if names is not None:
+        check_number(names, len(known), column)
+    return values.tolist(), names or known
+
+
+def _holds_images(feature: object) -> bool:
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f", did you mean {matches[0]!r}" if matches else ""

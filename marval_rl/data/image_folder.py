@@ -1,0 +1,62 @@
+"""Images in one folder a class: ImageNet as it is unpacked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from marval_rl.data.class_folders import ClassFolders
+from marval_rl.data.class_names import check_number, read_class_names
+from marval_rl.data.imagenet import imagenet_names
+from marval_rl.data.labelled_images import LabelledImages, decode_image, read_bytes
+from marval_rl.errors import DataError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+
+
+class ImageFolder(LabelledImages):
+    """Images in `root`/<class>/; labels are the order of the class folders by name, as in torchvision and MAR.
+
+    Folders that are all named by ImageNet's WordNet ids get the names of these classes, others keep their own.
+
+    Args:
+        root: Holds the class folders, or a folder `split` that holds them.
+        split: "train", "val", ...; only "train" may be missing, `root` is then the folder itself.
+        class_names: Names to use instead: a list, "imagenet" or a text file.
+
+    Raises:
+        DataError: If there is no such folder, a class has no images, or the names do not fit.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", class_names: Sequence[str] | str | None = None):
+        self.files = ClassFolders(_split_folder(Path(root), split), ENDINGS)
+        self.class_labels = self.files.class_labels
+        folders = self.files.folders
+        if class_names is not None:
+            self.class_names = read_class_names(class_names)
+            check_number(self.class_names, len(folders), str(self.files.root))
+        else:
+            self.class_names = imagenet_names(folders) or folders
+
+    def name(self, index: int) -> str:
+        return self.files.name(index)
+
+    def read(self, index: int) -> Image.Image:
+        path = self.files.path(index)
+        return decode_image(read_bytes(path), str(path))
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """`root`/`split` where it holds folders; a class may be called "train", but it holds images."""
+    inside = root / split
+    if inside.is_dir():
+        with os.scandir(inside) as entries:
+            if any(entry.is_dir() for entry in entries):
+                return inside
+    if split != "train" and root.is_dir():
+        there = sorted(path.name for path in root.iterdir() if path.is_dir())[:5]
+        raise DataError(f"{root} has no folder {split!r} of class folders; its folders: {', '.join(there) or 'none'}")
+    return root

@@ -1,0 +1,100 @@
+"""Finding labelled images by name or path: an image folder, parquet files, a saved data set, or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from marval_rl.data.image_folder import ImageFolder
+from marval_rl.data.labelled_images import LabelledImages
+from marval_rl.errors import DataError
+
+
+def load_labelled_images(
+    name_or_path: str | Path,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    class_names: Sequence[str] | str | None = None,
+) -> LabelledImages:
+    """Labelled images; the network is used only for what is no local path and looks like a hub id.
+
+    Args:
+        name_or_path: A folder with one folder a class (or with `split` folders of that kind); a parquet file, a
+            pattern such as "data/train-*.parquet" or a folder of parquet files; a folder that
+            `datasets.save_to_disk` wrote; or a hub id, owner/name.
+        split: "train", "validation", ...
+        image_column, label_column: The columns, for all but image folders.
+        class_names: Names of the classes: a list, "imagenet" or a text file with one name a line; None to take those
+            that the data have.
+
+    Raises:
+        DataError: If there is no such data or split, or they are not what they should be.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and not _is_saved(path) and not _holds_parquet(path, split):
+        return ImageFolder(path, split, class_names)
+    from marval_rl.data.hub_images import HubImages  # `datasets` is slow to import, and image folders do without
+
+    return HubImages(_load_dataset(str(name_or_path), path, split), image_column, label_column, class_names, str(path))
+
+
+def _load_dataset(name: str, path: Path, split: str):
+    """The `datasets.Dataset` that the name or path means."""
+    import datasets
+
+    try:
+        if path.is_dir() and _is_saved(path):
+            found = datasets.load_from_disk(str(path))
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise DataError(f"{path} has no split {split!r}: it has {', '.join(found)}")
+                return found[split]
+            return found
+        if path.is_dir():
+            return datasets.load_dataset("parquet", data_dir=str(path), split=split)
+        files = sorted(map(str, path.parent.glob(path.name))) if "*" in path.name else [str(path)] * path.is_file()
+        if files:
+            _check_parquet(files)
+            return datasets.load_dataset("parquet", data_files=files, split=split)
+        if not _looks_like_hub_id(name):
+            raise DataError(
+                f"no images at {name}: the path does not exist (a hub id is written owner/name; a folder holds one "
+                "folder a class, parquet files, or what datasets.save_to_disk wrote)"
+            )
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        meant = "" if path.exists() or "*" in name else " (no such local path, so it was taken for a hub id)"
+        raise DataError(f"cannot load the split {split!r} of {name}{meant}: {_first_line(error)}") from error
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _holds_parquet(folder: Path, split: str) -> bool:
+    """Whether parquet files lie in a folder. Class folders are not searched: ImageNet's hold a million files."""
+    return any(next(place.glob("*.parquet"), None) for place in (folder, folder / "data", folder / split))
+
+
+def _check_parquet(files: list[str]) -> None:
+    """Raises DataError for a file that is no parquet file or is cut off: it ends, as it begins, with PAR1."""
+    for file in files:
+        with open(file, "rb") as stream:
+            ends = stream.read(4)
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - 4))
+            ends += stream.read(4)
+        if ends != b"PAR1PAR1":
+            raise DataError(f"{file} is no parquet file, or it is cut off")
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(("/", ".parquet"))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

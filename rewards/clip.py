@@ -1,0 +1,160 @@
+"""Reward: CLIP score, how well the image agrees with its prompt, by any model of open_clip."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marval_rl.errors import CheckpointError, RewardError
+from rewards.cosine_reward import CosineReward
+from rewards.preprocessing import FILTERS, Preprocessing
+from rewards.weights import LOADING_ERRORS, check_finite, one_line
+
+SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip: a folder or repository with the configuration and the weights
+
+
+class Clip(CosineReward):
+    """scale x cosine between CLIP's embeddings of the image and the prompt (CLIPScore, arXiv 2104.08718).
+
+    model             a name of open_clip ("ViT-B-32"), "local-dir:FOLDER" (open_clip_config.json and weights), or
+                      "hf-hub:org/name". OpenAI's weights need the names that end in -quickgelu.
+    pretrained        for a name: a tag of open_clip ("openai", "laion2b_s34b_b79k"), which is downloaded, or a file
+    prompt_template   such as "a photo of a {name}", filled with each class_names and used in place of the prompts;
+                      None uses the prompts
+    scale             100 makes the customary CLIP score, 1 the cosine itself. CLIPScore also cuts at 0, where the
+                      gradient would vanish; images and prompts that belong together are far above
+    dtype             "float32" or "bfloat16" for the network
+    micro_batch_size  images at a time, with gradients too; None for all
+
+    Raises RewardError without open_clip, ValueError for arguments that lead nowhere, CheckpointError for weights that
+    cannot be loaded. Warns if the weights are known to want the other GELU than the model's name says.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-B-32",
+        pretrained: str | None = None,
+        prompt_template: str | None = None,
+        scale: float = 100.0,
+        dtype: str = "float32",
+        micro_batch_size: int | None = None,
+    ) -> None:
+        if prompt_template is not None and "{name}" not in prompt_template:
+            raise ValueError(f"prompt_template {prompt_template!r} lacks {{name}}, the place of the class's name")
+        self.prompt_template = prompt_template
+        open_clip = _import_open_clip()
+        _check_source(open_clip, model, pretrained)
+        network, self.tokenizer = _load(open_clip, model, pretrained)
+        super().__init__(network, _preprocessing(model, network.visual.preprocess_cfg), scale, dtype, micro_batch_size)
+
+    def __call__(self, *, images: Tensor, prompts: list[str], class_names: list[str], **columns: object) -> Tensor:
+        """Score images [B, 3, H, W] in 0..1 against prompts (length B), or the template's -> float32 [B]."""
+        if self.prompt_template is not None:
+            prompts = [self.prompt_template.replace("{name}", name) for name in class_names]
+        return super().__call__(images=images, prompts=prompts)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        return self.network.encode_image(pixels)
+
+    def embed_prompt(self, prompt: str, device: torch.device) -> Tensor:
+        return self.network.encode_text(self.tokenizer([prompt]).to(device))
+
+
+def _import_open_clip() -> ModuleType:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise RewardError(
+            f"the reward clip needs open_clip_torch, which cannot be imported ({one_line(error)}); "
+            "install it: pip install 'marval-rl[rewards]'"
+        ) from error
+    return open_clip
+
+
+def _check_source(open_clip: ModuleType, model: str, pretrained: str | None) -> None:
+    """Refuses what open_clip would take for random weights or for another thing; warns of the wrong GELU."""
+    if model.startswith(SCHEMAS):
+        if pretrained is not None:
+            raise ValueError(f"{model!r} has weights of its own; leave pretrained ({pretrained!r}) out")
+        folder = Path(model.removeprefix("local-dir:"))
+        if model.startswith("local-dir:") and not (folder / "open_clip_config.json").is_file():
+            raise ValueError(f"{model!r}: there is no {folder / 'open_clip_config.json'}; give a folder with one")
+        return
+    if model not in open_clip.list_models():
+        nearest = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        raise ValueError(f"unknown CLIP model {model!r}{hint} (a folder is written local-dir:FOLDER)")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained is None:
+        raise ValueError(f"the CLIP model {model!r} needs pretrained: a file, or one of {', '.join(tags)}")
+    if not (open_clip.is_pretrained_cfg(model, pretrained) or Path(pretrained).is_file()):
+        raise ValueError(f"pretrained {pretrained!r} is neither a file nor a tag of {model} ({', '.join(tags)})")
+    _warn_of_gelu(open_clip, model, pretrained)
+
+
+def _warn_of_gelu(open_clip: ModuleType, model: str, pretrained: str) -> None:
+    wanted = _wants_quick_gelu(open_clip, model, pretrained)
+    if wanted is None or wanted == open_clip.get_model_config(model).get("quick_gelu", False):
+        return
+    fix = f"{model}-quickgelu" if wanted else model.removesuffix("-quickgelu")
+    if fix != model:  # a name without the suffix whose configuration says QuickGELU all the same is trusted
+        warnings.warn(
+            f"the weights {pretrained!r} were trained {'with' if wanted else 'without'} QuickGELU, unlike the model "
+            f"{model!r}: scores will be off; write model: {fix}",
+            stacklevel=4,
+        )
+
+
+def _wants_quick_gelu(open_clip: ModuleType, model: str, pretrained: str) -> bool | None:
+    """Whether the weights were trained with QuickGELU; None for a file that says nothing of its origin."""
+    if open_clip.is_pretrained_cfg(model, pretrained):
+        return open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
+    file, architecture = Path(pretrained), model.removesuffix("-quickgelu")
+    for tag in open_clip.list_pretrained_tags_by_model(architecture):
+        settings = open_clip.get_pretrained_cfg(architecture, tag)
+        download = settings["url"].rpartition("/")[2]
+        hub_folder = "models--" + settings["hf_hub"].strip("/").replace("/", "--")
+        if file.name == download or hub_folder in file.parts:
+            return settings.get("quick_gelu", False)
+    return True if "quickgelu" in file.name.lower() or "openai" in file.name.lower() else None
+
+
+def _load(open_clip: ModuleType, model: str, pretrained: str | None) -> tuple[nn.Module, Any]:
+    """open_clip's model with its weights, float32 on the CPU, and its tokenizer."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
+            network = open_clip.create_model(model, pretrained, require_pretrained=True, weights_only=True)
+        tokenizer = open_clip.get_tokenizer(model)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(
+            f"cannot load the CLIP model {model!r} with the weights {pretrained!r}: {one_line(error)} "
+            "(a file must be safetensors or a state_dict of tensors; for OpenAI's .pt files use the tag openai)"
+        ) from error
+    check_finite(network, pretrained or model)
+    return network, tokenizer
+
+
+def _preprocessing(model: str, settings: dict[str, Any]) -> Preprocessing:
+    size = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
+    if settings["size"] not in (size, (size, size), [size, size]):
+        raise ValueError(
+            f"the CLIP model {model!r} takes images of {settings['size']} pixels; only squares are handled"
+        )
+    if settings["resize_mode"] not in ("shortest", "squash") or settings["interpolation"] not in FILTERS:
+        raise ValueError(
+            f"the CLIP model {model!r} resizes images in a way that is not handled: {settings['resize_mode']}, "
+            f"{settings['interpolation']}"
+        )
+    return Preprocessing(
+        size=size,
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        filter=settings["interpolation"],
+        keep_ratio=settings["resize_mode"] == "shortest",
+    )

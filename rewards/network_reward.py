@@ -1,0 +1,73 @@
+"""What the rewards share that ask a pretrained network: frozen weights, devices, numbers, and images in portions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rewards.preprocessing import Preprocessing
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NetworkReward(ABC):
+    """A differentiable reward by a frozen network in evaluation mode, which follows the images to their device.
+
+    network           the pretrained network
+    preprocessing     images in 0..1 of any size -> what the network takes
+    dtype             of the weights and activations, "float32" or "bfloat16". Scores are float32 either way, and
+                      autocast is left aside: this argument alone decides.
+    micro_batch_size  images at a time; None for all. With gradients each portion is computed again in the backward
+                      pass, so that only one portion's activations are ever kept.
+
+    Raises ValueError for another dtype or a micro_batch_size below 1.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self, network: nn.Module, preprocessing: Preprocessing, dtype: str, micro_batch_size: int | None
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1 (or null for all at once), not {micro_batch_size}")
+        self.dtype = DTYPES[dtype]
+        self.micro_batch_size = micro_batch_size
+        self.preprocessing = preprocessing
+        self.network = network.to(self.dtype).eval().requires_grad_(False)
+
+    def __call__(self, *, images: Tensor, prompts: list[str], **columns: object) -> Tensor:
+        """Score images [B, 3, H, W] in 0..1 against prompts (length B) -> float32 [B]."""
+        self._move_to(images.device)
+        images = images.float()
+        size = self.micro_batch_size or len(images)
+        with torch.autocast(images.device.type, enabled=False):
+            if size >= len(images):
+                return self.score(images, prompts).float()
+            portions = [
+                self._score_portion(images[start : start + size], prompts[start : start + size])
+                for start in range(0, len(images), size)
+            ]
+        return torch.cat(portions).float()
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 and prompts (length B) -> [B] in the images' dtype, on their device."""
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 -> the network's input [B, 3, size, size], in its dtype."""
+        return self.preprocessing(images).to(self.dtype)
+
+    def _score_portion(self, images: Tensor, prompts: list[str]) -> Tensor:
+        if not images.requires_grad:
+            return self.score(images, prompts)
+        return checkpoint(self.score, images, prompts, use_reentrant=False, preserve_rng_state=False)
+
+    def _move_to(self, device: torch.device) -> None:
+        if next(self.network.parameters()).device != device:
+            with torch.inference_mode(False):  # weights made in inference mode could not be used with gradients
+                self.network.to(device)

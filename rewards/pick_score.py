@@ -1,0 +1,91 @@
+"""Reward: PickScore (arXiv 2305.01569), CLIP-H that was trained on which of two images people picked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+from marval_rl.errors import CheckpointError
+from rewards.cosine_reward import CosineReward
+from rewards.preprocessing import Preprocessing
+from rewards.weights import LOADING_ERRORS, check_exists_if_local, check_finite, one_line
+
+
+class PickScore(CosineReward):
+    """Which of two images people would pick for the prompt: exp(logit scale) x cosine, about 18 to 24.
+
+    model             folder or hub id of a transformers CLIPModel, as safetensors
+    processor         folder or hub id of its tokenizer and image processor; the default is the authors' own choice
+    dtype             "float32" or "bfloat16" for the network
+    micro_batch_size  images at a time, with gradients too; None for all
+
+    Raises ValueError for a path that does not exist or a processor that does not fit, CheckpointError for weights
+    that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str = "yuvalkirstain/PickScore_v1",
+        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        dtype: str = "float32",
+        micro_batch_size: int | None = None,
+    ) -> None:
+        check_exists_if_local("the model", model)
+        check_exists_if_local("the processor", processor)
+        preprocessing = _load_preprocessing(processor)
+        self.tokenizer = _load_tokenizer(processor)
+        network = _load_network(model)
+        self.max_tokens = network.config.text_config.max_position_embeddings
+        image_size = network.config.vision_config.image_size
+        if preprocessing.size != image_size:
+            raise ValueError(
+                f"the processor {processor} makes images of {preprocessing.size} pixels, but {model} takes "
+                f"{image_size}: choose the processor that belongs to the model"
+            )
+        super().__init__(network, preprocessing, float(network.logit_scale.detach().exp()), dtype, micro_batch_size)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        return self.network.get_image_features(pixel_values=pixels).pooler_output
+
+    def embed_prompt(self, prompt: str, device: torch.device) -> Tensor:
+        tokens = self.tokenizer([prompt], truncation=True, max_length=self.max_tokens, return_tensors="pt").to(device)
+        return self.network.get_text_features(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).pooler_output
+
+
+def _load_network(name_or_path: str) -> CLIPModel:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network, info = CLIPModel.from_pretrained(
+                name_or_path, output_loading_info=True, dtype=torch.float32, use_safetensors=True
+            )
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"cannot load the model {name_or_path}: {one_line(error)}") from error
+    for what in ("missing_keys", "mismatched_keys"):
+        if info[what]:
+            shown = ", ".join(map(str, sorted(info[what], key=str)[:3]))
+            raise CheckpointError(f"{name_or_path} is no whole CLIPModel: {len(info[what])} {what}: {shown}")
+    check_finite(network, name_or_path)
+    return network
+
+
+def _load_preprocessing(processor: str) -> Preprocessing:
+    try:
+        settings = CLIPImageProcessor.from_pretrained(processor)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"cannot load the image processor of {processor}: {one_line(error)}") from error
+    return Preprocessing(
+        size=settings.crop_size["height"],
+        mean=tuple(settings.image_mean),
+        std=tuple(settings.image_std),
+        crop_start=int,
+    )
+
+
+def _load_tokenizer(processor: str) -> AutoTokenizer:
+    try:
+        return AutoTokenizer.from_pretrained(processor)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"cannot load the tokenizer of {processor}: {one_line(error)}") from error

@@ -1,0 +1,81 @@
+"""Reading other people's weights: nothing is executed, and what does not fit is said in one line."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from marval_rl.errors import CheckpointError
+
+# What libraries raise for a file that is damaged, of another kind, or of another network.
+LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a state_dict that torch.save wrote, by name, on the CPU.
+
+    Raises CheckpointError for anything else, such as a pickle that would run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(
+            f"{path} cannot be read as weights (damaged, or more than tensors): {one_line(error)}"
+        ) from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} holds no weights by name but a {type(tensors).__name__} of something else")
+    return dict(tensors)
+
+
+def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Copy tensors into a network that has exactly these names and shapes. Raises CheckpointError."""
+    wanted = network.state_dict()
+    problems = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unknown": sorted(tensors.keys() - wanted.keys()),
+        "of another shape": sorted(
+            name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape
+        ),
+    }
+    found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"the weights of {source} do not fit {type(network).__name__}: {'; '.join(found)}")
+    network.load_state_dict(tensors)
+    check_finite(network, source)
+
+
+def check_finite(network: nn.Module, source: object) -> None:
+    """Raises CheckpointError if a weight is NaN or infinite: every score would be."""
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"the weight {name} of {source} holds NaN or infinity")
+
+
+def check_exists_if_local(what: str, name_or_path: str) -> None:
+    """Raises ValueError for a path that does not exist, so that it is not looked for on the hub."""
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).exists():
+        raise ValueError(f"{what} {name_or_path!r} does not exist; give a folder, or a hub id such as org/name")
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's text that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

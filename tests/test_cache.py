@@ -1,0 +1,360 @@
+"""Writing a cache of VAE moments: what is in it; killed and resumed; damaged and mended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_images import (
+    CACHE_SETTINGS,
+    NUM_SHARDS,
+    SIZE,
+    contents,
+    noise_image,
+    tiny_codec,
+    write_cache,
+    write_folder,
+    write_partly_corrupt_folder,
+)
+
+from marval_rl.data import CroppedImages, MomentsCache, load_moments
+from marval_rl.data.image_folder import ImageFolder
+from marval_rl.data.moments.manifest import verify
+from marval_rl.data.moments.writer import build_cache
+from marval_rl.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return tiny_codec()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_partly_corrupt_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    """A cache that nothing disturbed; nothing may change it."""
+    return write_cache(images, tmp_path_factory.mktemp("cache") / "finished")
+
+
+@pytest.fixture
+def build(images, codec, tmp_path):
+    """`build(folder, source, codec, **settings)`: the manifest."""
+
+    def run(folder: Path = tmp_path / "cache", source=None, codec=codec, **settings):
+        source = source or ImageFolder(images)
+        return build_cache(source, codec, settings.pop("image_size", SIZE), folder, **{**CACHE_SETTINGS, **settings})
+
+    return run
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of the finished cache, to be damaged."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in finished.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+# What is in it
+
+
+def test_every_image_is_there_once_with_its_label_and_moments(finished, images, codec):
+    source, manifest = ImageFolder(images), json.loads((finished / "manifest.json").read_text())
+    shards = [load_file(finished / shard["file"]) for shard in manifest["shards"]]
+    indices = torch.cat([shard["indices"] for shard in shards]).tolist()
+    assert indices == [index for index in range(60) if index not in (25, 59)]
+    assert torch.cat([shard["class_labels"] for shard in shards]).tolist() == [i // 20 for i in indices]
+    plain = CroppedImages(source, SIZE, flip=False)
+    pixels = torch.stack([plain[index]["images"] for index in indices])
+    for name, expected in (("moments", codec.moments(pixels)), ("moments_flip", codec.moments(pixels.flip(-1)))):
+        found = torch.cat([shard[name] for shard in shards])
+        assert found.dtype == torch.float32 and found.shape == (58, 4, SIZE // 2, SIZE // 2)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_manifest_counts_images_and_lists_what_was_skipped(finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert (
+        manifest["images"] == 58 and manifest["class_counts"] == [20, 19, 19] and len(manifest["shards"]) == NUM_SHARDS
+    )
+    assert manifest["class_names"] == ["ant", "bee", "cow"] and manifest["image_size"] == SIZE
+    skipped = manifest["skipped"]
+    assert [(image["index"], image["name"]) for image in skipped] == [(25, "bee/0005.png"), (59, "cow/0019.png")]
+    assert skipped[1]["reason"] == "not an image format that Pillow knows" and skipped[0]["reason"]
+    assert manifest["bytes"] == sum(path.stat().st_size for path in finished.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_moments_may_be_stored_in_half_precision(build, finished, tmp_path, dtype, tolerance):
+    build(dtype=dtype)
+    half, whole = MomentsCache(tmp_path / "cache"), MomentsCache(finished)
+    assert load_file(tmp_path / "cache" / "shard-00000.safetensors")["moments"].dtype == getattr(torch, dtype)
+    for index in (0, 30, 57):
+        assert half[index]["moments"].dtype == torch.float32
+        torch.testing.assert_close(half[index]["moments"], whole[index]["moments"], rtol=tolerance, atol=tolerance)
+
+
+def test_without_flips_half_the_room_is_enough(build, tmp_path):
+    build(flip=False)
+    assert set(load_file(tmp_path / "cache" / "shard-00000.safetensors")) == {"moments", "class_labels", "indices"}
+    assert len(MomentsCache(tmp_path / "cache", flip=False)) == 58
+    with pytest.raises(DataError, match="was made without flipped images: train with --flip false"):
+        MomentsCache(tmp_path / "cache")
+
+
+def test_workers_that_decode_change_nothing(build, finished, tmp_path):
+    build(num_workers=2)
+    assert contents(tmp_path / "cache") == contents(finished)
+
+
+def test_progress_is_told(build):
+    told = []
+    build(progress=told.append)
+    assert [p.shards_done for p in told] == [shard for shard in range(8) for _ in range(2 if shard < 7 else 1)]
+    assert told[-1].num_skipped == 2 and [image["index"] for p in told for image in p.skipped] == [25, 59]
+    assert all(p.shards_total == 8 and p.images_per_second > 0 for p in told)
+
+
+def test_a_shard_of_corrupt_images_only_is_empty(build, codec, tmp_path):
+    root = write_folder(tmp_path / "bad", {"ant": 10})
+    for i in range(8):
+        (root / "ant" / f"{i:04d}.png").write_bytes(b"")
+    manifest = build(source=ImageFolder(root))
+    assert [shard["images"] for shard in manifest["shards"]] == [0, 2] and len(manifest["skipped"]) == 8
+    cache = MomentsCache(tmp_path / "cache", flip=False)
+    assert len(cache) == 2 and torch.isfinite(cache[0]["moments"]).all()
+
+
+def test_a_cache_without_any_image_cannot_be_read(build, tmp_path):
+    root = write_folder(tmp_path / "bad", {"ant": 1})
+    (root / "ant" / "0000.png").write_bytes(b"")
+    assert build(source=ImageFolder(root))["images"] == 0
+    with pytest.raises(DataError, match="holds no images: all 1 were corrupt"):
+        MomentsCache(tmp_path / "cache")
+
+
+# Killed and resumed
+
+
+def encode_slowly(images: Path, folder: Path, rank: int) -> None:
+    build_cache(
+        ImageFolder(images),
+        tiny_codec(),
+        SIZE,
+        folder,
+        **CACHE_SETTINGS,
+        rank=rank,
+        world_size=2,
+        progress=lambda progress: time.sleep(0.05),
+    )
+
+
+def start_processes(images: Path, folder: Path) -> list[multiprocessing.Process]:
+    processes = [
+        multiprocessing.get_context("fork").Process(target=encode_slowly, args=(images, folder, rank))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_killed_processes_leave_a_cache_that_is_resumed_to_the_same_bytes(images, finished, tmp_path):
+    folder = tmp_path / "cache"
+    processes = start_processes(images, folder)
+    while len(list(folder.glob("shard-*.json"))) < 3:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    kept = {name: (folder / name).stat().st_mtime_ns for name in contents(folder) if name.endswith(".json")}
+    assert 3 <= len(kept) - 1 < NUM_SHARDS and not (folder / "manifest.json").exists()
+    with pytest.raises(DataError, match=rf"is unfinished: {len(kept) - 1} of 8 shards; run `marval-rl cache` again"):
+        MomentsCache(folder)
+
+    processes = start_processes(images, folder)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(folder) == contents(finished)
+    assert all((folder / name).stat().st_mtime_ns == when for name, when in kept.items())  # nothing was done twice
+
+
+def test_what_a_killed_process_leaves_half_written_is_rebuilt(build, copy, finished):
+    (copy / "manifest.json").unlink()
+    half = (copy / "shard-00001.safetensors").read_bytes()[:500]
+    (copy / "shard-00001.safetensors").write_bytes(half)  # with its sidecar
+    (copy / "shard-00002.json").unlink()  # whole, but nobody says so
+    (copy / "shard-00003.safetensors").unlink()
+    (copy / "shard-00004.json").write_text('{"file": "shard-000')
+    (copy / "shard-00005.json").unlink()
+    (copy / "shard-00005.safetensors").unlink()
+    (copy / "shard-00005.safetensors.tmp-1234").write_bytes(half)
+    before = (copy / "shard-00000.safetensors").stat().st_mtime_ns
+    build(copy)
+    assert contents(copy) == contents(finished)
+    assert (copy / "shard-00000.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_finished_cache_is_left_alone(build, copy):
+    before = {path.name: path.stat().st_mtime_ns for path in copy.glob("shard-*")}
+    assert build(copy)["images"] == 58
+    assert {path.name: path.stat().st_mtime_ns for path in copy.glob("shard-*")} == before
+
+
+def test_a_rebuilt_shard_takes_the_manifest_away_until_it_is_done(build, copy):
+    (copy / "shard-00002.json").unlink()
+    assert build(copy, rank=1, world_size=2) is None  # shard 2 belongs to the other process
+    assert not (copy / "manifest.json").exists()
+    assert build(copy, rank=0, world_size=2)["images"] == 58
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 32}, "image_size was 16 and is now 32"),
+        ({"dtype": "float16"}, "cache_dtype was float32 and is now float16"),
+        ({"shard_size": 4}, "shard_size was 8 and is now 4"),
+        ({"flip": False}, "flip was True and is now False"),
+        ({"codec": tiny_codec(1)}, "the weights of the VAE was"),
+    ],
+)
+def test_a_cache_is_not_resumed_with_other_settings(build, copy, finished, changes, message):
+    with pytest.raises(DataError, match=f"was begun with another setting: {message}"):
+        build(copy, **changes)
+    assert contents(copy) == contents(finished)
+
+
+def test_a_cache_is_not_resumed_with_other_images(build, copy, tmp_path):
+    fewer = write_folder(tmp_path / "fewer", {"ant": 20, "bee": 20, "cow": 19})
+    with pytest.raises(DataError, match=r"the images \(names, labels or sizes\) was"):
+        build(copy, source=ImageFolder(fewer))
+    resized = write_folder(tmp_path / "resized", {"ant": 20, "bee": 20, "cow": 20})
+    for path in resized.glob("*/*.png"):
+        noise_image(0, 30, 30).save(path)
+    with pytest.raises(DataError, match=r"the images \(names, labels or sizes\) was"):
+        build(copy, source=ImageFolder(resized))
+
+
+def test_the_vae_may_have_moved(build, copy):
+    (copy / "manifest.json").unlink()
+    assert build(copy, vae_name="elsewhere/tiny")["images"] == 58
+
+
+def test_shards_of_other_settings_do_not_count(build, copy, tmp_path):
+    (copy / "cache.json").unlink()
+    (copy / "manifest.json").unlink()
+    build(copy, dtype="float16")
+    build(tmp_path / "fresh", dtype="float16")
+    assert contents(copy) == contents(tmp_path / "fresh")
+
+
+def test_a_full_disk_ends_in_one_error_and_leaves_no_temporary_file(build, copy, finished, monkeypatch):
+    (copy / "shard-00003.json").unlink()
+    synchronise = os.fsync
+
+    def full(descriptor: int) -> None:
+        if b"shard-00003.safetensors" in os.readlink(f"/proc/self/fd/{descriptor}").encode():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synchronise(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match=r"cannot write .*shard-00003.safetensors: No space left on device; "):
+            build(copy)
+    assert not list(copy.glob("*.tmp-*"))
+    build(copy)
+    assert contents(copy) == contents(finished)
+
+
+def test_moments_that_overflow_are_refused_with_the_name_of_the_image(build):
+    broken = tiny_codec()
+    with torch.no_grad():
+        broken.autoencoder.quant_conv.bias[0] = 1e5  # finite, but not in float16
+    with pytest.raises(DataError, match=r"the moments of ant/0000.png are not finite as float16"):
+        build(codec=broken, dtype="float16")
+
+
+def test_images_that_cannot_be_read_at_all_are_not_skipped(build, tmp_path):
+    root = write_folder(tmp_path / "gone", {"ant": 10})
+    source = ImageFolder(root)
+    (root / "ant" / "0003.png").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*0003.png: No such file"):
+        build(source=source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 15}, "image_size 15 is not a multiple of the VAE's stride 2"),
+        ({"shard_size": 0}, "shard_size must be at least 1, not 0"),
+        ({"dtype": "int8"}, "unknown cache_dtype 'int8'; known: float32, float16, bfloat16"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_written(build, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+    assert not (tmp_path / "cache").exists()
+
+
+# Damage
+
+
+def test_verify_finds_changed_bytes_and_a_rerun_mends_them(build, copy, finished):
+    assert verify(copy) == []
+    path = copy / "shard-00004.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    (copy / "shard-00006.safetensors").unlink()
+    assert verify(copy) == [
+        "shard-00004.safetensors: its bytes are not those that were written",
+        "shard-00006.safetensors: missing, cut off or unfinished",
+    ]
+    with pytest.raises(DataError, match="is unfinished: 6 of 8 shards"):
+        MomentsCache(copy)
+    build(copy)
+    assert contents(copy) == contents(finished) and verify(copy) == []
+
+
+def test_a_missing_or_shortened_shard_is_noticed_before_training(copy):
+    path = copy / "shard-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"shard-00002.safetensors has \d+ of its \d+ bytes: run `marval-rl cache`"):
+        MomentsCache(copy)
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard-00002.safetensors has 0 of its"):
+        MomentsCache(copy)
+
+
+def test_a_shard_whose_header_is_damaged_is_named(copy):
+    path = copy / "shard-00000.safetensors"
+    data = path.read_bytes()
+    for header in (b"\xff" * 8 + data[8:], data[:8] + b"x" + data[9:]):
+        path.write_bytes(header)
+        with pytest.raises(DataError, match=r"cannot read the shard .*shard-00000.safetensors"):
+            MomentsCache(copy)[0]
+
+
+def test_what_is_no_cache_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no cache at .*nowhere: the folder does not exist"):
+        load_moments(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no class folders"):
+        load_moments(tmp_path)
+    with pytest.raises(DataError, match=r"holds no cache: cache.json is missing or damaged"):
+        verify(tmp_path)

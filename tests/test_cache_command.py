@@ -1,0 +1,232 @@
+"""`marval-rl cache`: from a recipe to a cache, in one process and in several, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_images import SIZE, contents, tiny_autoencoder, write_partly_corrupt_folder
+
+from marval_rl.cli import main
+from marval_rl.commands import cache_report, cache_workers
+from marval_rl.commands.cache_workers import PARENT, Place, find_place, run_workers
+from marval_rl.data import MomentsCache
+from marval_rl.errors import DataError, RecipeError
+
+DONE = "holds 58 images of 3 classes in 8 shards (0.00 GiB); 2 corrupt ones skipped"
+
+
+@pytest.fixture(autouse=True)
+def no_place(monkeypatch):
+    """The tests may themselves run under a launcher."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", PARENT):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """A recipe for distillation that also says where images and VAE are."""
+    root = tmp_path_factory.mktemp("recipe")
+    tiny_autoencoder().save_pretrained(root / "vae")
+    write_partly_corrupt_folder(root / "images" / "train")
+    settings = {
+        "dataset": str(root / "images"),
+        "vae": str(root / "vae"),
+        "image_size": SIZE,
+        "shard_size": 8,
+        "cache_batch_size": 4,
+        "use_cpu": True,
+        "guidance_scale": 1.2,  # the trainer's
+        "output_dir": str(root / "run"),
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return root / "recipe.yaml"
+
+
+@pytest.fixture
+def cache(recipe, tmp_path, capsys):
+    """`cache(*words)` returns the exit code, stdout and stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["cache", str(recipe), "--cache_dir", str(tmp_path / "cache"), *words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_recipe_becomes_a_cache_and_skipped_images_are_told(cache, recipe, tmp_path):
+    code, out, err = cache()
+    assert code == 0 and out.splitlines()[0] == f"done: {tmp_path / 'cache'} {DONE}"
+    assert out.splitlines()[2] == "  cow/0019.png: not an image format that Pillow knows"
+    assert err.splitlines()[1] == "skipped cow/0019.png: not an image format that Pillow knows"
+    assert len(MomentsCache(tmp_path / "cache")) == 58
+    assert not (recipe.parent / "run").exists()  # nothing is trained
+    before = contents(tmp_path / "cache")
+    code, out, err = cache()
+    assert code == 0 and DONE in out and err == ""
+    assert contents(tmp_path / "cache") == before
+
+
+def test_a_dry_run_writes_nothing(cache, tmp_path):
+    code, out, _ = cache("--dry_run")
+    assert code == 0 and not (tmp_path / "cache").exists()
+    assert "images: 60 of 3 classes\nshards: 8 of 8 images, 0 of them done\ndisk: 0.00 GiB in all" in out
+    assert "image_size: 16" in out and out.endswith("nothing was encoded (--dry_run)\n")
+    code, out, _ = cache("--dry_run", "--vae", "/no/such/vae")
+    assert code == 0 and out.splitlines()[-1].startswith("missing: no VAE at /no/such/vae")
+
+
+def test_processes_that_a_launcher_places_share_the_work(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = cache()
+    assert code == 0 and out.startswith("this process is done; the last one writes the manifest")
+    assert err.startswith("process 2 of 2: skipped") and len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
+    monkeypatch.setenv("RANK", "0")
+    assert DONE in cache("--num_processes", "2")[1]  # the number may be said again, if it is the same
+    code, _, err = cache("--num_processes", "4")
+    assert code == 2 and "num_processes is 4, but the environment says WORLD_SIZE=2" in err
+
+
+def test_several_processes_are_started_and_the_end_is_told_once(cache, monkeypatch, tmp_path, recipe):
+    started = []
+
+    def run_both(arguments, num_processes):
+        started.append((list(arguments), num_processes))
+        for rank in range(num_processes):
+            monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv(PARENT, str(os.getppid()))
+            assert main(list(arguments)) == 0
+
+    monkeypatch.setattr("marval_rl.commands.cache.run_workers", run_both)
+    code, out, _ = cache("--num_processes", "2")
+    assert code == 0 and out.count("done: ") == 1 and DONE in out
+    assert started == [(["cache", str(recipe), "--cache_dir", str(tmp_path / "cache"), "--num_processes", "2"], 2)]
+    monkeypatch.delenv("WORLD_SIZE")
+    assert DONE in cache("--num_processes", "2")[1] and len(started) == 1  # nothing is missing: none is started
+
+
+def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
+    cache()
+    before = contents(tmp_path / "cache")
+    code, out, _ = cache("--verify")
+    assert code == 0 and out == f"{tmp_path / 'cache'}: all shards are as they were written\n"
+    path = tmp_path / "cache" / "shard-00003.safetensors"
+    path.write_bytes(before[path.name][:-1] + b"\x00\x01"[before[path.name][-1] == 0 :][:1])
+    code, _, err = cache("--verify")
+    assert code == 1 and "1 bad shards" in err and "shard-00003.safetensors: its bytes are not those" in err
+    assert DONE in cache()[1] and contents(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--dataset", "digits"], 2, "the digits need no cache"),
+        (["--dataset", "/no/such/images"], 1, "no images at /no/such/images: the path does not exist"),
+        (["--vae", "null"], 2, "vae is not set, and no teacher names one"),
+        (["--image_size", "null"], 2, "image_size is not set"),
+        (["--cache_dir", "null"], 2, "cache_dir is not set"),
+        (["--cache_dtype", "int8"], 2, "--cache_dtype: expected one of float32, float16, bfloat16, got 'int8'"),
+        (["--num_processes", "0"], 2, "num_processes must be at least 1, not 0"),
+        (["--image_size", "15"], 2, "image_size 15 is not a multiple of the VAE's stride 2"),
+        (["--shard_sise", "4"], 2, "unknown option --shard_sise; did you mean shard_size"),
+    ],
+)
+def test_what_is_wrong_is_one_line(cache, words, code, message):
+    found, _, err = cache(*words)
+    assert found == code and len(err.splitlines()) == 1 and message in err
+
+
+def test_other_settings_than_before_are_refused(cache, tmp_path):
+    cache()
+    code, _, err = cache("--cache_dtype", "float16")
+    assert code == 1 and f"{tmp_path / 'cache'} was begun with another setting: cache_dtype was float32" in err
+
+
+def test_lines_of_progress_come_now_and_then(cache, monkeypatch):
+    monkeypatch.setattr(cache_report, "SECONDS_BETWEEN_LINES", 0)
+    out = cache()[1].splitlines()
+    assert len(out) == 15 + 3  # a line a batch, and the summary
+    assert out[2].startswith("1 of 8 shards, ") and out[14].endswith(" images/s, 2 skipped")
+
+
+# The processes
+
+
+def worker(monkeypatch, script: str) -> None:
+    """Lets `run_workers` start a script in place of `marval-rl`."""
+    monkeypatch.setattr(cache_workers, "PROGRAM", (sys.executable, "-S", "-c", script))
+
+
+def test_each_worker_is_told_its_place(monkeypatch, tmp_path):
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", PARENT]
+    script = f"""
+import json, os, sys
+values = {{name: os.environ[name] for name in {names}}}
+open(sys.argv[1] + values["RANK"], "w").write(json.dumps(values))
+"""
+    worker(monkeypatch, script)
+    run_workers([str(tmp_path / "rank")], 2)
+    for rank in "01":
+        values = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert values == {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", PARENT: str(os.getpid())}
+
+
+def test_a_worker_that_dies_is_named_and_the_others_go_on(monkeypatch, tmp_path, capfd):
+    script = """
+import os, pathlib, signal, sys, time
+dead = pathlib.Path(sys.argv[1])
+if os.environ["RANK"] == "1":
+    dead.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+while not dead.exists():
+    time.sleep(0.01)
+time.sleep(0.5)
+dead.with_name("finished").touch()
+"""
+    worker(monkeypatch, script)
+    with pytest.raises(DataError, match="^process 2 of 2 was killed by SIGKILL; what is finished stays: run the same"):
+        run_workers([str(tmp_path / "dead")], 2)
+    assert (tmp_path / "finished").exists()
+    assert capfd.readouterr().err == "process 2 of 2 was killed by SIGKILL; the others go on\n"
+
+
+def test_an_interrupt_ends_the_workers(monkeypatch, tmp_path):
+    script = "import os, sys, time; open(sys.argv[1] + os.environ['RANK'], 'w').write(str(os.getpid())); time.sleep(60)"
+    worker(monkeypatch, script)
+    files = [tmp_path / f"pid{rank}" for rank in (0, 1)]
+
+    def interrupt(seconds: float) -> None:
+        if all(file.exists() and file.read_text() for file in files):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_workers([str(tmp_path / "pid")], 2)
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def test_a_worker_whose_parent_is_gone_stops():
+    Place(0, 0, 2, parent=os.getppid()).stop_if_orphaned()
+    Place(0, 0, 2, parent=None).stop_if_orphaned()  # torchrun looks after its own
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with pytest.raises(KeyboardInterrupt):
+        Place(0, 0, 2, parent=ended.pid).stop_if_orphaned()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
+def test_a_place_that_makes_no_sense_is_refused(monkeypatch, rank, world_size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(RecipeError, match="the environment gives this process no place"):
+        find_place(1)

@@ -1,0 +1,117 @@
+"""Evaluation in several real processes: the same images, an end that leaves nothing running, and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import process_work
+import psutil
+import pytest
+from tiny_evaluation import save_student
+
+from marval_rl.cli import main
+from marval_rl.errors import RewardError
+from marval_rl.evaluation.processes import run_processes
+
+# Notes each batch that it scores, and while the file `hang` is there stays in a process's third one.
+REWARD = """
+import os, pathlib, time
+HERE = pathlib.Path(__file__).parent
+
+class Watched:
+    calls = 0
+
+    def __call__(self, *, images, **columns):
+        self.calls += 1
+        with open(HERE / "log", "a") as log:
+            log.write(f"{os.getpid()} {images.double().sum().item()!r}\\n")
+        while self.calls == 3 and (HERE / "hang").exists():
+            time.sleep(0.1)
+        return images.mean(dim=(1, 2, 3))
+"""
+NUM_IMAGES, BATCH_SIZE = 20, 2
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def read_log(folder: Path) -> list[list[str]]:
+    file = folder / "log"
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_until(done: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.05)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_killed_processes_are_gone_on_with_by_torchrun_to_the_images_of_one(tmp_path):
+    student = save_student(tmp_path / "student")
+    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "hang").touch()
+
+    def arguments(name: str) -> list[str]:
+        return [
+            *("evaluate", str(student), "--device", "cpu", "--steps", "2"),
+            *("--num_images", str(NUM_IMAGES), "--batch_size", str(BATCH_SIZE)),
+            *("--images_dir", str(tmp_path / name), "--output", str(tmp_path / f"{name}.json")),
+            *("--rewards", f"{tmp_path / 'reward.py'}:Watched"),
+        ]
+
+    command = [sys.executable, "-m", "marval_rl", *arguments("two"), "--num_processes", "2"]
+    process = subprocess.Popen(command, env=ENVIRONMENT)
+    wait_until(lambda: len(read_log(tmp_path)) == 6, process)
+    process.kill()
+    process.wait()
+    workers = {int(pid) for pid, _ in read_log(tmp_path)}
+    assert len(workers) == 2
+    wait_until(lambda: all(map(has_ended, workers)))
+
+    images, measures = tmp_path / "two" / "images", tmp_path / "two" / "measures"
+    assert sorted(file.stem for file in measures.glob("*.safetensors")) == [f"{batch:06d}" for batch in range(4)]
+    painted = {file: file.stat().st_mtime_ns for file in images.glob("*.png")}
+    assert len(painted) == 12  # the third batch of each process is painted but not yet scored
+    assert not (tmp_path / "two.json").exists()
+
+    (tmp_path / "hang").unlink()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launcher, "-m", "marval_rl", *arguments("two")], env=ENVIRONMENT, check=True, timeout=120)
+    assert {file: file.stat().st_mtime_ns for file in painted} == painted
+    times_scored = Counter(batch for _, batch in read_log(tmp_path))
+    assert sorted(times_scored.values()) == [1] * 8 + [2] * 2
+    assert len({pid for pid, _ in read_log(tmp_path)}) == 4
+
+    assert main(arguments("one")) == 0
+    names = [f"{index:06d}.png" for index in range(NUM_IMAGES)]
+    assert sorted(os.listdir(images)) == names
+    for name in names:
+        assert (images / name).read_bytes() == (tmp_path / "one" / "images" / name).read_bytes()
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
+    assert two["rewards"] == one["rewards"]
+    assert (two["settings"]["processes"], one["settings"]["processes"]) == (2, 1)
+
+
+def test_an_error_in_a_process_is_the_callers_and_ends_the_others(tmp_path):
+    with pytest.raises(RewardError, match="reward 'x' raised something"):
+        run_processes(process_work.fail, 2, tmp_path)
+    pids = [int(file.name.split()[1]) for file in tmp_path.iterdir()]
+    assert len(pids) == 2 and all(map(has_ended, pids))
+
+
+def test_a_process_that_is_killed_is_told():
+    with pytest.raises(RuntimeError, match=r"process 0 was killed by SIGKILL; finished batches are kept"):
+        run_processes(process_work.be_killed, 1)

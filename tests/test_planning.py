@@ -1,0 +1,142 @@
+"""What a dry run says: memory, steps, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from tiny_models import tiny_config
+from torch import nn
+
+from marval_rl.cli import main
+from marval_rl.commands.planning.activations import gsim_bytes, pretrain_bytes
+from marval_rl.commands.planning.dry_run import length
+from marval_rl.commands.planning.memory import Footprint, head_parameters, mar_parameters, memory_table, saved_bytes
+from marval_rl.commands.planning.plan import TrainingPlan
+from marval_rl.models import MARConfig, MARModel
+from marval_rl.trainers.distill import DistillConfig
+from marval_rl.trainers.pretrain import PretrainConfig
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
+COMMANDS = {"base.yaml": "distill", "large.yaml": "distill", "huge.yaml": "distill"}  # else train
+
+
+# Parameters and bytes
+
+
+def test_the_published_sizes_are_counted_without_memory():
+    sizes = {make: (mar_parameters(make()), head_parameters(make())) for make in (MARConfig.base, MARConfig.huge)}
+    assert list(sizes.values()) == [(207_924_768, 35_749_920), (942_403_104, 151_206_944)]
+
+
+def test_the_table_shards_what_each_stage_shards():
+    gib = 2**30
+    footprint = Footprint(trained=gib, averaged=gib // 2, frozen={"teacher": gib // 4, "VAE": gib // 4}, activations=gib)
+    head, *rows = memory_table(footprint, bf16=True, num_gpus=4)
+    assert head.split() == ["GiB", "weights", "gradients", "optimizer", "average", "frozen", "activations", "total"]
+    figures = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in rows}
+    assert figures == {
+        "DDP": [4, 4, 8, 2, 2, 1, 21],
+        "ZeRO-1": [2, 2, 3, 2, 2, 1, 12],
+        "ZeRO-2": [2, 0.5, 3, 2, 2, 1, 10.5],
+        "ZeRO-3": [0.5, 0.5, 3, 2, 2, 1, 9],
+    }
+    assert memory_table(footprint, bf16=False, num_gpus=4)[2].split()[1:4] == ["4.00", "4.00", "2.00"]
+
+
+def test_saved_bytes_are_those_that_autograd_keeps():
+    def network() -> list[nn.Module]:
+        return [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))]
+
+    # Kept: the input [5, 8], the hidden state after the ReLU [5, 16] once, and nothing for the mean but its size.
+    saved = saved_bytes(network, lambda net: net(torch.randn(5, 8)).mean(), tiny_config(), bf16=False)
+    assert saved == 4 * (5 * 8 + 5 * 16)
+
+
+def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(tmp_path):
+    config = tiny_config()
+    args = PretrainConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=6)
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    model = MARModel(config).train()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    from marval_rl.commands.planning.activations import _batch
+    from marval_rl.trainers.pretrain import pretraining_loss
+
+    tokens, labels, order = _batch(config, 6)
+    shape = (args.timestep_draws, 6, config.num_tokens)
+    t, noise = torch.zeros(shape, dtype=torch.long), torch.randn(*shape, config.token_channels)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = pretraining_loss(model, tokens, labels, order, config.num_tokens, t, noise, labels > 5)
+    real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+    del result
+    assert pretrain_bytes(config, args) == pytest.approx(real, rel=0.02)
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path):
+    student, teacher = tiny_config(one_step_timestep=700, encoder_num_layers=6), tiny_config()
+    args = DistillConfig(str(tmp_path), use_cpu=True)
+    small, large = (gsim_bytes(student, teacher, args, batch) for batch in (4, 8))
+    assert large == pytest.approx(2 * small, rel=0.1)
+    args = DistillConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=True)
+    assert gsim_bytes(student, teacher, args, 8) < 0.7 * large
+
+
+# Steps
+
+
+def test_steps_of_an_epoch_and_of_the_run(tmp_path):
+    settings = {"use_cpu": True, "max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 10}
+    config = DistillConfig(str(tmp_path), auxiliary_updates=4, gradient_accumulation_steps=2, **settings)
+    # 105 rows: 10 batches of 10, 2 a step; each step is followed by 3 of the auxiliary network.
+    lines = length(config, TrainingPlan(rows=105))
+    assert lines == ["an epoch: 105 rows, 20 optimizer steps", "optimizer steps: 60 = 3 epochs"]
+    assert "if the data were ImageNet's 1,281,167 images" in length(config, TrainingPlan())[0]
+
+
+# The recipes of real size
+
+
+@pytest.mark.parametrize("name", REAL_SIZE)
+def test_a_recipe_of_real_size_says_what_it_would_train_and_what_is_missing(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = COMMANDS.get(name, "train")
+    assert main([command, str(REAL_SIZE[name]), "--dry_run", "--use_cpu"]) == 0
+    output = capsys.readouterr().out
+    settings = yaml.safe_load(output[: output.index("\n\n")])
+    counts = {"base": "207,924,768", "large": "478,326,304", "huge": "942,403,104"}
+    assert f"student {counts[settings['model_size']]}" in output
+    for stage in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        total = float(next(line for line in output.splitlines() if stage in line).split()[-1])
+        assert 1 < total < 75, "a GPU of 80 GB must hold it, with room for buffers"
+    assert "marval-rl convert" in output if command == "distill" else "marval-rl distill" in output
+    assert "missing: no VAE at models/kl16" in output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", REAL_SIZE)
+def test_a_recipe_states_the_published_figure_and_that_it_was_not_measured(name):
+    head = "".join(line for line in REAL_SIZE[name].read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "2511.15190" in head and "Published" in head and "Not measured here" in head
+
+
+# Presets
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda file: file.name)
+def test_a_preset_of_accelerate_is_read_by_it(file, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    preset = load_config_from_file(str(file))
+    assert preset.num_processes == {"one_gpu": 1, "two_nodes": 16}.get(file.stem, 8)
+    if file.stem.startswith("zero"):
+        path = Path(preset.deepspeed_config["deepspeed_config_file"])
+        assert json.loads(path.read_text())["zero_optimization"]["stage"] == int(file.stem[-1])
