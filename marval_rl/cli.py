@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted", debug)
     except MarvalError as error:  # RecipeError, the user's own, is a ValueError as well
-        return _fail(2 if isinstance(error, ValueError) else 1, str(error), debug)
+        return _fail(2 if isinstance(error, ValueError) else 1, _own_words(error), debug)
     except ValueError as error:
         return _fail(2, str(error) or type(error).__name__, debug)
     except OSError as error:
@@ -160,6 +160,14 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
 def _nearest(prog: str, name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else f" (see {prog} --help)"
+
+
+def _own_words(error: MarvalError) -> str:
+    """The message; torch wraps that of a data worker's error in the worker's traceback, which ends with it."""
+    message = str(error)
+    if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+        return message.rsplit(f"{type(error).__name__}: ", 1)[-1]
+    return message
 
 
 def _describe_os_error(error: OSError) -> str:

@@ -150,7 +150,7 @@ def test_a_cache_without_any_image_cannot_be_read(build, tmp_path):
 # Killed and resumed
 
 
-def encode_slowly(images: Path, folder: Path, rank: int) -> None:
+def encode(images: Path, folder: Path, rank: int, seconds_a_batch: float) -> None:
     build_cache(
         ImageFolder(images),
         tiny_codec(),
@@ -159,13 +159,13 @@ def encode_slowly(images: Path, folder: Path, rank: int) -> None:
         **CACHE_SETTINGS,
         rank=rank,
         world_size=2,
-        progress=lambda progress: time.sleep(0.05),
+        progress=lambda progress: time.sleep(seconds_a_batch),
     )
 
 
-def start_processes(images: Path, folder: Path) -> list[multiprocessing.Process]:
+def start_processes(images: Path, folder: Path, seconds_a_batch: float) -> list[multiprocessing.Process]:
     processes = [
-        multiprocessing.get_context("fork").Process(target=encode_slowly, args=(images, folder, rank))
+        multiprocessing.get_context("fork").Process(target=encode, args=(images, folder, rank, seconds_a_batch))
         for rank in (0, 1)
     ]
     for process in processes:
@@ -175,7 +175,7 @@ def start_processes(images: Path, folder: Path) -> list[multiprocessing.Process]
 
 def test_killed_processes_leave_a_cache_that_is_resumed_to_the_same_bytes(images, finished, tmp_path):
     folder = tmp_path / "cache"
-    processes = start_processes(images, folder)
+    processes = start_processes(images, folder, seconds_a_batch=0.2)
     while len(list(folder.glob("shard-*.json"))) < 3:
         assert all(process.is_alive() for process in processes)
         time.sleep(0.01)
@@ -187,7 +187,7 @@ def test_killed_processes_leave_a_cache_that_is_resumed_to_the_same_bytes(images
     with pytest.raises(DataError, match=rf"is unfinished: {len(kept) - 1} of 8 shards; run `marval-rl cache` again"):
         MomentsCache(folder)
 
-    processes = start_processes(images, folder)
+    processes = start_processes(images, folder, seconds_a_batch=0)
     for process in processes:
         process.join()
         assert process.exitcode == 0
@@ -204,7 +204,8 @@ def test_what_a_killed_process_leaves_half_written_is_rebuilt(build, copy, finis
     (copy / "shard-00004.json").write_text('{"file": "shard-000')
     (copy / "shard-00005.json").unlink()
     (copy / "shard-00005.safetensors").unlink()
-    (copy / "shard-00005.safetensors.tmp-1234").write_bytes(half)
+    for name in ("cache.json", "manifest.json", "shard-00005.safetensors"):
+        (copy / f"{name}.tmp-1234").write_bytes(half)
     before = (copy / "shard-00000.safetensors").stat().st_mtime_ns
     build(copy)
     assert contents(copy) == contents(finished)

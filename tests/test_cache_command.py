@@ -192,7 +192,7 @@ time.sleep(0.5)
 dead.with_name("finished").touch()
 """
     worker(monkeypatch, script)
-    with pytest.raises(DataError, match="^process 2 of 2 was killed by SIGKILL; what is finished stays: run the same"):
+    with pytest.raises(DataError, match=r"^process 2 of 2 was killed by SIGKILL; what is finished stays: run the same"):
         run_workers([str(tmp_path / "dead")], 2)
     assert (tmp_path / "finished").exists()
     assert capfd.readouterr().err == "process 2 of 2 was killed by SIGKILL; the others go on\n"

@@ -264,8 +264,12 @@ def test_saved_data_sets(tmp_path):
         load_labelled_images(tmp_path / "two", split="val")
 
 
-@pytest.mark.parametrize("name", ["imagenet", "/no/such/folder", "./owner/name", "a/b/c", "missing/*.parquet"])
-def test_a_missing_path_asks_nobody(monkeypatch, name):
+@pytest.mark.parametrize(
+    "name", ["imagenet", "/no/such/folder", "./owner/name", "a/b/c", "missing/*.parquet", "data/imagenet"]
+)
+def test_a_missing_path_asks_nobody(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the network was asked"))
     with pytest.raises(DataError, match=f"no images at {name.replace('*', '.')}: the path does not exist"):
         load_labelled_images(name)
@@ -282,6 +286,9 @@ def test_a_hub_id_is_asked_for_and_what_goes_wrong_is_said(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_labelled_images("owner/name", split="train").class_labels == [0, 1]
-    with pytest.raises(DataError, match=r"of owner/gone \(no such local path, so it was taken for a hub id\): Dataset"):
+    with pytest.raises(
+        DataError,
+        match=r"of owner/gone \(no such local path, so it was taken for a hub id; ./owner/gone is a path\): D",
+    ):
         load_labelled_images("owner/gone")
     assert asked == [("owner/name", "train"), ("owner/gone", "train")]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_evaluation import INPUT_SIZE, NAMES, colour_student, random_images, random_inception, save_student
 from tiny_models import tiny_student
@@ -15,6 +17,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from marval_rl.cli import main
 from marval_rl.evaluation.image_set import read_images
+from marval_rl.models import generate
+from marval_rl.models.noise import IndexedNoise
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,6 +132,40 @@ def test_an_interrupted_evaluation_goes_on_only_with_its_settings(evaluate, stud
 def test_bfloat16_is_recorded(evaluate):
     code, _, _, results = evaluate("--num_images", 3, "--dtype", "bfloat16")
     assert code == 0 and results["settings"]["autocast_dtype"] == "bfloat16"
+
+
+def test_latents_are_painted_through_a_vae(evaluate, tmp_path):
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=2,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    model = tiny_student(image_size=8, image_channels=3, latent_stride=2, latent_channels=2, patch_size=1)
+    model.save_pretrained(tmp_path / "latent")
+    arguments = ("--num_images", 5, "--images_dir", tmp_path / "set")
+    code, _, err, _ = evaluate(*arguments, model=tmp_path / "latent")
+    assert code == 2 and "need a VAE" in err
+    code, _, _, results = evaluate(*arguments, "--vae", tmp_path / "vae", model=tmp_path / "latent")
+    assert code == 0 and results["settings"]["vae"] == str(tmp_path / "vae")
+    latents = generate(
+        model, torch.tensor([0, 0, 1, 1, 2]), num_unmasking_steps=2, generator=IndexedNoise(0, torch.arange(5))
+    )
+    images = ((vae.decode(latents.latents / 0.5).sample + 1) / 2).clamp(0, 1)
+    painted = read_images(sorted((tmp_path / "set" / "images").iterdir()))
+    assert painted.shape == (5, 3, 8, 8)
+    assert (painted - images * 255).abs().max() < 0.51
+
+
+def test_samples_in_bfloat16_differ_from_those_in_float32(student, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        words = ["sample", student, "--device", "cpu", "--dtype", dtype, "--output", tmp_path / f"{dtype}.png"]
+        assert main([str(word) for word in words]) == 0
+    exact, rough = (np.array(Image.open(tmp_path / f"{dtype}.png")).astype(int) for dtype in ("float32", "bfloat16"))
+    assert 0 < np.abs(exact - rough).mean() < 8
 
 
 def test_class_names_from_a_file(evaluate, student, tmp_path):

@@ -63,15 +63,20 @@ def fails(capsys):
 # The command
 
 
-@pytest.mark.parametrize(("flags", "key"), [((), "model_ema"), (("--weights", "model"), "model")])
-def test_a_checkpoint_becomes_a_folder(checkpoint, tmp_path, capsys, flags, key):
+@pytest.mark.parametrize(
+    ("flags", "name", "key"), [((), "ema", "model_ema"), (("--weights", "model"), "model", "model")]
+)
+def test_a_checkpoint_becomes_a_folder(checkpoint, tmp_path, capsys, flags, name, key):
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), *flags]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     model = load_model(tmp_path / "out", one_step=False)
     assert_same_bits(model.state_dict(), mar_content()[key])
     assert sizes(model.config) == sizes(official_config())
     printed = capsys.readouterr().out
-    assert f"({key})" in printed and key_hash(model.state_dict()) in printed
+    assert (
+        f"MAR ({'ema' if key == 'model_ema' else 'model'} weights): " in printed
+        and key_hash(model.state_dict()) in printed
+    )
     assert f"{sum(tensor.numel() for tensor in model.parameters()):,} parameters" in printed
 
 

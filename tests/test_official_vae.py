@@ -98,7 +98,8 @@ def test_the_folder_is_that_of_diffusers(tmp_path, capsys):
     assert main(["convert", str(path), str(tmp_path / "vae")]) == 0
     names = sorted(entry.name for entry in (tmp_path / "vae").iterdir())
     assert names == ["config.json", "diffusion_pytorch_model.safetensors"]
-    assert "VAE (model): " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "VAE (model weights): " in printed and key_hash(vae_weights()) in printed
     autoencoder = AutoencoderKL.from_pretrained(tmp_path / "vae")
     config = autoencoder.config
     assert list(config.block_out_channels) == [32, 64, 64] and config.layers_per_block == 1

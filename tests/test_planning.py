@@ -13,13 +13,13 @@ from tiny_models import tiny_config
 from torch import nn
 
 from marval_rl.cli import main
-from marval_rl.commands.planning.activations import gsim_bytes, pretrain_bytes
+from marval_rl.commands.planning.activations import example_batch, gsim_bytes, pretrain_bytes
 from marval_rl.commands.planning.dry_run import length
 from marval_rl.commands.planning.memory import Footprint, head_parameters, mar_parameters, memory_table, saved_bytes
 from marval_rl.commands.planning.plan import TrainingPlan
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.trainers.distill import DistillConfig
-from marval_rl.trainers.pretrain import PretrainConfig
+from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
@@ -36,7 +36,8 @@ def test_the_published_sizes_are_counted_without_memory():
 
 def test_the_table_shards_what_each_stage_shards():
     gib = 2**30
-    footprint = Footprint(trained=gib, averaged=gib // 2, frozen={"teacher": gib // 4, "VAE": gib // 4}, activations=gib)
+    frozen = {"teacher": gib // 4, "VAE": gib // 4}
+    footprint = Footprint(trained=gib, averaged=gib // 2, frozen=frozen, activations=gib)
     head, *rows = memory_table(footprint, bf16=True, num_gpus=4)
     assert head.split() == ["GiB", "weights", "gradients", "optimizer", "average", "frozen", "activations", "total"]
     figures = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in rows}
@@ -69,10 +70,7 @@ def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(tmp_path):
 
     model = MARModel(config).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    from marval_rl.commands.planning.activations import _batch
-    from marval_rl.trainers.pretrain import pretraining_loss
-
-    tokens, labels, order = _batch(config, 6)
+    tokens, labels, order = example_batch(config, 6)
     shape = (args.timestep_draws, 6, config.num_tokens)
     t, noise = torch.zeros(shape, dtype=torch.long), torch.randn(*shape, config.token_channels)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -1,6 +1,6 @@
 """The recipes of real size, run at a tiny one: official files -> convert -> cache -> distill -> RL -> sample.
 
-Everything but the size is as in docs/reproduce.md; weights, VAE, images and rewards are made here in their real formats.
+Everything but the size is as in docs/reproduce.md; weights, VAE, images and rewards are made here, in the real formats.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ IMAGES = 24
 TINY = {
     "use_cpu": True,
     "model_size": "null",
+    "image_size": "null",
     "max_steps": 4,
     "per_device_train_batch_size": 4,
     "warmup_steps": 1,
@@ -142,10 +143,13 @@ def test_without_a_cache_the_images_are_read_and_encoded(files, tmp_path):
 def test_epochs_are_a_length_of_training(files, tmp_path):
     # 24 images in batches of 4: 6 student updates an epoch, each followed by one of the auxiliary network alone.
     settings = {**files.settings, "max_steps": -1, "num_train_epochs": 2, "eval_strategy": "no", "save_steps": 100}
-    assert main(command("distill", "base.yaml", **settings, teacher=files.teacher, output_dir=tmp_path)) == 0
+    settings |= {"teacher": files.teacher, "output_dir": tmp_path}
+    assert main(command("distill", "base.yaml", **settings)) == 0
     assert_trained(tmp_path, steps=24)
     assert training_lines(tmp_path)[-1]["epoch"] == 2
-    assert main(command("distill", "base.yaml", "--resume", **settings, teacher=files.teacher, output_dir=tmp_path)) == 0
+    # A finished run that is resumed writes final/ anew, and takes no step more.
+    assert main(command("distill", "base.yaml", "--resume", **settings)) == 0
+    assert_trained(tmp_path, steps=24)
 
 
 def test_a_run_on_flipped_moments_resumes_as_if_undisturbed(files, tmp_path, monkeypatch):
@@ -198,3 +202,16 @@ def test_a_teacher_of_another_size_is_refused(files, tmp_path, capsys):
     assert main(command("distill", "huge.yaml", **settings)) == 2
     assert "is not of model_size huge" in capsys.readouterr().err
     assert MARConfig.huge().encoder_hidden_size == 1280
+
+
+def test_a_corrupt_image_in_a_data_worker_is_one_line(files, tmp_path, capsys):
+    for number in range(8):
+        folder = tmp_path / "images" / WNIDS[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.JPEG").write_bytes(b"no image")
+    noise_image(0, 50, 40).save(tmp_path / "images" / WNIDS[0] / "0.JPEG")  # read by the command itself, as the first
+    settings = {**files.settings, "cache_dir": "null", "dataset": tmp_path / "images"}
+    settings |= {"teacher": files.teacher, "output_dir": tmp_path / "run"}
+    assert main(command("distill", "base.yaml", **settings)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Traceback" not in line and ".JPEG" in line and "marval-rl cache" in line

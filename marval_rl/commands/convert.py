@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.errors import CheckpointError
@@ -52,7 +53,7 @@ def from_official(args: argparse.Namespace) -> None:
     if is_vae(content):
         _refuse_mar_options(args, f"belong to a MAR, but {args.source} is a VAE")
         model = read_vae(content, args.source)
-        name, origin = "VAE", "model"
+        name, origin, weights = "VAE", "model", vae_checkpoint(model, args.source)["model"]
     else:
         official = read_mar(args.source, args.weights or "ema", args.num_heads)
         official.config.vae = args.vae
@@ -60,10 +61,10 @@ def from_official(args: argparse.Namespace) -> None:
         with torch.device("meta"):
             model = MARModel(official.config)
         model.load_state_dict(official.weights, strict=True, assign=True)
-        name, origin = published_name(official.config) or "MAR", "model" if args.weights == "model" else "model_ema"
-    check_finite(model.state_dict(), args.source)
+        name, origin, weights = published_name(official.config) or "MAR", args.weights or "ema", official.weights
+    check_finite(weights, args.source)
     _write(args.output, lambda path: (path.mkdir(), model.save_pretrained(path)))
-    _report(f"{name} ({origin})", model, args.output)
+    _report(f"{name} ({origin} weights)", weights, args.output)
 
 
 def to_official(source: Path, output: Path, overwrite: bool) -> None:
@@ -78,7 +79,7 @@ def to_official(source: Path, output: Path, overwrite: bool) -> None:
         model = load_model(source)
         name, content = published_name(model.config) or "MAR", mar_checkpoint(model, source)
     _write(output, lambda path: torch.save(content, path))
-    _report(name, model, output)
+    _report(name, content["model"], output)
 
 
 def class_names(num_classes: int) -> list[str] | None:
@@ -133,8 +134,8 @@ def _write(output: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _report(name: str, model: torch.nn.Module, output: Path) -> None:
-    weights = model.state_dict()
+def _report(name: str, weights: Mapping[str, Tensor], output: Path) -> None:
+    """Prints what was converted; `weights` have their official names."""
     count = sum(tensor.numel() for tensor in weights.values())
-    print(f"{name}: {count:,} parameters in {len(weights)} weights, names and shapes {key_hash(weights)}")
+    print(f"{name}: {count:,} parameters in {len(weights)} tensors, key hash {key_hash(weights)}")
     print(f"written: {output}")

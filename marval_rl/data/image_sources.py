@@ -66,7 +66,11 @@ def _load_dataset(name: str, path: Path, split: str):
             )
         return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        meant = "" if path.exists() or "*" in name else " (no such local path, so it was taken for a hub id)"
+        meant = (
+            ""
+            if path.exists() or "*" in name
+            else f" (no such local path, so it was taken for a hub id; ./{name} is a path)"
+        )
         raise DataError(f"cannot load the split {split!r} of {name}{meant}: {_first_line(error)}") from error
 
 
@@ -92,7 +96,9 @@ def _check_parquet(files: list[str]) -> None:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(("/", ".parquet"))
+    """A relative path in a folder that is there, and anything that begins with a dot, is meant to be local."""
+    is_local = name.startswith((".", "/", "~")) or name.endswith(("/", ".parquet")) or Path(name).parent.is_dir()
+    return name.count("/") == 1 and not is_local
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""How good generated images are: pure measures on tensors, and one evaluator that runs them all."""
+"""How good generated images are: pure measures on tensors, one evaluator of digits that runs them all, and large image
+sets (`image_run`) with Inception's measures and rewards."""
 
 from marval_rl.evaluation.diversity import within_class_diversity
 from marval_rl.evaluation.evaluator import ImageEvaluator

@@ -54,7 +54,7 @@ def load_config(name_or_path: str | Path) -> MARConfig:
         raise CheckpointError(f'{resolved} is no MAR model: its config.json says model_type "{model_type}"')
     try:
         return MARConfig.from_dict(config)
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (TypeError, ArithmeticError) as error:  # a size that is no number, or zero heads
         raise CheckpointError(f"the configuration of {resolved} is wrong: {first_line(error)}") from error
 
 

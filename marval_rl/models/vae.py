@@ -14,11 +14,14 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from marval_rl.errors import CheckpointError
 from marval_rl.models.checkpoints import first_line
 from marval_rl.models.config import MARConfig
 from marval_rl.models.official.reading import check_finite
+
+IMAGES_AT_ONCE = 16  # the feature maps of one image take a hundred times the room of its latents, and more
 
 
 class VAECodec:
@@ -75,14 +78,25 @@ class VAECodec:
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])} pixels do not divide into the VAE's {stride} x {stride}"
             )
-        return self.autoencoder.encode(images * 2 - 1).latent_dist.parameters
+        parts = images.split(IMAGES_AT_ONCE)
+        return torch.cat([self.autoencoder.encode(part * 2 - 1).latent_dist.parameters for part in parts])
 
     def from_moments(self, moments: Tensor) -> Tensor:
         """A scaled posterior sample from mean and log-variance [B, 2c, h, w]; float32."""
         return (DiagonalGaussianDistribution(moments.float()).sample() - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, c, h, w] -> images [B, 3, H, W] in 0..1, float32; differentiable."""
+        """Latents [B, c, h, w] -> images [B, 3, H, W] in 0..1, float32.
+
+        Differentiable; the decoder runs again in the backward pass, so that memory holds the activations of
+        `IMAGES_AT_ONCE` images, not of all.
+        """
+        parts = latents.split(IMAGES_AT_ONCE)
+        if latents.requires_grad and torch.is_grad_enabled():
+            return torch.cat([checkpoint(self._decode, part, use_reentrant=False) for part in parts])
+        return torch.cat([self._decode(part) for part in parts])
+
+    def _decode(self, latents: Tensor) -> Tensor:
         images = self.autoencoder.decode(latents / self.scale + self.shift).sample
         return ((images.float() + 1) / 2).clamp(0, 1)
 

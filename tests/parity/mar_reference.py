@@ -17,7 +17,7 @@ from marval_rl.models import MARConfig, MARModel
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = ("crc", "stable")
-UNIT_NORMS = ("norm", "norm1", "norm2", "z_proj_ln", "in_ln", "encoder_norm", "decoder_norm")
+UNIT_NORMS = ("norm", "norm1", "norm2", "z_proj_ln", "in_ln", "encoder_norm", "decoder_norm", "norm_out")
 
 # One pass through a network; a reverse chain; a whole generation. See golden/README.md for where they come from.
 RTOL, ATOL = 1e-4, 1e-5
@@ -63,12 +63,12 @@ def reference_model(weights: str) -> MARModel:
     if weights == "stable":
         state = golden("weights_stable")
     else:
-        state = {name: _drawn_by_rule(name, tensor.shape) for name, tensor in model.state_dict().items()}
+        state = {name: drawn_by_rule(name, tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
-def _drawn_by_rule(name: str, shape: torch.Size) -> Tensor:
+def drawn_by_rule(name: str, shape: torch.Size) -> Tensor:
     if len(shape) < 2:
         std = 0.1
     elif name.endswith(".weight") and name != "class_emb.weight":

@@ -21,7 +21,7 @@ def pretrain_bytes(config: MARConfig, args: Any) -> int:
     """`pretraining_loss` with all tokens masked, the most there can be."""
 
     def run(model: MARModel) -> Any:
-        tokens, labels, order = _batch(config, args.per_device_train_batch_size)
+        tokens, labels, order = example_batch(config, args.per_device_train_batch_size)
         shape = (args.timestep_draws, *tokens.shape[:2])
         timesteps = torch.zeros(shape, dtype=torch.long)
         noise = torch.randn(*shape, config.token_channels)
@@ -40,7 +40,7 @@ def gsim_bytes(student: MARConfig, teacher: MARConfig, args: Any, batch_size: in
     def run(networks: StudentNetworks, teacher: MARModel) -> Any:
         timestep_range = (args.min_timestep, args.max_timestep)
         matcher = ScoreMatcher(teacher, args.guidance_scale, timestep_range, args.timestep_draws)
-        tokens, labels, order = _batch(student, batch_size)
+        tokens, labels, order = example_batch(student, batch_size)
         loss, _, sample = matcher.student_loss(networks, tokens, labels, order, student.num_tokens)
         return loss, matcher.auxiliary_loss(networks, sample)
 
@@ -52,7 +52,7 @@ def grpo_bytes(config: MARConfig, args: Any) -> int:
     pairs = unmasking_steps(config.num_tokens, args.num_unmasking_steps)
 
     def run(student: MARModel) -> Any:
-        tokens, labels, order = _batch(config, args.per_device_train_batch_size)
+        tokens, labels, order = example_batch(config, args.per_device_train_batch_size)
         rollout = {"tokens": tokens, "class_labels": labels, "order": order, "noise": torch.randn_like(tokens)}
         losses = []
         for masked, kept in pairs[: args.num_trained_steps]:
@@ -68,7 +68,7 @@ def reward_backprop_bytes(config: MARConfig, args: Any) -> int:
     """One unmasking step, the largest, as each is checkpointed; the decoder and the reward come on top."""
 
     def run(student: MARModel) -> Any:
-        tokens, labels, order = _batch(config, args.per_device_train_batch_size)
+        tokens, labels, order = example_batch(config, args.per_device_train_batch_size)
         kept = unmasking_steps(config.num_tokens, args.num_unmasking_steps)[-1][1]
         return student.one_step(tokens, labels, order, config.num_tokens, kept, torch.randn_like(tokens))
 
@@ -82,7 +82,7 @@ def _trained(config: MARConfig, args: Any) -> MARModel:
     return model
 
 
-def _batch(config: MARConfig, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def example_batch(config: MARConfig, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [B, L, C], class labels [B] and an unmasking order [B, L]."""
     tokens = torch.randn(batch_size, config.num_tokens, config.token_channels)
     return tokens, torch.zeros(batch_size, dtype=torch.long), random_order(batch_size, config.num_tokens, "cpu", None)

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from marval_rl.data.moments.files import read_json, write_json
+from marval_rl.data.moments.files import read_json, remove_leftovers, write_json
 from marval_rl.errors import DataError
 
 FORMAT = 1
@@ -119,6 +119,7 @@ def write_manifest(folder: Path, settings: dict[str, Any], class_labels: list[in
         "shards": [{name: sidecar[name] for name in ("file", "images", "bytes", "sha256")} for sidecar in sidecars],
     }
     write_json(folder / MANIFEST, manifest)
+    remove_leftovers(folder, SETTINGS)
     return manifest
 
 

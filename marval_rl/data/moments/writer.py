@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from marval_rl.data.labelled_images import LabelledImages
+from marval_rl.data.moments.files import remove_leftovers
 from marval_rl.data.moments.fingerprint import hash_images, hash_weights
 from marval_rl.data.moments.manifest import FORMAT, MANIFEST, begin, missing_shards, write_manifest
 from marval_rl.data.moments.shards import DTYPES, Crops, encode_crops, write_shard
@@ -129,6 +130,7 @@ def build_cache(
     missing = missing_shards(folder, settings)
     if missing:
         (folder / MANIFEST).unlink(missing_ok=True)
+        remove_leftovers(folder, MANIFEST)
     mine = [shard for shard in missing if shard % world_size == rank]
     batches = {shard: _batches(shard, settings, batch_size) for shard in mine}
     loader = DataLoader(
