@@ -21,3 +21,9 @@ class CheckpointError(MarvalError):
 
 class DataError(MarvalError):
     """Images, a data set or a cache cannot be read, or are not what they should be."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text that says anything, for a one-line message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

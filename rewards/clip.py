@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval_rl.errors import CheckpointError, RewardError
+from marval_rl.errors import CheckpointError, RewardError, first_line
 from rewards.cosine_reward import CosineReward
 from rewards.preprocessing import FILTERS, Preprocessing
-from rewards.weights import LOADING_ERRORS, check_finite, one_line
+from rewards.weights import LOADING_ERRORS, check_finite
 
 SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip: a folder or repository with the configuration and the weights
 
@@ -71,7 +74,7 @@ def _import_open_clip() -> ModuleType:
         import open_clip
     except ImportError as error:
         raise RewardError(
-            f"the reward clip needs open_clip_torch, which cannot be imported ({one_line(error)}); "
+            f"the reward clip needs open_clip_torch, which cannot be imported ({first_line(error)}); "
             "install it: pip install 'marval-rl[rewards]'"
         ) from error
     return open_clip
@@ -84,7 +87,7 @@ def _check_source(open_clip: ModuleType, model: str, pretrained: str | None) -> 
             raise ValueError(f"{model!r} has weights of its own; leave pretrained ({pretrained!r}) out")
         folder = Path(model.removeprefix("local-dir:"))
         if model.startswith("local-dir:") and not (folder / "open_clip_config.json").is_file():
-            raise ValueError(f"{model!r}: there is no {folder / 'open_clip_config.json'}; give a folder with one")
+            raise CheckpointError(f"{model!r}: there is no {folder / 'open_clip_config.json'}; give a folder with one")
         return
     if model not in open_clip.list_models():
         nearest = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.5)
@@ -94,7 +97,7 @@ def _check_source(open_clip: ModuleType, model: str, pretrained: str | None) -> 
     if pretrained is None:
         raise ValueError(f"the CLIP model {model!r} needs pretrained: a file, or one of {', '.join(tags)}")
     if not (open_clip.is_pretrained_cfg(model, pretrained) or Path(pretrained).is_file()):
-        raise ValueError(f"pretrained {pretrained!r} is neither a file nor a tag of {model} ({', '.join(tags)})")
+        raise CheckpointError(f"pretrained {pretrained!r} is neither a file nor a tag of {model} ({', '.join(tags)})")
     _warn_of_gelu(open_clip, model, pretrained)
 
 
@@ -128,16 +131,27 @@ def _wants_quick_gelu(open_clip: ModuleType, model: str, pretrained: str) -> boo
 def _load(open_clip: ModuleType, model: str, pretrained: str | None) -> tuple[nn.Module, Any]:
     """open_clip's model with its weights, float32 on the CPU, and its tokenizer."""
     try:
-        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
+        # Weights are drawn before they are loaded; and what open_clip logs of a failure is in the error it raises.
+        with torch.random.fork_rng(devices=[]), _silent_log():
             network = open_clip.create_model(model, pretrained, require_pretrained=True, weights_only=True)
         tokenizer = open_clip.get_tokenizer(model)
     except LOADING_ERRORS as error:
         raise CheckpointError(
-            f"cannot load the CLIP model {model!r} with the weights {pretrained!r}: {one_line(error)} "
+            f"cannot load the CLIP model {model!r} with the weights {pretrained!r}: {first_line(error)} "
             "(a file must be safetensors or a state_dict of tensors; for OpenAI's .pt files use the tag openai)"
         ) from error
     check_finite(network, pretrained or model)
     return network, tokenizer
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _preprocessing(model: str, settings: dict[str, Any]) -> Preprocessing:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
+from marval_rl.errors import CheckpointError, first_line
 from rewards.blip import MED_CONFIG, SCORE_MEAN, SCORE_STD, ImageRewardNetwork, network_configs, rename_weights
 from rewards.network_reward import NetworkReward
 from rewards.preprocessing import Preprocessing
-from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_strictly, one_line, read_tensors
+from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_strictly, read_tensors
 
 MAX_TOKENS = 35
 MARKERS = 2  # [DEC] and [ENC], which the published model appends to BERT's vocabulary and never uses here
@@ -31,8 +32,7 @@ class ImageReward(NetworkReward):
     The published weights run in transformers' BLIP blocks, without the package image-reward and its old pins. Prompts
     are cut after 35 tokens, as there.
 
-    Raises ValueError for a file that does not exist or is no med_config, or a vocabulary of another size, and
-    CheckpointError for weights that cannot be read or do not fit.
+    Raises CheckpointError for a file that is missing, cannot be read or does not fit.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImageReward(NetworkReward):
 
 def _load_network(weights: Path, med_config: dict) -> ImageRewardNetwork:
     if not weights.is_file():
-        raise ValueError(
+        raise CheckpointError(
             f"ImageReward's weights {str(weights)!r} do not exist; download ImageReward.pt from the hub "
             "(THUDM/ImageReward) and give its path"
         )
@@ -80,10 +80,10 @@ def _read_med_config(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"med_config {str(path)!r} cannot be read: {one_line(error)}") from error
+        raise CheckpointError(f"med_config {str(path)!r} cannot be read: {first_line(error)}") from error
     missing = MED_CONFIG.keys() - set(settings)
     if missing:
-        raise ValueError(f"med_config {str(path)!r} lacks {', '.join(sorted(missing))}; it is no med_config.json")
+        raise CheckpointError(f"med_config {str(path)!r} lacks {', '.join(sorted(missing))}; it is no med_config.json")
     return settings
 
 
@@ -97,12 +97,12 @@ def _load_tokenizer(name_or_path: str, vocab_size: int) -> BertTokenizer:
         try:
             tokenizer = BertTokenizer.from_pretrained(name_or_path)
         except LOADING_ERRORS as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"the tokenizer {name_or_path!r} cannot be loaded (give the path of bert-base-uncased's vocab.txt): "
-                f"{one_line(error)}"
+                f"{first_line(error)}"
             ) from error
     if len(tokenizer) + MARKERS != vocab_size:
-        raise ValueError(
+        raise CheckpointError(
             f"the tokenizer {name_or_path!r} has {len(tokenizer)} tokens, but the network's vocabulary of {vocab_size} "
             f"needs {vocab_size - MARKERS}; give bert-base-uncased's vocab.txt"
         )

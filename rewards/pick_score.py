@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from marval_rl.errors import CheckpointError
+from marval_rl.errors import CheckpointError, first_line
 from rewards.cosine_reward import CosineReward
 from rewards.preprocessing import Preprocessing
-from rewards.weights import LOADING_ERRORS, check_exists_if_local, check_finite, one_line
+from rewards.weights import LOADING_ERRORS, check_exists_if_local, check_finite
 
 
 class PickScore(CosineReward):
@@ -20,8 +20,7 @@ class PickScore(CosineReward):
     dtype             "float32" or "bfloat16" for the network
     micro_batch_size  images at a time, with gradients too; None for all
 
-    Raises ValueError for a path that does not exist or a processor that does not fit, CheckpointError for weights
-    that cannot be loaded.
+    Raises CheckpointError for files that are missing or cannot be loaded, ValueError for a processor that does not fit.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ def _load_network(name_or_path: str) -> CLIPModel:
                 name_or_path, output_loading_info=True, dtype=torch.float32, use_safetensors=True
             )
     except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load the model {name_or_path}: {one_line(error)}") from error
+        raise CheckpointError(f"cannot load the model {name_or_path}: {first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:
             shown = ", ".join(map(str, sorted(info[what], key=str)[:3]))
@@ -75,7 +74,7 @@ def _load_preprocessing(processor: str) -> Preprocessing:
     try:
         settings = CLIPImageProcessor.from_pretrained(processor)
     except LOADING_ERRORS as error:
-        raise ValueError(f"cannot load the image processor of {processor}: {one_line(error)}") from error
+        raise CheckpointError(f"cannot load the image processor of {processor}: {first_line(error)}") from error
     return Preprocessing(
         size=settings.crop_size["height"],
         mean=tuple(settings.image_mean),
@@ -88,4 +87,4 @@ def _load_tokenizer(processor: str) -> AutoTokenizer:
     try:
         return AutoTokenizer.from_pretrained(processor)
     except LOADING_ERRORS as error:
-        raise ValueError(f"cannot load the tokenizer of {processor}: {one_line(error)}") from error
+        raise CheckpointError(f"cannot load the tokenizer of {processor}: {first_line(error)}") from error

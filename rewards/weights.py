@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from marval_rl.errors import CheckpointError
+from marval_rl.errors import CheckpointError, first_line
 
 # What libraries raise for a file that is damaged, of another kind, or of another network.
 LOADING_ERRORS = (
@@ -37,7 +37,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except LOADING_ERRORS as error:
         raise CheckpointError(
-            f"{path} cannot be read as weights (damaged, or more than tensors): {one_line(error)}"
+            f"{path} cannot be read as weights (damaged, or more than tensors): {first_line(error)}"
         ) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path} holds no weights by name but a {type(tensors).__name__} of something else")
@@ -69,13 +69,7 @@ def check_finite(network: nn.Module, source: object) -> None:
 
 
 def check_exists_if_local(what: str, name_or_path: str) -> None:
-    """Raises ValueError for a path that does not exist, so that it is not looked for on the hub."""
+    """Raises CheckpointError for a path that does not exist, so that it is not looked for on the hub."""
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).exists():
-        raise ValueError(f"{what} {name_or_path!r} does not exist; give a folder, or a hub id such as org/name")
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's text that says anything."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise CheckpointError(f"{what} {name_or_path!r} does not exist; give a folder, or a hub id such as org/name")

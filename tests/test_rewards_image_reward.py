@@ -217,5 +217,5 @@ def test_wrong_arguments_name_the_remedy(arguments, tmp_path):
         ("med_config", tmp_path / "no.json", "no.json' cannot be read"),
         ("med_config", tmp_path / "other.json", "other.json' lacks hidden_act, "),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             ImageReward(**{**arguments, argument: value})

@@ -94,9 +94,9 @@ def test_a_pickle_is_not_read(folder, tmp_path):
 
 
 def test_wrong_arguments_name_the_remedy(folder, tmp_path):
-    with pytest.raises(ValueError, match="the model '/no/folder' does not exist; give a folder, or a hub id"):
+    with pytest.raises(CheckpointError, match="the model '/no/folder' does not exist; give a folder, or a hub id"):
         PickScore("/no/folder", str(folder))
-    with pytest.raises(ValueError, match=r"the processor './no' does not exist"):
+    with pytest.raises(CheckpointError, match=r"the processor './no' does not exist"):
         PickScore(str(folder), "./no")
     other = Path(copy_with(folder, tmp_path / "other"))
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(other)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marval_rl.errors import CheckpointError, MarvalError
+from marval_rl.errors import CheckpointError, MarvalError, first_line
 from marval_rl.evaluation.image_set import read_images
-from marval_rl.models.checkpoints import first_line
 from marval_rl.models.official.reading import read_checkpoint
 
 NUM_FEATURES = 2048

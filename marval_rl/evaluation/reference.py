@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from marval_rl.errors import DataError
+from marval_rl.errors import DataError, first_line
 from marval_rl.evaluation.fidelity import Gaussian
 from marval_rl.evaluation.inception import NUM_FEATURES
-from marval_rl.models.checkpoints import first_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # those torch-fidelity reads
 FORMATS = "a folder of images, an .npz with mu and sigma (such as ADM's adm_in256_stats.npz), or torch-fidelity's .pt"

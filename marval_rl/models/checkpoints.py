@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from marval_rl.errors import CheckpointError
+from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models.config import MARConfig
 from marval_rl.models.mar import MARModel
 from marval_rl.models.official.mar_weights import read_mar
@@ -94,9 +94,3 @@ def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MAR
     if config.is_one_step:
         model.fake_latent.requires_grad_(False)  # a student has no guidance pass
     return model.eval()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text that says anything, for a one-line message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

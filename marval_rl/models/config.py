@@ -6,6 +6,26 @@ from transformers import PreTrainedConfig
 
 # No `from __future__ import annotations` here: transformers turns this class into a dataclass and checks its types.
 
+SIZES = (
+    "image_size",
+    "image_channels",
+    "latent_stride",
+    "latent_channels",
+    "patch_size",
+    "num_classes",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_num_heads",
+    "decoder_hidden_size",
+    "decoder_num_layers",
+    "decoder_num_heads",
+    "buffer_size",
+    "head_hidden_size",
+    "head_num_layers",
+    "num_train_timesteps",
+    "num_diffusion_steps",
+)
+
 
 class MARConfig(PreTrainedConfig):
     """Configuration of a masked autoregressive diffusion model (MAR, Li et al. 2024, arXiv 2406.11838).
@@ -90,6 +110,10 @@ class MARConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for name in SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {size!r}")
         if self.image_size % (self.latent_stride * self.patch_size):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of latent_stride x patch_size = "

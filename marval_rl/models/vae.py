@@ -16,8 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from marval_rl.errors import CheckpointError
-from marval_rl.models.checkpoints import first_line
+from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models.config import MARConfig
 from marval_rl.models.official.reading import check_finite
 

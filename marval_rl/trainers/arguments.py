@@ -5,6 +5,7 @@
 from dataclasses import dataclass, field
 
 from transformers import IntervalStrategy, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
 
@@ -53,6 +54,11 @@ class MARTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "ZeRO-3 is not supported yet: the weight average and the rollouts need whole weights. Use ZeRO-2 "
+                "(recipes/deepspeed/zero2.json), which fits MAR-H into 80 GB: see --dry_run"
+            )
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(
                 f"max_steps must be at least 1, not {self.max_steps}; -1 trains num_train_epochs passes over the data"

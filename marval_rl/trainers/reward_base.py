@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from marval_rl.errors import CheckpointError
+from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models import MARModel
-from marval_rl.models.checkpoints import first_line, load_model
+from marval_rl.models.checkpoints import load_model
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
 from marval_rl.rewarding import Reward, RewardScores, RewardSet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import zlib
@@ -78,12 +77,6 @@ def drawn_by_rule(name: str, shape: torch.Size) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     tensor = torch.empty(shape).normal_(0, std, generator=generator)
     return tensor + 1 if name.endswith(tuple(f"{norm}.weight" for norm in UNIT_NORMS)) else tensor
-
-
-def key_hash(model: MARModel) -> str:
-    """sha256 of the lines "name:d0xd1x...", sorted by name: equal when names and shapes are."""
-    lines = (f"{name}:{'x'.join(map(str, tensor.shape))}\n" for name, tensor in sorted(model.state_dict().items()))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def assert_parity(actual: Tensor, expected: Tensor, scale: float | Tensor = 1.0) -> None:

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mar_reference import golden_facts, key_hash, reference_model, tiny_config
+from mar_reference import golden_facts, reference_model, tiny_config
 
 from marval_rl.models import MARConfig, MARModel
+from marval_rl.models.official.shapes import key_hash
 
-PUBLISHED = {
-    "mar_base": {"width": 768, "layers": 12, "heads": 12, "head_hidden_size": 1024, "head_num_layers": 6},
-    "mar_large": {"width": 1024, "layers": 16, "heads": 16, "head_hidden_size": 1280, "head_num_layers": 8},
-    "mar_huge": {"width": 1280, "layers": 20, "heads": 16, "head_hidden_size": 1536, "head_num_layers": 12},
-}
-
-
-def published_config(name: str) -> MARConfig:
-    size = PUBLISHED[name]
-    return MARConfig(
-        encoder_hidden_size=size["width"],
-        decoder_hidden_size=size["width"],
-        encoder_num_layers=size["layers"],
-        decoder_num_layers=size["layers"],
-        encoder_num_heads=size["heads"],
-        decoder_num_heads=size["heads"],
-        head_hidden_size=size["head_hidden_size"],
-        head_num_layers=size["head_num_layers"],
-    )
+PUBLISHED = {"mar_base": MARConfig.base, "mar_large": MARConfig.large, "mar_huge": MARConfig.huge}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_the_official_parameters(name):
     expected = golden_facts()["published_sizes"][name]
     with torch.device("meta"):
-        model = MARModel(published_config(name))
+        model = MARModel(PUBLISHED[name]())
     assert len(model.state_dict()) == expected["tensors"]
     assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
     assert sum(p.numel() for p in model.diffloss.parameters()) == expected["head_parameters"]
-    assert key_hash(model) == expected["key_hash"]
+    assert key_hash(model.state_dict()) == expected["key_hash"]
 
 
 def test_tiny_model_has_the_official_parameters():
@@ -45,7 +28,7 @@ def test_tiny_model_has_the_official_parameters():
     model = MARModel(tiny_config())
     assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
     assert sum(p.numel() for p in model.diffloss.parameters()) == expected["head_parameters"]
-    assert key_hash(model) == expected["key_hash"]
+    assert key_hash(model.state_dict()) == expected["key_hash"]
 
 
 def test_weights_by_rule_are_those_of_the_figures():

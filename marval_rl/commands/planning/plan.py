@@ -25,6 +25,7 @@ GET_TEACHER = (
 )
 GET_STUDENT = "a student comes from `marval-rl distill`"
 GET_VAE = "official VAE: download kl16.ckpt (link in LTH14/mar's README) and run `marval-rl convert kl16.ckpt FOLDER`"
+GET_REWARD = "docs/rewards.md says where its weights come from; a run downloads what is on the hub, a dry run does not"
 GET_DATA = "ImageNet: put its class folders (n01440764, ...) there, or point --dataset at your copy"
 GET_CACHE = "caching reads the images once: ImageNet's class folders (n01440764, ...) at --dataset"
 
@@ -92,7 +93,7 @@ def plan_reward_training(
         (rewarded.eval_reward_funcs, rewarded.eval_reward_kwargs),
     ):
         if specs:
-            with plan.needing("docs/rewards.md says where each reward's weights come from"):
+            with plan.needing(GET_REWARD):
                 RewardSet(specs, reward_kwargs=kwargs)
     if student is None or (anchored and teacher is None):
         return plan
