@@ -58,3 +58,29 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, classifier_cache: Path) 
     assert run_recipe("teacher", runs.teacher) == 0
     assert run_recipe("distill", runs.student, teacher=runs.teacher) == 0
     return runs
+
+
+@pytest.fixture
+def fails(capsys):
+    """`fails(code, *arguments)` runs `marval-rl convert` and returns its one line on stderr."""
+
+    from marval_rl.cli import main
+
+    def run(code: int, *arguments: object) -> str:
+        assert main(["convert", *map(str, arguments)]) == code
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0].removeprefix("marval-rl: error: ")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random Inception in torch-fidelity's file format; while it is there, its inputs are small."""
+    from tiny_evaluation import INPUT_SIZE, random_inception
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", INPUT_SIZE)
+        yield random_inception(tmp_path_factory.mktemp("inception") / "weights.pth")

@@ -11,9 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from tiny_evaluation import INPUT_SIZE, NAMES, colour_student, random_images, random_inception, save_student
+from tiny_evaluation import NAMES, colour_student, random_images, save_student
 from tiny_models import tiny_student
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from marval_rl.cli import main
 from marval_rl.evaluation.image_set import read_images
@@ -22,15 +21,8 @@ from marval_rl.models.noise import IndexedNoise
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_inputs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", INPUT_SIZE)
-        yield
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return random_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
+def weights(inception_weights) -> Path:
+    return inception_weights
 
 
 @pytest.fixture

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
 from PIL import Image
 from scipy import linalg
-from tiny_evaluation import INPUT_SIZE, random_images, random_inception
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from tiny_evaluation import random_images
 
 from marval_rl.errors import CheckpointError
 from marval_rl.evaluation import frechet_distance
@@ -26,15 +27,8 @@ from marval_rl.evaluation.reference import list_images
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_inputs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", INPUT_SIZE)
-        yield
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return random_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
+def weights(inception_weights) -> Path:
+    return inception_weights
 
 
 @pytest.fixture(scope="module")

@@ -47,19 +47,6 @@ def checkpoint(tmp_path) -> Path:
     return write_mar(tmp_path / "checkpoint-last.pth")
 
 
-@pytest.fixture
-def fails(capsys):
-    """`fails(code, *arguments)` runs `marval-rl convert` and returns its one line on stderr."""
-
-    def run(code: int, *arguments: object) -> str:
-        assert main(["convert", *map(str, arguments)]) == code
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, lines
-        return lines[0].removeprefix("marval-rl: error: ")
-
-    return run
-
-
 # The command
 
 

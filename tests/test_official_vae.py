@@ -21,19 +21,6 @@ GOLDEN = json.loads((Path(__file__).parent / "parity" / "golden" / "vae.json").r
 KL16 = {"channels": (128, 128, 256, 256, 512), "blocks": 2, "latents": 16}
 
 
-@pytest.fixture
-def fails(capsys):
-    """`fails(code, *arguments)` runs `marval-rl convert` and returns its one line on stderr."""
-
-    def run(code: int, *arguments: object) -> str:
-        assert main(["convert", *map(str, arguments)]) == code
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, lines
-        return lines[0].removeprefix("marval-rl: error: ")
-
-    return run
-
-
 def meta_weights(**sizes) -> dict[str, torch.Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in vae_shapes(**sizes).items()}
 

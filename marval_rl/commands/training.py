@@ -59,14 +59,18 @@ def run_training(
     else:
         check_output_dir(output_dir, config.overwrite_output_dir)
     trainer = make_trainer()
-    if checkpoint is None:
-        remove_earlier_run(output_dir)
-    else:
-        set_aside_newer(output_dir, Path(checkpoint))
-    save_recipe(output_dir / "recipe.yaml", settings)
+    speaks = config.process_index == 0
+    if speaks:
+        if checkpoint is None:
+            remove_earlier_run(output_dir)
+        else:
+            set_aside_newer(output_dir, Path(checkpoint))
+        save_recipe(output_dir / "recipe.yaml", settings)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step >= trainer.state.max_steps:
+    finished = trainer.state.global_step >= trainer.state.max_steps
+    if speaks and finished:
         print(f"done: {output_dir / 'final'} holds the model; `marval-rl report {output_dir}` draws its curves")
-    else:
+    elif speaks:
         print(f"stopped at step {trainer.state.global_step}: a checkpoint is kept, --resume goes on from it")
+    if not finished:
         raise KeyboardInterrupt
