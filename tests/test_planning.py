@@ -18,6 +18,7 @@ from marval_rl.commands.planning.dry_run import length
 from marval_rl.commands.planning.memory import Footprint, head_parameters, mar_parameters, memory_table, saved_bytes
 from marval_rl.commands.planning.plan import TrainingPlan
 from marval_rl.models import MARConfig, MARModel
+from marval_rl.trainers import arguments
 from marval_rl.trainers.distill import DistillConfig
 from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
 
@@ -138,3 +139,11 @@ def test_a_preset_of_accelerate_is_read_by_it(file, monkeypatch):
     if file.stem.startswith("zero"):
         path = Path(preset.deepspeed_config["deepspeed_config_file"])
         assert json.loads(path.read_text())["zero_optimization"]["stage"] == int(file.stem[-1])
+
+
+def test_zero_3_is_refused_with_what_to_use_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"ZeRO-3 is not supported yet: .* Use ZeRO-2 \(recipes/deepspeed/zero2.json\)"
+    ):
+        PretrainConfig(str(tmp_path), use_cpu=True)

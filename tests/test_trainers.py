@@ -604,6 +604,21 @@ def test_a_failed_run_gives_the_signals_back(tmp_path):
     assert after == before
 
 
+@pytest.mark.parametrize("make", [distiller, grpo_trainer, backprop_trainer])
+def test_gradient_checkpointing_changes_memory_alone(tmp_path, make):
+    finals = []
+    for checkpointing in (False, True):
+        model = tiny_model(3) if make is distiller else tiny_student(1)
+        settings = {"max_steps": 4, "gradient_checkpointing": checkpointing, "auxiliary_warmup_steps": 0}
+        trainer = make(tmp_path / str(checkpointing), model, **settings)
+        trainer.train()
+        assert trainer.mar.is_gradient_checkpointing == checkpointing
+        finals.append(snapshot(trainer.mar))
+    assert_equal_states(*finals)
+    start = snapshot(tiny_model(3) if make is distiller else tiny_student(1))
+    assert not same(finals[0], start)
+
+
 @pytest.mark.parametrize("recipe", COMMANDS)
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny_runs, tmp_path, capsys, recipe):
     assert run_recipe(recipe, tmp_path / "run", "--dry_run", **tiny_runs.models_of(recipe)) == 0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 
 from marval_rl.errors import CheckpointError
-from marval_rl.models import codec_for
+from marval_rl.models import codec_for, vae
 from marval_rl.models.vae import VAECodec, load_autoencoder, stride_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -231,3 +231,27 @@ def test_a_configuration_that_cannot_be_read(folder, tmp_path):
     tiny_config().save_pretrained(folder)
     with pytest.raises(CheckpointError, match="is no AutoencoderKL"):
         load_autoencoder(folder)
+
+
+# In portions: the feature maps of a whole batch would not fit
+
+
+def test_portions_change_nothing_but_memory(codec, images, monkeypatch):
+    images = torch.cat([images, images.flip(-1), images.flip(-2)])[:5]
+    moments, latents = codec.moments(images), torch.randn(5, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+    decoded = codec.decode(latents)
+    monkeypatch.setattr(vae, "IMAGES_AT_ONCE", 2)
+    assert torch.allclose(codec.moments(images), moments, atol=1e-5)
+    assert torch.allclose(codec.decode(latents), decoded, atol=1e-5)
+
+
+def test_gradients_flow_through_the_decoder_whose_activations_are_not_kept(codec, monkeypatch):
+    latents = torch.randn(5, 4, 4, 6, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    (expected,) = torch.autograd.grad(codec._decode(latents).square().sum(), latents)
+    monkeypatch.setattr(vae, "IMAGES_AT_ONCE", 2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        images = codec.decode(latents)
+    (gradient,) = torch.autograd.grad(images.square().sum(), latents)
+    assert torch.allclose(gradient, expected, atol=1e-5)
+    assert sum(kept) <= latents.numel()  # the latents of each portion
