@@ -172,6 +172,9 @@ def test_pixel_codec_is_its_own_inverse():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_classes": -4}, "num_classes must be a whole number of at least 1, not -4"),
+        ({"patch_size": 2.0}, "patch_size must be a whole number of at least 1, not 2.0"),
+        ({"head_num_layers": -1}, "head_num_layers must be a whole number of at least 0, not -1"),
         ({"image_size": 5}, "image_size 5 is not a multiple"),
         ({"encoder_num_heads": 3}, "encoder_hidden_size 16 is not a multiple of encoder_num_heads 3"),
         ({"decoder_num_heads": 3}, "decoder_hidden_size 16 is not a multiple of decoder_num_heads 3"),

@@ -111,9 +111,9 @@ class MARConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         for name in SIZES:
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {size!r}")
+            size, least = getattr(self, name), 0 if name.endswith("_num_layers") else 1
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {size!r}")
         if self.image_size % (self.latent_stride * self.patch_size):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of latent_stride x patch_size = "
