@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv demo test clean
+.PHONY: help .venv demo test test-image-reward clean
 
 help:
 	@echo "make demo    teacher, one-step student and RL on real digits, on the CPU; ends with a table and a report"
 	@echo "make test    ruff and the tests"
+	@echo "make test-image-reward   ours against the package image-reward, in an environment that it builds (4 GB)"
 	@echo "make .venv   the environment only: .venv, with the versions in constraints.txt"
 	@echo "make clean   remove .venv and the caches (runs/ stays)"
 
@@ -25,6 +26,9 @@ test: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+test-image-reward: .venv
+	$(BIN)/python -m pytest -s -m image_reward_environment tests/test_image_reward_environment.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

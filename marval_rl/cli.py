@@ -40,7 +40,7 @@ COMMANDS = {
     "sample": Command("marval_rl.commands.sample", "paint images with a model"),
     "evaluate": Command("marval_rl.commands.evaluate", "measure quality, diversity, rewards and speed of a model"),
     "report": Command("marval_rl.commands.report", "write one HTML page about one or several runs"),
-    "rewards": Command("marval_rl.commands.rewards", "list the rewards, or score images with one"),
+    "rewards": Command("marval_rl.commands.rewards", "list, score with, check or serve rewards"),
     "bench": Command("marval_rl.commands.bench", "time a student against its teacher"),
     "env": Command("marval_rl.commands.env", "print versions and hardware, for bug reports"),
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from marval_rl.errors import CheckpointError, RewardError, first_line
 from rewards.cosine_reward import CosineReward
 from rewards.preprocessing import FILTERS, Preprocessing
+from rewards.sharing import shared_network, weights_identity
 from rewards.weights import LOADING_ERRORS, check_finite
 
 SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip: a folder or repository with the configuration and the weights
@@ -51,10 +52,8 @@ class Clip(CosineReward):
         if prompt_template is not None and "{name}" not in prompt_template:
             raise ValueError(f"prompt_template {prompt_template!r} lacks {{name}}, the place of the class's name")
         self.prompt_template = prompt_template
-        open_clip = _import_open_clip()
-        _check_source(open_clip, model, pretrained)
-        network, self.tokenizer = _load(open_clip, model, pretrained)
-        super().__init__(network, _preprocessing(model, network.visual.preprocess_cfg), scale, dtype, micro_batch_size)
+        network, self.tokenizer, preprocessing = load_clip(model, pretrained, dtype)
+        super().__init__(network, preprocessing, scale, dtype, micro_batch_size)
 
     def __call__(self, *, images: Tensor, prompts: list[str], class_names: list[str], **columns: object) -> Tensor:
         """Score images [B, 3, H, W] in 0..1 against prompts (length B), or the template's -> float32 [B]."""
@@ -69,12 +68,28 @@ class Clip(CosineReward):
         return self.network.encode_text(self.tokenizer([prompt]).to(device))
 
 
+def load_clip(model: str, pretrained: str | None, dtype: str) -> tuple[nn.Module, Any, Preprocessing]:
+    """open_clip's network, shared with whoever asks for it in this dtype, its tokenizer, and its preprocessing.
+
+    Arguments and errors as `Clip`'s. The network is on the CPU.
+    """
+    open_clip = _import_open_clip()
+    _check_source(open_clip, model, pretrained)
+    schema = next(filter(model.startswith, SCHEMAS), "")
+    weights = weights_identity(model.removeprefix(schema)) if pretrained is None else weights_identity(pretrained)
+    source = ("open_clip", schema or model, weights, dtype)
+    with _loading(model, pretrained):
+        network = shared_network(source, lambda: _load_network(open_clip, model, pretrained))
+        tokenizer = open_clip.get_tokenizer(model)
+    return network, tokenizer, _preprocessing(model, network.visual.preprocess_cfg)
+
+
 def _import_open_clip() -> ModuleType:
     try:
         import open_clip
     except ImportError as error:
         raise RewardError(
-            f"the reward clip needs open_clip_torch, which cannot be imported ({first_line(error)}); "
+            f"rewards by CLIP need open_clip_torch, which cannot be imported ({first_line(error)}); "
             "install it: pip install 'marval-rl[rewards]'"
         ) from error
     return open_clip
@@ -110,7 +125,7 @@ def _warn_of_gelu(open_clip: ModuleType, model: str, pretrained: str) -> None:
         warnings.warn(
             f"the weights {pretrained!r} were trained {'with' if wanted else 'without'} QuickGELU, unlike the model "
             f"{model!r}: scores will be off; write model: {fix}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -128,20 +143,24 @@ def _wants_quick_gelu(open_clip: ModuleType, model: str, pretrained: str) -> boo
     return True if "quickgelu" in file.name.lower() or "openai" in file.name.lower() else None
 
 
-def _load(open_clip: ModuleType, model: str, pretrained: str | None) -> tuple[nn.Module, Any]:
-    """open_clip's model with its weights, float32 on the CPU, and its tokenizer."""
+@contextmanager
+def _loading(model: str, pretrained: str | None) -> Iterator[None]:
     try:
-        # Weights are drawn before they are loaded; and what open_clip logs of a failure is in the error it raises.
-        with torch.random.fork_rng(devices=[]), _silent_log():
-            network = open_clip.create_model(model, pretrained, require_pretrained=True, weights_only=True)
-        tokenizer = open_clip.get_tokenizer(model)
+        yield
     except LOADING_ERRORS as error:
         raise CheckpointError(
             f"cannot load the CLIP model {model!r} with the weights {pretrained!r}: {first_line(error)} "
             "(a file must be safetensors or a state_dict of tensors; for OpenAI's .pt files use the tag openai)"
         ) from error
+
+
+def _load_network(open_clip: ModuleType, model: str, pretrained: str | None) -> nn.Module:
+    """open_clip's model with its weights, float32 on the CPU."""
+    # Weights are drawn before they are loaded; and what open_clip logs of a failure is in the error it raises.
+    with torch.random.fork_rng(devices=[]), _silent_log():
+        network = open_clip.create_model(model, pretrained, require_pretrained=True, weights_only=True)
     check_finite(network, pretrained or model)
-    return network, tokenizer
+    return network
 
 
 @contextmanager

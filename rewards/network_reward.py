@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rewards.preprocessing import Preprocessing
+from rewards.sharing import network_on
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -16,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class NetworkReward(ABC):
     """A differentiable reward by a frozen network in evaluation mode, which follows the images to their device.
 
-    network           the pretrained network
+    network           the pretrained network; where others share it (`rewards.sharing`), all wish for one dtype
     preprocessing     images in 0..1 of any size -> what the network takes
     dtype             of the weights and activations, "float32" or "bfloat16". Scores are float32 either way, and
                       autocast is left aside: this argument alone decides.
@@ -42,32 +45,34 @@ class NetworkReward(ABC):
 
     def __call__(self, *, images: Tensor, prompts: list[str], **columns: object) -> Tensor:
         """Score images [B, 3, H, W] in 0..1 against prompts (length B) -> float32 [B]."""
+        return self.score_in_portions(images, prompts)
+
+    def score_in_portions(self, images: Tensor, targets: Sequence[Any] | Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 and what each is scored against (length B) -> float32 [B]."""
         self._move_to(images.device)
         images = images.float()
         size = self.micro_batch_size or len(images)
         with torch.autocast(images.device.type, enabled=False):
             if size >= len(images):
-                return self.score(images, prompts).float()
+                return self.score(images, targets).float()
             portions = [
-                self._score_portion(images[start : start + size], prompts[start : start + size])
+                self._score_portion(images[start : start + size], targets[start : start + size])
                 for start in range(0, len(images), size)
             ]
         return torch.cat(portions).float()
 
     @abstractmethod
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Images [B, 3, H, W] in 0..1 and prompts (length B) -> [B] in the images' dtype, on their device."""
+    def score(self, images: Tensor, targets: Any) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 and targets, such as prompts (length B) -> [B] in the images' dtype and place."""
 
     def pixels(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in 0..1 -> the network's input [B, 3, size, size], in its dtype."""
         return self.preprocessing(images).to(self.dtype)
 
-    def _score_portion(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def _score_portion(self, images: Tensor, targets: Sequence[Any] | Tensor) -> Tensor:
         if not images.requires_grad:
-            return self.score(images, prompts)
-        return checkpoint(self.score, images, prompts, use_reentrant=False, preserve_rng_state=False)
+            return self.score(images, targets)
+        return checkpoint(self.score, images, targets, use_reentrant=False, preserve_rng_state=False)
 
     def _move_to(self, device: torch.device) -> None:
-        if next(self.network.parameters()).device != device:
-            with torch.inference_mode(False):  # weights made in inference mode could not be used with gradients
-                self.network.to(device)
+        self.network = network_on(self.network, device)

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from marval_rl.errors import CheckpointError, first_line
 from rewards.cosine_reward import CosineReward
 from rewards.preprocessing import Preprocessing
+from rewards.sharing import shared_network, weights_identity
 from rewards.weights import LOADING_ERRORS, check_exists_if_local, check_finite
 
 
@@ -34,7 +35,8 @@ class PickScore(CosineReward):
         check_exists_if_local("the processor", processor)
         preprocessing = _load_preprocessing(processor)
         self.tokenizer = _load_tokenizer(processor)
-        network = _load_network(model)
+        source = ("transformers.CLIPModel", weights_identity(model), dtype)
+        network = shared_network(source, lambda: _load_network(model))
         self.max_tokens = network.config.text_config.max_position_embeddings
         image_size = network.config.vision_config.image_size
         if preprocessing.size != image_size:

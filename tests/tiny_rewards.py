@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import (
+    BaseImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 GOLDEN = Path(__file__).parent / "golden_image_reward"
 FIGURES = json.loads((GOLDEN / "figures_tiny.json").read_text())
@@ -51,12 +62,60 @@ def write_clip(folder: Path, preprocess: dict | None = None, **config: object) -
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model_cfg": {**CLIP_CONFIG, **config}, "preprocess_cfg": preprocess or {}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = open_clip.CLIP(**settings["model_cfg"])
-        _spread(network)
-    save_file(network.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(_random(lambda: open_clip.CLIP(**settings["model_cfg"])), folder / "open_clip_model.safetensors")
     return folder
+
+
+def write_hps(folder: Path) -> Path:
+    """HPS_v2_compressed.pt in its published form, a state_dict of parallel training, with CLIP_CONFIG's sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "HPS_v2_compressed.pt"
+    tensors = _random(lambda: open_clip.CLIP(**CLIP_CONFIG))
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}, path)
+    return path
+
+
+def write_aesthetic(folder: Path, width: int = CLIP_CONFIG["embed_dim"]) -> Path:
+    """sac+logos+ava1-l14-linearMSE.pth under the published names, for embeddings of this width."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sac+logos+ava1-l14-linearMSE.pth"
+    generator, sizes = torch.Generator().manual_seed(1), (width, 1024, 128, 64, 16, 1)
+    tensors = {}
+    for number, before, after in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+        tensors[f"layers.{number}.weight"] = torch.randn(after, before, generator=generator) / math.sqrt(before)
+        tensors[f"layers.{number}.bias"] = torch.randn(after, generator=generator)
+    torch.save(tensors, path)
+    return path
+
+
+CLASS_NAMES = ["tench, Tinca tinca", "crane", "tabby, tabby cat", "tiger cat", "crane"]
+TIMM_NAME = "test_resnet.r160_in1k"
+
+
+def write_classifier(folder: Path, processor: BaseImageProcessor | None = None) -> Path:
+    """A transformers image classifier of five classes for 32 pixels, with its image processor."""
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        id2label=dict(enumerate(CLASS_NAMES)),
+    )
+    network = ViTForImageClassification(config)
+    network.load_state_dict(_random(lambda: ViTForImageClassification(config)))
+    network.save_pretrained(folder)
+    (processor or ViTImageProcessor(size={"height": 32, "width": 32})).save_pretrained(folder)
+    return folder
+
+
+def write_timm_classifier(folder: Path, num_classes: int = 5) -> Path:
+    """The weights of timm's TIMM_NAME as timm saves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.safetensors"
+    save_file(_random(lambda: timm.create_model(TIMM_NAME, num_classes=num_classes)), path)
+    return path
 
 
 def write_pick_score(folder: Path) -> Path:
@@ -70,10 +129,8 @@ def write_pick_score(folder: Path) -> Path:
         vision_config={**sizes, "image_size": 32, "patch_size": 8},
         projection_dim=16,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = CLIPModel(config)
-        _spread(network)
+    network = CLIPModel(config)
+    network.load_state_dict(_random(lambda: CLIPModel(config)))
     network.save_pretrained(folder)
     CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
     size = {"height": 32, "width": 32}
@@ -85,7 +142,7 @@ def write_image_reward(folder: Path) -> Path:
     """ImageReward.pt with the tiny weights of rule B (see golden_image_reward/README.md), under the published names."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ImageReward.pt"
-    torch.save({name: _rule_b(name, shape) for name, shape in FIGURES["state_dict"].items()}, path)
+    torch.save({name: rule_b(name, shape) for name, shape in FIGURES["state_dict"].items()}, path)
     return path
 
 
@@ -97,15 +154,21 @@ def image_reward_arguments(weights: Path) -> dict[str, str]:
     }
 
 
-def _spread(network: torch.nn.Module) -> None:
-    """Initial weights are so small that all images score alike; a wrong network would go unnoticed."""
-    with torch.no_grad():
+def _random(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Weights for a network, the same ones each time.
+
+    Initial weights are so small that all images score alike; a wrong network would go unnoticed.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network = make()
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=1 / math.sqrt(parameter[0].numel()))
+    return network.state_dict()
 
 
-def _rule_b(name: str, shape: list[int]) -> Tensor:
+def rule_b(name: str, shape: list[int]) -> Tensor:
     if name.endswith("position_ids"):
         return torch.arange(shape[1]).unsqueeze(0)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

@@ -1,50 +1,36 @@
-"""List the rewards that are installed, or score images with one."""
+"""List the rewards that are installed, score images with one, try one against the contract, or serve one by HTTP."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import math
-import statistics
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from marval_rl.errors import RewardError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from marval_rl.commands.scored_images import Prompt
-    from marval_rl.rewarding import RewardSet
-
-BATCH_SIZE = 64  # images a call
-SHOWN_ROWS = 40  # of the table; the file has all
+from marval_rl.commands import rewards_check, rewards_score, rewards_serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|score")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|score|check|serve")
     actions.add_parser("list", description="List the registered rewards.", help="list the registered rewards")
     score = actions.add_parser("score", description="Score images with a reward.", help="score images with a reward")
-    score.add_argument("spec", metavar="SPEC", help="name, path/file.py:attribute or package.module:attribute")
-    score.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, taken by name")
-    score.add_argument(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help='one line an image: text, or JSON with "prompt", "class_name", "class_label" and columns of your own',
+    rewards_score.add_score_arguments(score)
+    check = actions.add_parser(
+        "check",
+        description="Try a reward on made-up images, say which rules of docs/rewards.md it keeps, and time it.",
+        help="try a reward against the contract",
     )
-    score.add_argument("--reward_kwargs", default="{}", metavar="JSON", help="what the reward's class is made with")
-    score.add_argument("--output", type=Path, metavar="FILE", help="also write the scores: a .csv or .json file")
+    rewards_check.add_check_arguments(check)
+    serve = actions.add_parser("serve", description="Serve a reward by HTTP.", help="serve a reward by HTTP")
+    rewards_serve.add_serve_arguments(serve)
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
     if args.action == "list":
         _list()
+    elif args.action == "score":
+        rewards_score.score(args)
+    elif args.action == "check":
+        rewards_check.check(args)
     else:
-        _score(args)
+        rewards_serve.serve(args)
 
 
 def _list() -> None:
@@ -54,99 +40,3 @@ def _list() -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for name, target, description in rows:
         print(f"{name:<{widths[0]}}  {target:<{widths[1]}}  {description}")
-
-
-def _score(args: argparse.Namespace) -> None:
-    """Scores every image and prints the table. Raises ValueError for bad input, RewardError for a bad reward."""
-    if args.output is not None and args.output.suffix not in (".csv", ".json"):
-        raise ValueError(f"--output {args.output}: the name must end in .csv or .json")
-    kwargs = _parse_kwargs(args.reward_kwargs)
-
-    from marval_rl.commands.scored_images import list_images, read_prompts
-    from marval_rl.rewarding import RewardSet
-    from marval_rl.rewarding.loading import reward_name
-
-    files, prompts = list_images(args.images), read_prompts(args.prompts)
-    if len(files) != len(prompts):
-        raise ValueError(f"{args.images} holds {len(files)} images, but {args.prompts} has {len(prompts)} lines")
-    rewards = RewardSet([args.spec], reward_kwargs={reward_name(args.spec): kwargs})
-    rows = []
-    for start, images in _batches(files):
-        part = slice(start, start + len(images))
-        scores = _call(rewards, files[part], images, prompts[part])
-        for file, prompt, score in zip(files[part], prompts[part], scores, strict=True):
-            rows.append({"image": file.name, "prompt": prompt.prompt, "score": None if math.isnan(score) else score})
-    _print_table(rows, rewards.names[0])
-    if args.output is not None:
-        _write(args.output, rows)
-        print(f"scores: {args.output}")
-
-
-def _parse_kwargs(text: str) -> dict:
-    try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--reward_kwargs is not valid JSON: {error}") from error
-    if not isinstance(kwargs, dict):
-        raise ValueError(f'--reward_kwargs must be a JSON object such as {{"score": "accuracy"}}, got {text}')
-    return kwargs
-
-
-def _batches(files: list[Path]) -> Iterator[tuple[int, Tensor]]:
-    """Yields (index of the first file, images [B, 3, H, W]); a batch ends where the size of the images changes."""
-    import torch
-    from tqdm import tqdm
-
-    from marval_rl.commands.scored_images import read_image
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    start, batch = 0, []
-    for index, file in enumerate(tqdm(files, desc="scoring", unit="image", disable=None)):
-        image = read_image(file)
-        if batch and (len(batch) == BATCH_SIZE or image.shape != batch[0].shape):
-            yield start, torch.stack(batch).to(device)
-            start, batch = index, []
-        batch.append(image)
-    yield start, torch.stack(batch).to(device)
-
-
-def _call(rewards: RewardSet, files: list[Path], images: Tensor, prompts: list[Prompt]) -> list[float]:
-    """Scores one batch -> B scores, NaN where the reward leaves the image out."""
-    import torch
-
-    try:
-        scores = rewards.score(
-            images=images,
-            prompts=[prompt.prompt for prompt in prompts],
-            class_labels=torch.tensor([prompt.class_label for prompt in prompts], device=images.device),
-            class_names=[prompt.class_name for prompt in prompts],
-            columns={key: [prompt.columns[key] for prompt in prompts] for key in prompts[0].columns},
-        )
-    except RewardError as error:  # its sample numbers count within the batch
-        raise RewardError(f"{error} (images {files[0].name} to {files[-1].name})") from error
-    return scores.total.tolist()
-
-
-def _print_table(rows: list[dict], name: str) -> None:
-    width = max(len(row["image"]) for row in rows[:SHOWN_ROWS])
-    for row in rows[:SHOWN_ROWS]:
-        score = "left out" if row["score"] is None else f"{row['score']:.4f}"
-        print(f"{row['image']:<{width}}  {score:>10}  {row['prompt']}")
-    if len(rows) > SHOWN_ROWS:
-        print(f"... and {len(rows) - SHOWN_ROWS} more")
-    scores = [row["score"] for row in rows if row["score"] is not None]
-    if scores:
-        spread = f"mean {statistics.fmean(scores):.4f}, standard deviation {statistics.pstdev(scores):.4f}, "
-        print(f"{name}: {spread}{len(scores)} scored, {len(rows) - len(scores)} left out")
-    else:
-        print(f"{name}: all {len(rows)} images were left out")
-
-
-def _write(output: Path, rows: list[dict]) -> None:
-    if output.suffix == ".json":
-        output.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return
-    with output.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=["image", "prompt", "score"])
-        writer.writeheader()
-        writer.writerows(rows)

@@ -22,7 +22,7 @@ ENTRY_POINT_GROUP = "marval_rl.rewards"
 # What every reward is called with, by keyword; the columns of the data set come on top.
 STANDARD_ARGUMENTS = ("images", "prompts", "completions", "class_labels", "class_names")
 
-Reward = Callable[..., Any]
+Reward = Callable[..., Any]  # returns B scores, or an awaitable of them
 
 
 def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
@@ -164,7 +164,12 @@ def _instantiate(name: str, target: type, kwargs: dict[str, Any]) -> Any:
 
 def _check_arguments(name: str, reward: Reward) -> None:
     """Refuse at once, and not after minutes of training, what cannot be called with the arguments of a reward."""
-    signature = inspect.signature(reward)
+    try:
+        signature = inspect.signature(reward)
+    except ValueError as error:  # a function written in C
+        raise ValueError(
+            f"reward {name!r} does not tell which arguments it takes: {error}; wrap it in a def"
+        ) from error
     # A parameter of another name is a column of the data set, as in TRL; one more stands for columns it does not know.
     columns = [
         parameter.name

@@ -12,17 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marval_rl.errors import RewardError
+from marval_rl.rewarding.aggregation import weighted_sum
+from marval_rl.rewarding.calling import call_rewards
 from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Reward, is_differentiable, load_reward, reward_name
 
 
 @dataclass
 class RewardScores:
-    """total: the weighted sum, float32 [B], NaN where every reward left the sample out.
-    components: each reward's own scores before weighting, float32 [B], NaN where it left the sample out."""
+    """The scores of B samples by R rewards.
+
+    total: the weighted sum, float32 [B], NaN where every reward left the sample out.
+    components: each reward's own scores before weighting, float32 [B], NaN where it left the sample out.
+    """
 
     total: Tensor
     components: dict[str, Tensor]
+
+    def by_reward(self) -> Tensor:
+        """The components side by side, in the order of the rewards: [B, R]."""
+        return torch.stack(list(self.components.values()), dim=1)
 
 
 class RewardSet:
@@ -86,18 +94,9 @@ class RewardSet:
         arguments["completions"] = arguments["images"]  # the word TRL's rewards know
 
         with torch.set_grad_enabled(with_grad):
-            components = {
-                name: _call(name, reward, arguments, with_grad)
-                for name, reward in zip(self.names, self.rewards, strict=True)
-            }
-            return RewardScores(self._weighted_sum(list(components.values())), components)
-
-    def _weighted_sum(self, components: list[Tensor]) -> Tensor:
-        scores = torch.stack(components)  # [R, B]
-        left_out = scores.isnan()
-        weights = scores.new_tensor(self.weights).unsqueeze(1)  # [R, 1]
-        total = (weights * scores.masked_fill(left_out, 0)).sum(dim=0)
-        return total.masked_fill(left_out.all(dim=0), torch.nan)
+            components = call_rewards(dict(zip(self.names, self.rewards, strict=True)), arguments, with_grad)
+            total = weighted_sum(torch.stack(list(components.values()), dim=1), self.weights)
+            return RewardScores(total, components)
 
     def _check_batch(
         self,
@@ -123,78 +122,6 @@ class RewardSet:
                 )
         if not images.requires_grad:
             raise ValueError("with_grad needs images that require gradients, but these do not")
-
-
-def _call(name: str, reward: Reward, arguments: dict[str, Any], with_grad: bool) -> Tensor:
-    images = arguments["images"]
-    version = _version(images)
-    try:
-        returned = reward(**arguments)
-    except Exception as error:  # a reward may raise anything
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    if _version(images) != version:
-        raise RewardError(f"reward {name!r} changed the images in place; it must work on a copy (images.clone())")
-    scores = _to_scores(name, returned, images)
-    if with_grad and not scores.requires_grad:
-        raise RewardError(
-            f"reward {name!r} declares itself differentiable, but no gradient leads from its scores to the images; "
-            "it must return a tensor computed from them without .item(), .detach() or torch.no_grad()"
-        )
-    return scores
-
-
-def _version(images: Tensor) -> int | None:
-    """A number that changes with every change in place; tensors of the inference mode have none."""
-    return None if images.is_inference() else images._version
-
-
-def _to_scores(name: str, returned: Any, images: Tensor) -> Tensor:
-    """What a reward returned -> float32 [B] on the device of the images, NaN for None."""
-    count = len(images)
-    if isinstance(returned, Tensor):
-        if returned.shape != (count,):
-            raise RewardError(f"reward {name!r} returned a tensor of the shape {list(returned.shape)}, not [{count}]")
-        if returned.is_complex():
-            raise RewardError(f"reward {name!r} returned complex numbers")
-        scores, left_out = returned.to(images.device, torch.float32), torch.zeros(count, dtype=torch.bool)
-    elif isinstance(returned, list | tuple):
-        if len(returned) != count:
-            raise RewardError(f"reward {name!r} returned {len(returned)} scores for {count} images")
-        for index, value in enumerate(returned):
-            _check_scalar(name, index, value)
-        scores = _join(list(returned), images.device)
-        left_out = torch.tensor([value is None for value in returned])
-    else:
-        kind = type(returned).__name__
-        raise RewardError(
-            f"reward {name!r} returned a {kind}; it must be a list of numbers (or None) or a tensor [{count}]"
-        )
-
-    broken = ~scores.detach().isfinite().cpu() & ~left_out
-    if broken.any():
-        index = int(broken.nonzero()[0])
-        value = float(scores.detach()[index])
-        raise RewardError(
-            f"reward {name!r}: the score of sample {index} is {value:g} in float32; "
-            "a score must be finite, or None to leave the sample out"
-        )
-    return scores
-
-
-def _check_scalar(name: str, index: int, value: Any) -> None:
-    is_scalar_tensor = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
-    if not (value is None or is_scalar_tensor or isinstance(value, numbers.Real)):  # bool and numpy's are Real
-        raise RewardError(
-            f"reward {name!r}: the score of sample {index} is {value!r} ({type(value).__name__}), not a number or None"
-        )
-
-
-def _join(values: list[Any], device: torch.device) -> Tensor:
-    """Numbers, scalar tensors (their graphs are kept) and Nones -> float32 [B], NaN for None."""
-    numbers_only = [torch.nan if value is None else value for value in values]
-    if any(isinstance(value, Tensor) for value in numbers_only):
-        return torch.stack([torch.as_tensor(value).to(device, torch.float32) for value in numbers_only])
-    return torch.tensor(numbers_only, dtype=torch.float32, device=device)  # one copy to the device
 
 
 def _check_images(images: Tensor) -> Tensor:

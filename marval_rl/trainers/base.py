@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
+from marval_rl.errors import RewardError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.rewarding import RewardSet
@@ -20,8 +21,10 @@ from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.batches import EpochBatches, epoch_loader
 from marval_rl.trainers.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
 from marval_rl.trainers.ema import ExponentialMovingAverage
+from marval_rl.trainers.failures import failing_together
 from marval_rl.trainers.progress import ProgressBarCallback
 from marval_rl.trainers.randomness import derive_seed
+from marval_rl.trainers.resume import is_complete
 from marval_rl.trainers.sampling import SamplingSettings, generate_images, save_image_grid
 
 
@@ -120,6 +123,9 @@ class MARTrainer(Trainer):
         step = self.state.global_step
         self.micro_batch = self.micro_batch + 1 if step == self._last_step else 0
         self._last_step = step
+        if self.micro_batch == 0:  # tensors are replaced in a step and not changed, so lists of them are enough
+            metrics = {name: list(values) for name, values in self._metrics.items()}
+            self._before_step = (dict(self.buffer), metrics, self._tr_loss.clone())
         torch.manual_seed(derive_seed(self.args.seed, "train", step, self.micro_batch, self.args.process_index))
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -181,7 +187,8 @@ class MARTrainer(Trainer):
     def judge(self, images: Tensor, class_labels: Tensor) -> dict[str, float]:
         """The mean of each held-out reward, as `rewards/<name>/mean`; left out where it scored no image."""
         names = self.names_of(class_labels)
-        scores = self.eval_rewards.score(images, self.prompts_for(names), class_labels, names)
+        with failing_together(self.args.device):
+            scores = self.eval_rewards.score(images, self.prompts_for(names), class_labels, names)
         means = {name: values.nanmean().item() for name, values in scores.components.items()}
         return {f"rewards/{name}/mean": mean for name, mean in means.items() if not math.isnan(mean)}
 
@@ -200,11 +207,13 @@ class MARTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        state = load_file(folder / "ema.safetensors", device=str(self.args.device))
+        # safetensors knows no "cpu:0", which the device is called where there are several processes.
+        device = "cpu" if self.args.device.type == "cpu" else str(self.args.device)
+        state = load_file(folder / "ema.safetensors", device=device)
         self.ema.num_updates = int(state.pop("num_updates"))
         self.ema.module.load_state_dict(state)
         buffer = folder / f"buffer_{self.args.process_index}.safetensors"
-        self.buffer = load_file(buffer, device=str(self.args.device))
+        self.buffer = load_file(buffer, device=device)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; then save the averaged model to `output_dir/final`."""
@@ -215,11 +224,34 @@ class MARTrainer(Trainer):
                 return None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RewardError as error:
+            raise RewardError(f"{error}; {self._keep_completed_steps()}") from error
         finally:
             self.interrupt.restore()
         if self.args.should_save and self.state.global_step >= self.state.max_steps:
             self.save_final(Path(self.args.output_dir) / "final")
         return result
+
+    def _keep_completed_steps(self) -> str:
+        """Write a checkpoint of the steps that were completed, after a reward has failed in the one that followed.
+
+        A step scores before it moves a weight, so all that it may have changed is what `_before_step` holds; a resumed
+        run does it anew. Returns what to tell the user.
+        """
+        step = self.state.global_step
+        if step == 0:
+            return "no step was completed, so there is no checkpoint"
+        if self._last_step == step:  # in a step, and not in the evaluation after one
+            buffer, metrics, self._tr_loss = self._before_step
+            self.buffer, self._metrics = buffer, defaultdict(list, metrics)
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        whole = is_complete(folder)
+        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
+        if not whole:
+            self.control.should_log = self.control.should_save = True
+            self.control.should_evaluate = False
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, None)
+        return f"{folder} is kept, --resume goes on from it"
 
     def _is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the run's last one; transformers would train one step more. Writes `final` anew."""

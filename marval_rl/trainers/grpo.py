@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval_rl.losses.policy import REWARD_SCALES, action_kl, action_log_prob, clipped_policy_loss, group_advantages
+from marval_rl.losses.policy import REWARD_SCALES, action_kl, action_log_prob, clipped_policy_loss
 from marval_rl.models import MARModel
 from marval_rl.models.unmasking import unmasking_steps
+from marval_rl.rewarding.aggregation import MULTI_OBJECTIVE_AGGREGATIONS, aggregate_advantages
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
 from marval_rl.trainers.rollout import sample_rollout, step_mean
@@ -36,6 +37,13 @@ class MARGRPOConfig(RewardTrainingArguments):
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the ratio of an unmasking step."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range (default: epsilon)."})
     scale_rewards: str = field(default="group", metadata={"help": '"group", "batch" or "none".'})
+    multi_objective_aggregation: str = field(
+        default=MULTI_OBJECTIVE_AGGREGATIONS[0],
+        metadata={
+            "help": "Several rewards: compare their weighted sum, or normalise each by itself first (GDPO).",
+            "choices": list(MULTI_OBJECTIVE_AGGREGATIONS),
+        },
+    )
     num_trained_steps: int | None = field(
         default=None, metadata={"help": "Unmasking steps trained an update, drawn at random (default: all)."}
     )
@@ -127,7 +135,13 @@ class MARGRPOTrainer(RewardTrainer):
         rollout = sample_rollout(self.mar, labels, args.num_unmasking_steps, args.sigma)
         self.mar.train()
         scores = self.score(rollout["tokens"], labels, columns)
-        rollout["advantages"], metrics = group_advantages(scores.total, args.num_generations, args.scale_rewards)
+        rollout["advantages"], metrics = aggregate_advantages(
+            scores.by_reward(),
+            self.rewards.weights,
+            args.num_generations,
+            args.scale_rewards,
+            args.multi_objective_aggregation,
+        )
         self.record(metrics)
         # Micro-batches are cut from a shuffled generation batch, so that each holds several groups.
         shuffled = torch.randperm(len(labels), device=labels.device)

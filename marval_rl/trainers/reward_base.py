@@ -23,6 +23,7 @@ from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.batches import EpochAware
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
+from marval_rl.trainers.failures import failing_together
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
 from marval_rl.trainers.optimizers import adamw
@@ -156,9 +157,9 @@ class RewardTrainer(MARTrainer):
     ) -> RewardScores:
         """Rewards of finished tokens [B, L, C]; their means are recorded as `rewards/<name>/mean`."""
         names = self.names_of(class_labels)
-        scores = self.rewards.score(
-            self.decode_tokens(tokens), self.prompts_for(names), class_labels, names, columns, with_grad
-        )
+        images = self.decode_tokens(tokens)
+        with failing_together(self.args.device):
+            scores = self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
         for name, values in scores.components.items():
             values = values.detach()
             self.record({f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": _nanstd(values)})

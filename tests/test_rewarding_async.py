@@ -1,0 +1,212 @@
+"""Asynchronous rewards, and rewards that are written for TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from simple_rewards import BATCH, batch, brightness
+
+from marval_rl.errors import RewardError
+from marval_rl.rewarding import RewardSet
+
+GREY = [0.0, 0.25, 1.0]  # of the batch
+
+
+async def later(*, images, **columns):
+    """Mean grey level, after a moment."""
+    await asyncio.sleep(0)
+    return [float(image.mean()) for image in images]
+
+
+class Later:
+    """The same as a class, with settings."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    async def __call__(self, *, images, **columns):
+        await asyncio.sleep(0)
+        return self.factor * images.mean(dim=(1, 2, 3))
+
+
+def trl_length(prompts, completions, **kwargs):
+    """TRL's signature, with its arguments by position or keyword and what it passes on in kwargs."""
+    assert len(prompts) == len(completions)
+    return [float(completion.sum() > 1) for completion in completions]
+
+
+async def trl_async(prompts, completions, **kwargs):
+    await asyncio.sleep(0)
+    return [None if prompt == "b" else float(len(prompt)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("reward", [later, Later, Later(), functools.partial(later, extra=1)])
+def test_an_asynchronous_reward_scores(reward):
+    assert RewardSet([reward]).score(**batch()).total.tolist() == GREY
+
+
+def test_asynchronous_and_plain_rewards_keep_their_order_and_names():
+    scores = RewardSet([Later, brightness, later], [1.0, 1.0, 10.0], {"Later": {"factor": 2.0}}).score(**batch())
+    assert list(scores.components) == ["Later", "brightness", "later"]
+    assert [values.tolist() for values in scores.components.values()] == [[0.0, 0.5, 2.0], GREY, GREY]
+    assert scores.total.tolist() == [0.0, 3.25, 13.0]
+
+
+def test_signatures_of_trl_work_unchanged():
+    scores = RewardSet([trl_length, trl_async]).score(**batch(), columns={"solution": ["x", "y", "z"]})
+    assert scores.components["trl_length"].tolist() == [0.0, 1.0, 1.0]
+    assert scores.components["trl_async"].isnan().tolist() == [False, True, False]
+    assert scores.total.tolist() == [1.0, 1.0, 2.0]
+
+
+def test_asynchronous_rewards_wait_at_the_same_time():
+    """Each of them waits for the other: one after the other, they would never end."""
+
+    def partner(mine: str, other: str):
+        async def reward(*, images, **columns):
+            met[mine].set()
+            await asyncio.wait_for(met[other].wait(), timeout=5)
+            return [1.0] * len(images)
+
+        return reward
+
+    met = {"a": asyncio.Event(), "b": asyncio.Event()}
+    scores = RewardSet([partner("a", "b"), partner("b", "a")]).score(**batch())
+    assert scores.total.tolist() == [2.0] * BATCH
+
+
+def test_a_running_event_loop_is_no_obstacle():
+    async def cell_of_a_notebook():
+        return RewardSet([later]).score(**batch()).total.tolist()
+
+    assert asyncio.run(cell_of_a_notebook()) == GREY
+
+
+def test_a_connection_is_kept_from_call_to_call():
+    """An HTTP client belongs to one event loop, so all calls must come from the same one."""
+    loops = []
+
+    async def reward(*, images, **columns):
+        loops.append(asyncio.get_running_loop())
+        return [0.0] * len(images)
+
+    rewards = RewardSet([reward])
+    rewards.score(**batch())
+    rewards.score(**batch())
+    assert loops[0] is loops[1] and loops[0].is_running()
+
+
+def test_gradients_pass_through_an_asynchronous_reward():
+    reward = Later(3.0)
+    reward.differentiable = True
+    given = batch()
+    given["images"].requires_grad_()
+    RewardSet([reward]).score(**given, with_grad=True).total.sum().backward()
+    torch.testing.assert_close(given["images"].grad, torch.full((BATCH, 3, 8, 8), 3.0 / (3 * 8 * 8)))
+
+
+def test_nothing_is_recorded_without_need():
+    """The mode is one of a thread, and the loop has another thread than the caller."""
+    modes = []
+
+    async def reward(*, images, **columns):
+        modes.append(torch.is_grad_enabled())
+        return images.mean(dim=(1, 2, 3))
+
+    RewardSet([reward]).score(**batch())
+    assert modes == [False]
+
+
+# What goes wrong
+
+
+async def raises(**columns):
+    await asyncio.sleep(0)
+    raise ConnectionError("no answer")
+
+
+async def too_few(*, images, **columns):
+    return [0.0]
+
+
+async def not_a_number(*, images, **columns):
+    return [0.0, 0.0, float("nan")]
+
+
+async def vandal(*, images, **columns):
+    return images.mul_(0.5).mean(dim=(1, 2, 3))
+
+
+async def given_up(**columns):
+    raise asyncio.CancelledError("took too long")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raises, "reward 'raises' raised ConnectionError: no answer"),
+        (too_few, "reward 'too_few' returned 1 scores for 3 images"),
+        (not_a_number, "reward 'not_a_number': the score of sample 2 is nan"),
+        (vandal, "reward 'later' or 'vandal' changed the images in place"),
+        (given_up, "reward 'given_up' raised CancelledError: took too long"),
+    ],
+)
+def test_a_broken_asynchronous_reward_is_named(reward, message):
+    with pytest.raises(RewardError, match=message):
+        RewardSet([brightness, later, reward]).score(**batch())
+    assert RewardSet([later]).score(**batch()).total.tolist() == GREY  # the loop lives on
+
+
+def test_the_others_have_ended_when_an_error_comes():
+    ended = []
+
+    async def slow(*, images, **columns):
+        await asyncio.sleep(0.05)
+        ended.append(True)
+        return [0.0] * len(images)
+
+    with pytest.raises(RewardError, match="'raises'"):
+        RewardSet([slow, raises]).score(**batch())
+    assert ended
+
+
+def test_an_exit_in_an_asynchronous_reward_reaches_the_caller():
+    async def leaves(**columns):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        RewardSet([leaves]).score(**batch())
+    assert RewardSet([later]).score(**batch()).total.tolist() == GREY
+
+
+def test_a_plain_reward_that_raises_leaves_nothing_unawaited():
+    def faulty(**columns):
+        raise KeyError("lost")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(RewardError, match="'faulty'"):
+            RewardSet([later, faulty]).score(**batch())
+        gc.collect()
+    assert not caught, [str(warning.message) for warning in caught]
+
+
+def test_two_threads_may_score_at_the_same_time():
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(RewardSet([later]).score(**batch()).total.tolist()))
+        for _ in range(8)
+    ]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert results == [GREY] * 8 and time.monotonic() - start < 10
