@@ -35,6 +35,7 @@ class Clip(CosineReward):
                       gradient would vanish; images and prompts that belong together are far above
     dtype             "float32" or "bfloat16" for the network
     micro_batch_size  images at a time, with gradients too; None for all
+    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
 
     Raises RewardError without open_clip, ValueError for arguments that lead nowhere, CheckpointError for weights that
     cannot be loaded. Warns if the weights are known to want the other GELU than the model's name says.
@@ -48,18 +49,22 @@ class Clip(CosineReward):
         scale: float = 100.0,
         dtype: str = "float32",
         micro_batch_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         if prompt_template is not None and "{name}" not in prompt_template:
             raise ValueError(f"prompt_template {prompt_template!r} lacks {{name}}, the place of the class's name")
         self.prompt_template = prompt_template
         network, self.tokenizer, preprocessing = load_clip(model, pretrained, dtype)
-        super().__init__(network, preprocessing, scale, dtype, micro_batch_size)
+        super().__init__(network, preprocessing, scale, dtype, micro_batch_size, compile)
 
     def __call__(self, *, images: Tensor, prompts: list[str], class_names: list[str], **columns: object) -> Tensor:
         """Score images [B, 3, H, W] in 0..1 against prompts (length B), or the template's -> float32 [B]."""
         if self.prompt_template is not None:
             prompts = [self.prompt_template.replace("{name}", name) for name in class_names]
         return super().__call__(images=images, prompts=prompts)
+
+    def compiled_part(self) -> nn.Module:
+        return self.network.visual
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         return self.network.encode_image(pixels)

@@ -29,8 +29,9 @@ class CosineReward(NetworkReward):
         scale: float,
         dtype: str,
         micro_batch_size: int | None,
+        compile: bool,
     ) -> None:
-        super().__init__(network, preprocessing, dtype, micro_batch_size)
+        super().__init__(network, preprocessing, dtype, micro_batch_size, compile)
         self.scale = scale
         self._prompt_embeddings: dict[str, Tensor] = {}
 

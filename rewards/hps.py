@@ -23,6 +23,7 @@ class Hps(Clip):
     scale             1 as the authors' `hpsv2.score`, 100 as their benchmark's tables
     dtype             "float32" or "bfloat16" for the network
     micro_batch_size  images at a time, with gradients too; None for all
+    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
 
     Raises RewardError without open_clip, CheckpointError for a file that is missing, cannot be read or does not fit.
     """
@@ -34,13 +35,14 @@ class Hps(Clip):
         scale: float = 1.0,
         dtype: str = "float32",
         micro_batch_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         if not Path(weights).is_file():
             raise CheckpointError(
                 f"HPS's weights {str(weights)!r} do not exist; download HPS_v2_compressed.pt or "
                 "HPS_v2.1_compressed.pt from the hub (xswu/HPSv2) and give its path"
             )
-        super().__init__(MODEL, str(weights), prompt_template, scale, dtype, micro_batch_size)
+        super().__init__(MODEL, str(weights), prompt_template, scale, dtype, micro_batch_size, compile)
         self.preprocessing = PaddedPreprocessing(self.preprocessing.size)
 
 

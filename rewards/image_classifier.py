@@ -32,6 +32,7 @@ class ImageClassifier(NetworkReward):
                       A mapping: class name -> the model's class, by index or name, or a list whose probabilities add up
     dtype             "float32" or "bfloat16" for the network
     micro_batch_size  images at a time, with gradients too; None for all
+    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
 
     Images are resized, cut and normalised as the model's own settings say.
 
@@ -47,11 +48,12 @@ class ImageClassifier(NetworkReward):
         label_map: str | Mapping[str, ModelClasses] | None = None,
         dtype: str = "float32",
         micro_batch_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         if score not in SCORES:
             raise ValueError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
         loaded = load_classification_model(model, weights, dtype)
-        super().__init__(loaded.network, loaded.preprocessing, dtype, micro_batch_size)
+        super().__init__(loaded.network, loaded.preprocessing, dtype, micro_batch_size, compile)
         self.kind = score
         self.differentiable = score != "accuracy"
         self.num_classes = loaded.num_classes

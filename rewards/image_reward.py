@@ -28,6 +28,7 @@ class ImageReward(NetworkReward):
     tokenizer         BERT's lower-case vocabulary: vocab.txt, a folder, or a hub id
     dtype             "float32" or "bfloat16" for the network; in bfloat16 scores move by about 0.01
     micro_batch_size  images at a time, with gradients too; None for all
+    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
 
     The published weights run in transformers' BLIP blocks, without the package image-reward and its old pins. Prompts
     are cut after 35 tokens, as there.
@@ -42,12 +43,13 @@ class ImageReward(NetworkReward):
         tokenizer: str = "bert-base-uncased",
         dtype: str = "float32",
         micro_batch_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         settings = MED_CONFIG if med_config is None else _read_med_config(Path(med_config))
         self.tokenizer = _load_tokenizer(str(tokenizer), settings["vocab_size"])
         network = _load_network(Path(weights), settings)
         preprocessing = Preprocessing(network.vision.config.image_size)
-        super().__init__(network, preprocessing, dtype, micro_batch_size)
+        super().__init__(network, preprocessing, dtype, micro_batch_size, compile)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         input_ids, attention_mask = (tokens.to(images.device) for tokens in self.tokenize(prompts))

@@ -25,6 +25,7 @@ class NetworkReward(ABC):
                       autocast is left aside: this argument alone decides.
     micro_batch_size  images at a time; None for all. With gradients each portion is computed again in the backward
                       pass, so that only one portion's activations are ever kept.
+    compile           `torch.compile` the network when images first come to its device
 
     Raises ValueError for another dtype or a micro_batch_size below 1.
     """
@@ -32,7 +33,12 @@ class NetworkReward(ABC):
     differentiable = True
 
     def __init__(
-        self, network: nn.Module, preprocessing: Preprocessing, dtype: str, micro_batch_size: int | None
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        dtype: str,
+        micro_batch_size: int | None,
+        compile: bool,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
@@ -40,6 +46,8 @@ class NetworkReward(ABC):
             raise ValueError(f"micro_batch_size must be at least 1 (or null for all at once), not {micro_batch_size}")
         self.dtype = DTYPES[dtype]
         self.micro_batch_size = micro_batch_size
+        self.compile = compile
+        self._compiled: nn.Module | None = None
         self.preprocessing = preprocessing
         self.network = network.to(self.dtype).eval().requires_grad_(False)
 
@@ -74,5 +82,12 @@ class NetworkReward(ABC):
             return self.score(images, targets)
         return checkpoint(self.score, images, targets, use_reentrant=False, preserve_rng_state=False)
 
+    def compiled_part(self) -> nn.Module:
+        """The part of the network that is worth compiling: what sees each image."""
+        return self.network
+
     def _move_to(self, device: torch.device) -> None:
         self.network = network_on(self.network, device)
+        if self.compile and self._compiled is not self.network:
+            self.compiled_part().compile()  # in place: rewards that share the network gain too
+            self._compiled = self.network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from marval_rl.errors import CheckpointError, first_line
@@ -20,6 +20,7 @@ class PickScore(CosineReward):
     processor         folder or hub id of its tokenizer and image processor; the default is the authors' own choice
     dtype             "float32" or "bfloat16" for the network
     micro_batch_size  images at a time, with gradients too; None for all
+    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
 
     Raises CheckpointError for files that are missing or cannot be loaded, ValueError for a processor that does not fit.
     """
@@ -30,6 +31,7 @@ class PickScore(CosineReward):
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         dtype: str = "float32",
         micro_batch_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         check_exists_if_local("the model", model)
         check_exists_if_local("the processor", processor)
@@ -44,7 +46,11 @@ class PickScore(CosineReward):
                 f"the processor {processor} makes images of {preprocessing.size} pixels, but {model} takes "
                 f"{image_size}: choose the processor that belongs to the model"
             )
-        super().__init__(network, preprocessing, float(network.logit_scale.detach().exp()), dtype, micro_batch_size)
+        scale = float(network.logit_scale.detach().exp())
+        super().__init__(network, preprocessing, scale, dtype, micro_batch_size, compile)
+
+    def compiled_part(self) -> nn.Module:
+        return self.network.vision_model
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         return self.network.get_image_features(pixel_values=pixels).pooler_output

@@ -153,3 +153,21 @@ def test_used_by_a_recipe_with_and_without_gradient(makers, name):
     with_grad.total.sum().backward()
     assert not plain.total.requires_grad and images.grad.abs().sum() > 0
     torch.testing.assert_close(plain.total, with_grad.total.detach())
+
+
+def test_a_compiled_network_scores_alike_and_is_compiled_once(make, monkeypatch):
+    images = noise_images(3, 40, 56)
+    expected, slope = score(make(), images), gradient(make(), images)
+    compiled = []
+
+    def compile_without_a_compiler(module):  # tracing is what may go wrong; generating code takes half a minute
+        compiled.append(module)
+        return original(module, backend="eager")
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_a_compiler)
+    reward = make(compile=True)
+    for _ in range(2):
+        torch.testing.assert_close(score(reward, images), expected)
+    torch.testing.assert_close(gradient(reward, images), slope)
+    assert compiled == [reward.compiled_part()]
