@@ -14,6 +14,7 @@ from marval_rl.errors import CheckpointError, first_line
 from rewards.blip import MED_CONFIG, SCORE_MEAN, SCORE_STD, ImageRewardNetwork, network_configs, rename_weights
 from rewards.network_reward import NetworkReward
 from rewards.preprocessing import Preprocessing
+from rewards.sharing import shared_network, weights_identity
 from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_strictly, read_tensors
 
 MAX_TOKENS = 35
@@ -47,7 +48,8 @@ class ImageReward(NetworkReward):
     ) -> None:
         settings = MED_CONFIG if med_config is None else _read_med_config(Path(med_config))
         self.tokenizer = _load_tokenizer(str(tokenizer), settings["vocab_size"])
-        network = _load_network(Path(weights), settings)
+        source = ("ImageReward", weights_identity(str(weights)), json.dumps(settings, sort_keys=True), dtype)
+        network = shared_network(source, lambda: _load_network(Path(weights), settings))
         preprocessing = Preprocessing(network.vision.config.image_size)
         super().__init__(network, preprocessing, dtype, micro_batch_size, compile)
 
