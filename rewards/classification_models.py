@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from marval_rl.errors import CheckpointError, RewardError, first_line
 from rewards.preprocessing import FILTERS, Preprocessing
 from rewards.sharing import shared_network, weights_identity
-from rewards.weights import LOADING_ERRORS, check_exists_if_local, check_finite, load_strictly, read_tensors
+from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_pretrained, load_strictly, read_tensors
 
 TIMM = "timm:"
 
@@ -91,19 +91,7 @@ def load_classification_model(model: str, weights: str | None, dtype: str) -> Cl
 
 
 def _load_transformers(model: str) -> nn.Module:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            network, info = AutoModelForImageClassification.from_pretrained(
-                model, output_loading_info=True, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load the classifier {model}: {first_line(error)}") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        if info[what]:
-            shown = ", ".join(map(str, sorted(info[what], key=str)[:3]))
-            raise CheckpointError(f"{model} is no whole image classifier: {len(info[what])} {what}: {shown}")
-    check_finite(network, model)
-    return network
+    return load_pretrained(AutoModelForImageClassification, model, "image classifier", trust_remote_code=False)
 
 
 def _transformers_preprocessing(model: str) -> Preprocessing:

@@ -10,7 +10,7 @@ from marval_rl.errors import CheckpointError, first_line
 from rewards.cosine_reward import CosineReward
 from rewards.preprocessing import Preprocessing
 from rewards.sharing import shared_network, weights_identity
-from rewards.weights import LOADING_ERRORS, check_exists_if_local, check_finite
+from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_pretrained
 
 
 class PickScore(CosineReward):
@@ -38,7 +38,7 @@ class PickScore(CosineReward):
         preprocessing = _load_preprocessing(processor)
         self.tokenizer = _load_tokenizer(processor)
         source = ("transformers.CLIPModel", weights_identity(model), dtype)
-        network = shared_network(source, lambda: _load_network(model))
+        network = shared_network(source, lambda: load_pretrained(CLIPModel, model, "CLIPModel"))
         self.max_tokens = network.config.text_config.max_position_embeddings
         image_size = network.config.vision_config.image_size
         if preprocessing.size != image_size:
@@ -60,22 +60,6 @@ class PickScore(CosineReward):
         return self.network.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).pooler_output
-
-
-def _load_network(name_or_path: str) -> CLIPModel:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            network, info = CLIPModel.from_pretrained(
-                name_or_path, output_loading_info=True, dtype=torch.float32, use_safetensors=True
-            )
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load the model {name_or_path}: {first_line(error)}") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        if info[what]:
-            shown = ", ".join(map(str, sorted(info[what], key=str)[:3]))
-            raise CheckpointError(f"{name_or_path} is no whole CLIPModel: {len(info[what])} {what}: {shown}")
-    check_finite(network, name_or_path)
-    return network
 
 
 def _load_preprocessing(processor: str) -> Preprocessing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -59,6 +60,26 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: obj
         raise CheckpointError(f"the weights of {source} do not fit {type(network).__name__}: {'; '.join(found)}")
     network.load_state_dict(tensors)
     check_finite(network, source)
+
+
+def load_pretrained(model_class: Any, name_or_path: str, what: str, **options: Any) -> nn.Module:
+    """A model of transformers from a folder or the hub: safetensors only, whole, finite, in float32.
+
+    what is what it should be, for messages. Raises CheckpointError.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
+            network, info = model_class.from_pretrained(
+                name_or_path, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **options
+            )
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"cannot load the {what} {name_or_path}: {first_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:
+            shown = ", ".join(map(str, sorted(info[problem], key=str)[:3]))
+            raise CheckpointError(f"{name_or_path} is no whole {what}: {len(info[problem])} {problem}: {shown}")
+    check_finite(network, name_or_path)
+    return network
 
 
 def check_finite(network: nn.Module, source: object) -> None:

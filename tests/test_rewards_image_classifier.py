@@ -262,10 +262,10 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(folder, timm_weights,
     changes = {"missing": None, "mismatched": head[:, :8].contiguous(), "nan": head * torch.nan}
     messages = {
         "missing": "is no whole image classifier: 1 missing_keys: classifier.weight",
-        "mismatched": "cannot load the classifier .*mismatched",
+        "mismatched": "cannot load the image classifier .*mismatched",
         "nan": "classifier.weight of .*nan holds NaN",
-        "damaged": "cannot load the classifier .*damaged",
-        "pickled": "cannot load the classifier .*pickled",
+        "damaged": "cannot load the image classifier .*damaged",
+        "pickled": "cannot load the image classifier .*pickled",
         "bare": "cannot load the image processor of .*bare",
     }
     for name in messages:
