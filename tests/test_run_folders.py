@@ -1,0 +1,148 @@
+"""What the recipes leave behind, and what they would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_recipes import COMMANDS, RECIPES, command_line, comparable_lines, is_finite, read_lines, run_recipe
+from tiny_trainers import assert_equal_states
+
+from marval_rl.cli import main
+from marval_rl.commands.networks import ModelArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.sources import DataArguments
+from marval_rl.models.checkpoints import load_model
+from marval_rl.recipes import parse_recipe
+from marval_rl.trainers.distill import DistillConfig
+from marval_rl.trainers.grpo import MARGRPOConfig
+from marval_rl.trainers.pretrain import PretrainConfig
+from marval_rl.trainers.reward_backprop import RewardBackpropConfig
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_runs, tmp_path_factory) -> dict[str, Path]:
+    """The run folder of each recipe."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {"teacher": tiny_runs.teacher, "distill": tiny_runs.student}
+    for recipe in ("grpo", "reward_backprop"):
+        runs[recipe] = folder / recipe
+        assert run_recipe(recipe, runs[recipe], **tiny_runs.models_of(recipe)) == 0
+    return runs
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_a_recipe_leaves_a_complete_run_folder(runs, recipe):
+    run = runs[recipe]
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "metrics.jsonl", "final/config.json", "final/model.safetensors"} <= files
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+        for file in ("model.safetensors", "optimizer.pt", "scheduler.pt", "ema.safetensors", "trainer_state.json"):
+            assert f"{checkpoint}/{file}" in files
+    grids = sorted(path.name for path in (run / "samples").iterdir())
+    assert grids == ["step_000000.png", "step_000003.png", "step_000006.png"]
+    for grid in grids:
+        with Image.open(run / "samples" / grid) as picture:
+            width, height = picture.size
+            assert picture.mode == "RGB"
+            assert (width / (2 * 9 - 1), height / (10 * 9 - 1)) == (3, 3)  # 10 classes, 2 images each, 8 pixels
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_final_is_the_averaged_model(runs, recipe):
+    model = load_model(runs[recipe], one_step=recipe != "teacher")
+    averaged = load_file(runs[recipe] / "checkpoint-6" / "ema.safetensors")
+    assert averaged.pop("num_updates") == {"teacher": 6, "distill": 2, "grpo": 2, "reward_backprop": 2}[recipe]
+    assert_equal_states(averaged, model.state_dict())
+    assert (runs[recipe] / "final" / "auxiliary.safetensors").exists() == (recipe != "teacher")
+
+
+TRAINING_NAMES = {
+    "teacher": {"loss_mse", "loss_vb"},
+    "distill": {"student_loss", "auxiliary_loss", "score_gap"},
+    "grpo": {
+        *("reward", "reward_std", "rewards/classifier/mean", "rewards/classifier/std", "frac_reward_zero_std", "kl"),
+        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "anchor_loss", "auxiliary_loss"),
+    },
+    "reward_backprop": {
+        *("reward", "reward_std", "rewards/classifier/mean", "rewards/classifier/std", "anchor_loss"),
+        "auxiliary_loss",
+    },
+}
+EVALUATION_NAMES = {
+    *("eval_frechet_distance", "eval_frechet_floor", "eval_diversity"),
+    *(f"eval_{judge}/{what}" for judge in ("classifier", "held_out_classifier") for what in ("accuracy", "confidence")),
+    *(f"eval_{judge}/log_probability" for judge in ("classifier", "held_out_classifier")),
+}
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_the_metrics_have_the_promised_names(runs, recipe):
+    lines = read_lines(runs[recipe])
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    for line in training:
+        assert {"time", "loss", "learning_rate", "grad_norm"} <= line.keys()
+        assert all(map(is_finite, line.values()))
+    seen = set().union(*training)
+    assert TRAINING_NAMES[recipe] <= seen, TRAINING_NAMES[recipe] - seen
+
+    evaluations = [line for line in lines if "eval_frechet_distance" in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    rewarded = {"eval_rewards/held_out_classifier/mean"} if COMMANDS[recipe] == "train" else set()
+    for line in evaluations:
+        assert all(is_finite(line[name]) for name in EVALUATION_NAMES | rewarded)
+        assert line["eval_mode_coverage"] is None  # a class of this labelling is one digit
+        assert not line.keys() & TRAINING_NAMES[recipe]
+    times = [line["time"] for line in lines]
+    assert times == sorted(times) and [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+
+
+CONFIGS = {
+    "teacher": (DataArguments, ModelArguments, PretrainConfig),
+    "distill": (DataArguments, TeacherArguments, DistillConfig),
+    "grpo": (DataArguments, RewardArguments, TeacherArguments, MARGRPOConfig),
+    "reward_backprop": (DataArguments, RewardArguments, TeacherArguments, RewardBackpropConfig),
+}
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_the_written_recipe_parses_back_to_the_same_settings(runs, tiny_runs, recipe):
+    arguments = command_line(recipe, runs[recipe], **tiny_runs.models_of(recipe))
+    given = parse_recipe(RECIPES / f"{recipe}.yaml", arguments[2:], CONFIGS[recipe])
+    written = parse_recipe(runs[recipe] / "recipe.yaml", [], CONFIGS[recipe])
+    for one, other in zip(given, written, strict=True):
+        assert public(one) == public(other)
+
+
+def public(config: Any) -> dict[str, Any]:
+    """What the user sets, without the handle to the machine that transformers keeps beside it."""
+    return {name: value for name, value in vars(config).items() if name[0] != "_" and name != "distributed_state"}
+
+
+def test_parity_measures_mode_coverage_and_the_same_recipe_twice_gives_the_same_metrics(tmp_path):
+    settings = {"labelling": "parity", "max_steps": 2, "eval_steps": 2, "eval_num_images": 12}
+    assert run_recipe("teacher", tmp_path / "a", **settings) == 0
+    torch.manual_seed(99)  # whatever ran before in this process must not matter
+    assert main(["pretrain", str(tmp_path / "a" / "recipe.yaml"), "--output_dir", str(tmp_path / "b")]) == 0
+    lines = comparable_lines(tmp_path / "a")
+    assert lines == comparable_lines(tmp_path / "b")
+    coverage = [line["eval_mode_coverage"] for line in lines if "eval_mode_coverage" in line]
+    assert len(coverage) == 2 and all(0 <= value <= 1.5 for value in coverage)
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny_runs, tmp_path, capsys, recipe):
+    assert run_recipe(recipe, tmp_path / "run", "--dry_run", **tiny_runs.models_of(recipe)) == 0
+    assert not (tmp_path / "run").exists()
+    output = capsys.readouterr().out
+    settings = yaml.safe_load(output[: output.index("\n\n")])
+    assert settings["max_steps"] == 6 and settings["dataset"] == "digits"
+    assert "images an update: 16 = per_device_train_batch_size 16 x gradient_accumulation_steps 1" in output
+    assert "parameters: " in output and "MiB" in output
+    assert ("8 groups of 4" in output) == (recipe == "grpo")

@@ -1,0 +1,183 @@
+"""GRPO on tiny students: whether it learns, and how rollouts are used."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_student
+from tiny_trainers import (
+    GRPO,
+    assert_equal_states,
+    constant,
+    darkness,
+    grey_student,
+    grpo_trainer,
+    logged,
+    snapshot,
+)
+from torch import Tensor, nn
+
+from marval_rl.data import class_rows
+from marval_rl.models import MARModel
+from marval_rl.models.checkpoints import load_model
+from marval_rl.models.unmasking import unmasking_steps
+from marval_rl.rewarding import RewardSet
+from marval_rl.trainers import grpo as grpo_module
+from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
+
+
+def test_before_the_first_update_every_ratio_is_one(tiny_runs, tmp_path, monkeypatch):
+    ratios = []
+    original = grpo_module.clipped_policy_loss
+
+    def recording(log_prob: Tensor, old_log_prob: Tensor, *args: Any) -> Any:
+        ratios.append((log_prob - old_log_prob).exp().detach())
+        return original(log_prob, old_log_prob, *args)
+
+    monkeypatch.setattr(grpo_module, "clipped_policy_loss", recording)
+    student = load_model(tiny_runs.student, one_step=True)  # its teacher was trained with dropout
+    config = MARGRPOConfig(
+        str(tmp_path), **{**GRPO, "num_unmasking_steps": 8, "num_iterations": 2}, max_steps=2, learning_rate=1e-3
+    )
+    MARGRPOTrainer(student, RewardSet([darkness]), config, train_dataset=class_rows(10)).train()
+    count = len(unmasking_steps(16, 8))
+    assert len(ratios) == 2 * count
+    torch.testing.assert_close(torch.cat(ratios[:count]), torch.ones(8 * count), atol=1e-5, rtol=0)
+    assert (torch.cat(ratios[count:]) - 1).abs().max() > 1e-3  # the second pass over the same rollout
+
+
+def test_grpo_raises_a_learnable_reward(tmp_path):
+    settings = {"per_device_train_batch_size": 192, "num_generations": 16, "sigma": 0.4, "max_steps": 12}
+    trainer = grpo_trainer(tmp_path, grey_student(), **settings, learning_rate=3e-3)
+    trainer.train()
+    rewards = logged(trainer, "reward")
+    assert len(rewards) == 12
+    assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.15
+    assert logged(trainer, "rewards/darkness/mean") == pytest.approx(rewards)
+    assert logged(trainer, "frac_reward_zero_std") == [0.0] * 12
+
+
+def test_grpo_learns_nothing_from_a_constant_reward(tmp_path):
+    trainer = grpo_trainer(tmp_path, tiny_student(1), constant, max_steps=3, learning_rate=1e-2)
+    start = snapshot(trainer.mar)
+    trainer.train()
+    assert logged(trainer, "frac_reward_zero_std") == [1.0] * 3
+    assert logged(trainer, "reward") == [0.5] * 3
+    assert logged(trainer, "reward_std") == [0.0] * 3
+    assert logged(trainer, "loss") == [0.0] * 3
+    assert_equal_states(start, trainer.mar.state_dict())
+
+
+def recorded_use(monkeypatch, trainer: MARGRPOTrainer) -> list[tuple[int, Tensor]]:
+    """Trains; returns (optimizer step, numbers that identify the images it used) for each micro-batch."""
+    used, generated = [], []
+    original, policy_loss = trainer.generate_rollouts, trainer._policy_loss
+
+    def generate(rows: list[dict[str, Any]]) -> None:
+        original(rows)
+        generated.append(trainer.state.global_step)
+
+    def loss(student: MARModel, rollout: dict[str, Tensor]) -> Tensor:
+        used.append((trainer.state.global_step, rollout["noise"].flatten(1)[:, 0].clone()))
+        return policy_loss(student, rollout)
+
+    monkeypatch.setattr(trainer, "generate_rollouts", generate)
+    monkeypatch.setattr(trainer, "_policy_loss", loss)
+    trainer.train()
+    trainer.generated_at = generated
+    return used
+
+
+def images_in(*uses: tuple[int, Tensor]) -> list[float]:
+    return sorted(torch.cat([noise for _, noise in uses]).tolist())
+
+
+def test_num_iterations_uses_each_rollout_that_often(tmp_path, monkeypatch):
+    trainer = grpo_trainer(tmp_path, tiny_student(1), max_steps=6, num_iterations=2, learning_rate=1e-3)
+    used = recorded_use(monkeypatch, trainer)
+    assert trainer.generated_at == [0, 2, 4]
+    for first in (0, 2, 4):
+        assert images_in(used[first]) == images_in(used[first + 1])
+        assert len(set(images_in(used[first]))) == 8
+    assert not set(images_in(used[0])) & set(images_in(used[2]))
+    ratios = logged(trainer, "ratio")
+    assert all(ratios[step] == pytest.approx(1, abs=1e-5) for step in (0, 2, 4))
+    assert all(abs(ratios[step] - 1) > 1e-5 for step in (1, 3, 5))
+
+
+def test_steps_per_generation_spreads_a_rollout_over_several_updates(tmp_path, monkeypatch):
+    settings = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 8}
+    trainer = grpo_trainer(tmp_path, tiny_student(1), **settings, learning_rate=1e-3)
+    used = recorded_use(monkeypatch, trainer)
+    assert trainer.generated_at == [0, 4]
+    for first in (0, 4):
+        halves = [images_in(used[first + k]) for k in range(4)]
+        assert halves[0] == halves[2] and halves[1] == halves[3]
+        assert len(halves[0]) == 4 and not set(halves[0]) & set(halves[1])
+    assert not set(images_in(used[0])) & set(images_in(used[4]))
+
+
+def test_two_accumulated_micro_batches_are_one_batch_of_twice_the_size(tmp_path, monkeypatch):
+    settings = {"max_steps": 1, "learning_rate": 1e-2, "optim": "sgd"}  # Adam would blow up differences of rounding
+    whole = grpo_trainer(tmp_path / "whole", grey_student(), **settings, per_device_train_batch_size=16)
+    halves = grpo_trainer(tmp_path / "halves", grey_student(), **settings, gradient_accumulation_steps=2)
+    start = nn.utils.parameters_to_vector(whole.mar.parameters()).detach().clone()
+    used, in_halves = recorded_use(monkeypatch, whole), recorded_use(monkeypatch, halves)
+    assert len(used) == 1 and len(in_halves) == 2
+    assert images_in(*used) == images_in(*in_halves)
+    for name in ("loss", "grad_norm", "reward"):
+        assert logged(whole, name) == pytest.approx(logged(halves, name), rel=1e-3, abs=1e-5)
+    one, other = (nn.utils.parameters_to_vector(trainer.mar.parameters()) for trainer in (whole, halves))
+    assert (one - other).norm() < 1e-3 * (one - start).norm()
+
+
+def test_a_subset_of_the_unmasking_steps_is_drawn_anew_each_time(tmp_path, monkeypatch):
+    chosen = []
+    original = grpo_module.step_mean
+
+    def recording(student: MARModel, rollout: dict[str, Tensor], masked: int, kept: int) -> Any:
+        chosen.append((masked, kept))
+        return original(student, rollout, masked, kept)
+
+    monkeypatch.setattr(grpo_module, "step_mean", recording)
+    settings = {"num_unmasking_steps": 4, "num_trained_steps": 2, "max_steps": 8}
+    grpo_trainer(tmp_path, tiny_student(1), **settings, learning_rate=1e-3).train()
+    pairs = unmasking_steps(4, 4)
+    assert len(chosen) == 2 * 8 and set(chosen) == set(pairs)
+    assert all(chosen[i] != chosen[i + 1] for i in range(0, 16, 2))
+
+
+def test_the_divergence_from_the_reference_is_logged_and_held_down(tmp_path):
+    settings = {"max_steps": 8, "learning_rate": 3e-3, "num_iterations": 2}
+    free = grpo_trainer(tmp_path / "free", tiny_student(1), **settings, beta=1e-6)
+    held = grpo_trainer(tmp_path / "held", tiny_student(1), **settings, beta=1.0)
+    start = snapshot(held.reference)
+    for trainer in (free, held):
+        trainer.train()
+        kl = logged(trainer, "kl")
+        assert len(kl) == 8 and kl[0] == pytest.approx(0, abs=1e-6) and all(value > 0 for value in kl[1:])
+    assert logged(held, "kl")[-1] < 0.5 * logged(free, "kl")[-1]
+    assert_equal_states(start, held.reference.state_dict())
+    assert grpo_trainer(tmp_path / "none", tiny_student(1), max_steps=1, beta=0.0).reference is None
+
+
+def test_rewards_are_asked_about_finished_images_with_their_prompts_and_columns(tmp_path):
+    asked = []
+
+    def reward(images: Tensor, prompts: list[str], class_names: list[str], class_labels: Tensor, hint: list[str], **_):
+        asked.append((images, prompts, class_names, class_labels.tolist(), hint))
+        return [0.0] * len(images)
+
+    student = tiny_student(1, class_names=["cat", "dog", "eel"])
+    config = MARGRPOConfig(str(tmp_path), **GRPO, max_steps=1, prompt_template="a {name}!")
+    rows = [{"class_labels": 2, "hint": "long"}, {"class_labels": 0, "hint": "furry"}]
+    MARGRPOTrainer(student, RewardSet([reward]), config, train_dataset=rows).train()
+    images, prompts, names, labels, hints = asked[0]
+    assert images.shape == (8, 3, 4, 4) and images.min() >= 0 and images.max() <= 1
+    assert sorted(labels) == [0] * 4 + [2] * 4
+    assert [labels[0]] * 4 + [labels[4]] * 4 == labels  # groups in a row
+    expected = {0: ("a cat!", "cat", "furry"), 2: ("a eel!", "eel", "long")}
+    assert list(zip(prompts, names, hints, strict=True)) == [expected[label] for label in labels]
