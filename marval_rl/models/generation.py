@@ -54,7 +54,9 @@ class GenerationOutput:
 
 def balanced_labels(num_images: int, num_classes: int) -> Tensor:
     """Class labels [N] in sorted order, each class equally often (the first ones once more where it does not
-    divide)."""
+    divide). Fewer images than classes are of classes evenly spread."""
+    if num_images < num_classes:
+        return torch.arange(num_images) * num_classes // num_images
     return (torch.arange(num_images) % num_classes).sort().values
 
 

@@ -47,7 +47,11 @@ def render_page(runs: list[Run]) -> str:
         "<main>",
         _findings(runs),
         _block("Before and after", "", summary(_summarised(metrics, runs), runs) or _none_of(METRICS_FILE)),
-        _block("Samples", "One row a class, the same seeds at every step.", image_rows(runs) or _none_of("samples/")),
+        _block(
+            "Samples",
+            "The same seeds at every step; one row a class, unless there are many.",
+            image_rows(runs) or _none_of("samples/"),
+        ),
         *(_charts(section, metrics, runs) for section in SECTIONS),
         _block(
             "Evaluation",
