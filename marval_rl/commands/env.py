@@ -20,7 +20,13 @@ PACKAGES = (
     "scipy",
     "scikit-learn",
     "pillow",
+    "diffusers",
+    "torchvision",
     "deepspeed",
+    "open_clip_torch",
+    "timm",
+    "torch-fidelity",
+    "fastapi",
 )
 
 
