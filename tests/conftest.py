@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,33 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", INPUT_SIZE)
         yield random_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
+
+
+@pytest.fixture
+def complaint(capsys):
+    """`complaint(expected_code, code)` returns the one line that the command left on stderr."""
+
+    def check(expected: int, code: int) -> str:
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert code == expected, captured.err + captured.out
+        assert len(lines) == 1 and lines[0].startswith("marval-rl: error: "), captured.err
+        return lines[0].removeprefix("marval-rl: error: ")
+
+    return check
+
+
+@pytest.fixture
+def train(tiny_runs, tmp_path):
+    """Runs the GRPO recipe in its shortest form, without an anchor; settings win."""
+    from tiny_recipes import run_recipe
+
+    def run(*flags: str, recipe: str = "grpo", **settings: Any) -> int:
+        shortest = {"max_steps": 2, "anchor_weight": 0, "beta": 0, "eval_on_start": False, "eval_strategy": "no"}
+        models = {"model": tiny_runs.student, "teacher": tiny_runs.teacher}
+        if recipe != "grpo":
+            del shortest["beta"]
+        merged = {**shortest, "save_strategy": "no", "lr_scheduler_type": "constant", **models, **settings}
+        return run_recipe(recipe, merged.pop("output_dir", tmp_path / "run"), *flags, **merged)
+
+    return run

@@ -8,43 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_recipes import RECIPES, read_lines, run_recipe, training_lines
+from tiny_recipes import RECIPES, run_recipe, training_lines
 
 from marval_rl.cli import main
-
-PREFIX = "marval-rl: error: "
-
-
-@pytest.fixture
-def complaint(capsys):
-    """`complaint(expected_code, code)` returns the one line that the command left on stderr."""
-
-    def check(expected: int, code: int) -> str:
-        captured = capsys.readouterr()
-        lines = captured.err.splitlines()
-        assert code == expected, captured.err + captured.out
-        assert len(lines) == 1 and lines[0].startswith(PREFIX), captured.err
-        return lines[0].removeprefix(PREFIX)
-
-    return check
-
-
-@pytest.fixture
-def train(tiny_runs, tmp_path):
-    """Runs the GRPO recipe in its shortest form, without an anchor; settings win."""
-
-    def run(*flags: str, recipe: str = "grpo", **settings: Any) -> int:
-        shortest = {"max_steps": 2, "anchor_weight": 0, "beta": 0, "eval_on_start": False, "eval_strategy": "no"}
-        models = {"model": tiny_runs.student, "teacher": tiny_runs.teacher}
-        if recipe != "grpo":
-            del shortest["beta"]
-        merged = {**shortest, "save_strategy": "no", "lr_scheduler_type": "constant", **models, **settings}
-        return run_recipe(recipe, merged.pop("output_dir", tmp_path / "run"), *flags, **merged)
-
-    return run
 
 
 @pytest.fixture
@@ -320,106 +288,3 @@ def test_an_earlier_run_outlives_a_new_one_that_cannot_begin(train, tmp_path, co
 def test_nothing_to_resume(train, tmp_path, complaint):
     line = complaint(1, train("--resume"))
     assert line == f"{tmp_path / 'run'} holds no complete checkpoint to resume from; start without --resume"
-
-
-# Rewards
-
-REWARDS = """
-import torch
-
-
-def raises(images, **columns):
-    raise KeyError("no such thing")
-
-
-def too_few(images, **columns):
-    return [0.5] * (len(images) - 1)
-
-
-def not_a_number(images, **columns):
-    return [0.5] * (len(images) - 1) + [float("nan")]
-
-
-def some_left_out(images, **columns):
-    return [None if index % 3 == 0 else float(image.mean()) for index, image in enumerate(images)]
-
-
-def plain(images, **columns):
-    return images.mean(dim=(1, 2, 3))
-
-
-def cut_off(images, **columns):
-    return images.mean(dim=(1, 2, 3)).detach()
-
-
-def some_left_out_with_a_slope(images, **columns):
-    return [None if index % 3 == 0 else image.mean() for index, image in enumerate(images)]
-
-
-cut_off.differentiable = some_left_out_with_a_slope.differentiable = True
-"""
-
-
-@pytest.fixture
-def rewards(tmp_path) -> str:
-    """The path of a file of rewards."""
-    path = tmp_path / "rewards.py"
-    path.write_text(REWARDS)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        ("raises", "reward 'raises' raised KeyError: 'no such thing'"),
-        ("too_few", "reward 'too_few' returned 31 scores for 32 images"),
-        ("not_a_number", "reward 'not_a_number': the score of sample 31 is nan"),
-    ],
-)
-def test_a_reward_that_breaks_its_contract(train, rewards, complaint, reward, message):
-    assert message in complaint(1, train(reward_funcs=f"{rewards}:{reward}"))
-
-
-def test_a_reward_may_leave_samples_out(train, rewards, tmp_path):
-    assert train(reward_funcs=f"{rewards}:some_left_out") == 0
-    lines = training_lines(tmp_path / "run")
-    assert len(lines) == 2 and all(0 < line["rewards/some_left_out/mean"] < 1 for line in lines[:1])
-
-
-def test_reward_backprop_with_a_reward_that_has_no_slope(train, rewards, complaint):
-    line = complaint(2, train(recipe="reward_backprop", reward_funcs=f"{rewards}:plain"))
-    assert "reward_backprop needs differentiable rewards" in line and "plain" in line and "method grpo" in line
-
-
-def test_reward_backprop_with_a_reward_that_is_cut_off(train, rewards, complaint):
-    line = complaint(1, train(recipe="reward_backprop", reward_funcs=f"{rewards}:cut_off"))
-    assert "reward 'cut_off' declares itself differentiable, but no gradient leads from its scores" in line
-
-
-def test_reward_backprop_with_a_reward_that_leaves_samples_out(train, rewards, tmp_path):
-    assert train(recipe="reward_backprop", reward_funcs=f"{rewards}:some_left_out_with_a_slope") == 0
-    lines = training_lines(tmp_path / "run")
-    assert [line["loss"] for line in lines] == pytest.approx([-line["reward"] for line in lines], abs=1e-5)
-    weights = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    assert all(torch.isfinite(value).all() for value in weights.values())
-
-
-def test_a_reward_file_that_is_not_there(train, tmp_path, complaint):
-    line = complaint(2, train(reward_funcs=f"{tmp_path / 'nowhere.py'}:plain"))
-    assert str(tmp_path / "nowhere.py") in line
-
-
-def test_a_reward_that_its_file_lacks(train, rewards, complaint):
-    line = complaint(2, train(reward_funcs=f"{rewards}:plane"))
-    assert "plane" in line and "plain" in line
-
-
-def test_a_dry_run_says_what_is_missing(train, tmp_path, capsys):
-    assert train("--dry_run", model=tmp_path / "nowhere") == 0
-    assert f"missing: no model at {tmp_path / 'nowhere'}" in capsys.readouterr().out
-
-
-def test_a_failed_run_can_be_started_again(train, rewards, tmp_path, complaint):
-    assert complaint(2, train(labelling="parity"))
-    assert train() == 0
-    assert read_lines(tmp_path / "run")

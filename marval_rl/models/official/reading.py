@@ -111,6 +111,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+    # Of these, zipfile raises NotImplementedError for a version of zip that it does not know.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error} (download or copy it again)") from error
     names = {member.filename.split("/", 1)[-1] for member in members}
