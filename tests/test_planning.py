@@ -18,9 +18,9 @@ from marval_rl.commands.planning.dry_run import length
 from marval_rl.commands.planning.memory import Footprint, head_parameters, mar_parameters, memory_table, saved_bytes
 from marval_rl.commands.planning.plan import TrainingPlan
 from marval_rl.models import MARConfig, MARModel
-from marval_rl.trainers import arguments
 from marval_rl.trainers.distill import DistillConfig
 from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
+from marval_rl.training import arguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}

@@ -19,7 +19,7 @@ from marval_rl.errors import RewardError
 from marval_rl.remote import client as client_module
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
-from marval_rl.trainers.resume import find_checkpoint
+from marval_rl.training.resume import find_checkpoint
 from rewards.remote import Remote
 
 STEPS = 6

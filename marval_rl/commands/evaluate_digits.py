@@ -12,7 +12,7 @@ import torch
 from marval_rl.commands.evaluate import default_output, write_results
 from marval_rl.commands.model_arguments import load_for_sampling, sampling_settings
 from marval_rl.commands.sources import DIGITS, DataArguments
-from marval_rl.trainers.sampling import generate_images
+from marval_rl.training.sampling import generate_images
 
 
 def evaluate_digits(args: argparse.Namespace) -> None:

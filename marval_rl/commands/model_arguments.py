@@ -9,7 +9,7 @@ import torch
 from marval_rl.commands.quiet import is_watched, quiet_libraries
 from marval_rl.models import LatentCodec, MARModel, codec_for
 from marval_rl.models.checkpoints import load_model
-from marval_rl.trainers.sampling import SamplingSettings
+from marval_rl.training.sampling import SamplingSettings
 
 AUTOCAST_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 

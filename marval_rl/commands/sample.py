@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from marval_rl.commands.model_arguments import add_sampling_arguments, load_for_sampling, sampling_settings
-from marval_rl.trainers.sampling import generate_images, save_image_grid
+from marval_rl.training.sampling import generate_images, save_image_grid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

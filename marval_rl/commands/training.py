@@ -11,8 +11,8 @@ from marval_rl.commands.planning.dry_run import print_dry_run
 from marval_rl.commands.planning.plan import Planner
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
-from marval_rl.trainers.base import MARTrainer
-from marval_rl.trainers.resume import check_output_dir, find_checkpoint, remove_earlier_run, set_aside_newer
+from marval_rl.training.base import MARTrainer
+from marval_rl.training.resume import check_output_dir, find_checkpoint, remove_earlier_run, set_aside_newer
 
 
 def default_output_dir(recipe: str) -> str:

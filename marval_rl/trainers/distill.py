@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
-from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
-from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
-from marval_rl.trainers.optimizers import adamw
+from marval_rl.training.arguments import MARTrainingArguments, cycle_pattern
+from marval_rl.training.base import MARTrainer
+from marval_rl.training.optimizers import adamw
 
 AUXILIARY_FILE = "auxiliary.safetensors"
 

@@ -19,15 +19,15 @@ from marval_rl.models.checkpoints import load_model
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
-from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
-from marval_rl.trainers.base import MARTrainer
-from marval_rl.trainers.batches import EpochAware
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
-from marval_rl.trainers.failures import failing_together
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
-from marval_rl.trainers.optimizers import adamw
-from marval_rl.trainers.sampling import SamplingSettings
+from marval_rl.training.arguments import MARTrainingArguments, cycle_pattern
+from marval_rl.training.base import MARTrainer
+from marval_rl.training.batches import EpochAware
+from marval_rl.training.distributed import failing_together
+from marval_rl.training.optimizers import adamw
+from marval_rl.training.sampling import SamplingSettings
 
 
 @dataclass

@@ -11,7 +11,7 @@ import yaml
 
 from marval_rl.commands.planning.memory import memory_table
 from marval_rl.commands.planning.plan import Planner, TrainingPlan
-from marval_rl.trainers.batches import rounds_in
+from marval_rl.training.batches import rounds_in
 
 USUAL_GPUS = 8  # what memory is shown for where the dry run itself has one process
 IMAGENET_ROWS = 1_281_167

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from marval_rl.models import LatentCodec, MARModel, generate
 from marval_rl.models.generation import SamplingSettings, balanced_labels
-from marval_rl.trainers.randomness import derive_generator
+from marval_rl.training.randomness import derive_generator
 
 MAX_ROWS = 16  # of a sample grid
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from marval_rl.trainers.randomness import derive_seed
+from marval_rl.training.randomness import derive_seed
 
 REUSE = {"reuse": True}  # stands in for a batch in micro-steps that go on with what an earlier one read
 

@@ -17,15 +17,15 @@ from marval_rl.errors import RewardError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.arguments import MARTrainingArguments
-from marval_rl.trainers.batches import EpochBatches, epoch_loader
-from marval_rl.trainers.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
-from marval_rl.trainers.ema import ExponentialMovingAverage
-from marval_rl.trainers.failures import failing_together
-from marval_rl.trainers.progress import ProgressBarCallback
-from marval_rl.trainers.randomness import derive_seed
-from marval_rl.trainers.resume import is_complete
-from marval_rl.trainers.sampling import SamplingSettings, generate_images, save_image_grid
+from marval_rl.training.arguments import MARTrainingArguments
+from marval_rl.training.batches import EpochBatches, epoch_loader
+from marval_rl.training.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
+from marval_rl.training.distributed import failing_together
+from marval_rl.training.ema import ExponentialMovingAverage
+from marval_rl.training.progress import ProgressBarCallback
+from marval_rl.training.randomness import derive_seed
+from marval_rl.training.resume import is_complete
+from marval_rl.training.sampling import SamplingSettings, generate_images, save_image_grid
 
 
 class MARTrainer(Trainer):

@@ -1,0 +1,1 @@
+"""What a training run is made of, whatever the algorithm: arguments, batches, checkpoints, averages, processes."""
