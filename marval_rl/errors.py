@@ -27,3 +27,7 @@ def first_line(error: Exception) -> str:
     """The first line of an error's text that says anything, for a one-line message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+class PolicyMismatchError(MarvalError):
+    """A rollout's log-probabilities cannot be found again, so a policy gradient would be wrong."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from marval_rl.losses.policy import action_kl, action_log_prob, clipped_policy_loss, group_advantages
+from marval_rl.losses.policy import action_kl, action_log_prob, group_advantages, group_weights, policy_loss
 
 SIGMA = 0.15
 
@@ -19,6 +19,11 @@ def gaussians(batch: int = 5, tokens: int = 3, channels: int = 4):
     means = torch.randn(batch, tokens, channels, generator=generator)
     actions = means + SIGMA * torch.randn(means.shape, generator=generator)
     return actions, means, means + 0.1 * torch.randn(means.shape, generator=generator)
+
+
+def one_action_loss(log_prob, old_log_prob, advantages, **settings):
+    """`policy_loss` of images with a single unmasking step: all arguments [B]."""
+    return policy_loss(log_prob.unsqueeze(1), old_log_prob.unsqueeze(1), advantages, **settings)
 
 
 @pytest.mark.parametrize("sigma", [0.05, SIGMA, 1.0, 2.0])
@@ -73,7 +78,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_gradient_is_the_vanill
     advantages = torch.tensor([1.5, -0.5, 0.0, 2.0, -1.0])
     means.requires_grad_(True)
     log_prob = action_log_prob(actions, means, SIGMA)
-    loss, metrics = clipped_policy_loss(log_prob, log_prob.detach(), advantages)
+    loss, metrics = one_action_loss(log_prob, log_prob.detach(), advantages)
     assert metrics["ratio"].item() == 1.0
     assert metrics["clip_ratio/region_mean"].item() == 0.0
     assert loss.item() == pytest.approx(-advantages.mean().item(), abs=1e-7)
@@ -106,7 +111,7 @@ def test_clipping_by_hand(ratio, advantage, loss, slope, clipped):
     """Clip range 0.9 .. 1.3. slope is d loss / d rho."""
     old = torch.tensor([-3.0])
     log_prob = (old + math.log(ratio)).requires_grad_(True)
-    actual, metrics = clipped_policy_loss(log_prob, old, torch.tensor([advantage]), epsilon_low=0.1, epsilon_high=0.3)
+    actual, metrics = one_action_loss(log_prob, old, torch.tensor([advantage]), epsilon_low=0.1, epsilon_high=0.3)
     actual.backward()
     assert actual.item() == pytest.approx(loss, rel=1e-5)
     assert log_prob.grad.item() / ratio == pytest.approx(slope, rel=1e-5)  # d rho / d log pi = rho
@@ -119,7 +124,7 @@ def test_clipping_by_hand(ratio, advantage, loss, slope, clipped):
 def test_clip_shares_are_means_over_entries():
     ratios = torch.tensor([0.5, 0.5, 2.0, 1.0])
     advantages = torch.tensor([-1.0, 1.0, 1.0, 1.0])
-    _, metrics = clipped_policy_loss(ratios.log(), torch.zeros(4), advantages)
+    _, metrics = one_action_loss(ratios.log(), torch.zeros(4), advantages)
     assert metrics["clip_ratio/low_mean"].item() == 0.25
     assert metrics["clip_ratio/high_mean"].item() == 0.25
     assert metrics["clip_ratio/region_mean"].item() == 0.5
@@ -131,7 +136,7 @@ def test_clip_shares_are_means_over_entries():
 def test_a_policy_that_ran_away_gives_no_nan(log_ratio, advantage):
     """exp(200) is infinite in float32, and infinity times a clipped gradient of 0, or an advantage of 0, is NaN."""
     log_prob = torch.tensor([log_ratio], requires_grad=True)
-    loss, metrics = clipped_policy_loss(log_prob, torch.zeros(1), torch.tensor([advantage]))
+    loss, metrics = one_action_loss(log_prob, torch.zeros(1), torch.tensor([advantage]))
     loss.backward()
     assert loss.isfinite()
     assert log_prob.grad.isfinite().all()
@@ -203,3 +208,61 @@ def test_advantages_refuse_what_they_do_not_know():
         group_advantages(torch.zeros(4), 2, "std")
     with pytest.raises(ValueError, match="5 rewards do not divide into groups of 2"):
         group_advantages(torch.zeros(5), 2)
+
+
+def test_a_mean_log_prob_is_the_sum_by_the_size_of_the_action():
+    actions, means, _ = gaussians()
+    total, mean = (action_log_prob(actions, means, SIGMA, reduction) for reduction in ("sum", "mean"))
+    torch.testing.assert_close(mean * actions[0].numel(), total)
+
+
+def test_cispo_never_silences_an_action():
+    """Its gradient is min(rho, 1 + eps_high) A of the log-probability, beyond the clip range too."""
+    old = torch.zeros(4)
+    log_prob = torch.tensor([0.5, 2.0, 0.5, 2.0]).log().requires_grad_(True)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss, metrics = one_action_loss(log_prob, old, advantages, epsilon_high=0.3, loss_type="cispo")
+    loss.backward()
+    torch.testing.assert_close(log_prob.grad * 4, torch.tensor([-0.5, -1.3, 0.5, 1.3]))
+    assert metrics["clip_ratio/high_mean"].item() == 0.25 and metrics["clip_ratio/low_mean"].item() == 0.0
+
+
+def test_cispo_and_grpo_have_one_gradient_before_the_first_update():
+    advantages = torch.tensor([1.5, -0.5, 0.0])
+    gradients = []
+    for loss_type in ("grpo", "cispo"):
+        log_prob = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        policy_loss(log_prob, log_prob.detach(), advantages, loss_type=loss_type)[0].backward()
+        gradients.append(log_prob.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_ratio_of_an_image_is_the_geometric_mean_of_its_steps():
+    log_prob = torch.tensor([[0.3, -0.1], [1.0, 0.0]])
+    advantages = torch.tensor([1.0, 1.0])
+    loss, metrics = policy_loss(log_prob, torch.zeros(2, 2), advantages, importance_sampling_level="image")
+    assert metrics["ratio"].item() == pytest.approx((math.exp(0.1) + math.exp(0.5)) / 2)
+    assert loss.item() == pytest.approx(-(math.exp(0.1) + 1.2) / 2)
+    assert metrics["clip_ratio/high_mean"].item() == 0.5
+
+
+def test_groups_without_a_preference_are_dropped_from_the_mean():
+    advantages = torch.tensor([1.0, -1.0, 0.0, 0.0, 2.0, -2.0])
+    weights = group_weights(advantages, 2)
+    assert weights.tolist() == [1.5, 1.5, 0.0, 0.0, 1.5, 1.5]
+    log_prob = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    old = torch.zeros(6, 3)
+    kept = [0, 1, 4, 5]
+    dropped, _ = policy_loss(log_prob, old, advantages, weights=weights)
+    alone, _ = policy_loss(log_prob[kept], old[kept], advantages[kept])
+    torch.testing.assert_close(dropped, alone)
+    assert group_weights(torch.zeros(4), 2).tolist() == [0.0] * 4
+
+
+def test_a_floor_keeps_a_group_that_barely_differs_from_shouting():
+    rewards = torch.tensor([1.0, 1.01, 0.0, 4.0])
+    free, _ = group_advantages(rewards, 2)
+    held, _ = group_advantages(rewards, 2, std_floor=1.0)
+    assert free[1].item() > 0.6
+    assert held[1].item() == pytest.approx(0.005, rel=1e-3)
+    torch.testing.assert_close(held[2:], free[2:])

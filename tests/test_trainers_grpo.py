@@ -31,22 +31,22 @@ from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 
 def test_before_the_first_update_every_ratio_is_one(tiny_runs, tmp_path, monkeypatch):
     ratios = []
-    original = grpo_module.clipped_policy_loss
+    original = grpo_module.policy_loss
 
     def recording(log_prob: Tensor, old_log_prob: Tensor, *args: Any) -> Any:
         ratios.append((log_prob - old_log_prob).exp().detach())
         return original(log_prob, old_log_prob, *args)
 
-    monkeypatch.setattr(grpo_module, "clipped_policy_loss", recording)
+    monkeypatch.setattr(grpo_module, "policy_loss", recording)
     student = load_model(tiny_runs.student, one_step=True)  # its teacher was trained with dropout
     config = MARGRPOConfig(
         str(tmp_path), **{**GRPO, "num_unmasking_steps": 8, "num_iterations": 2}, max_steps=2, learning_rate=1e-3
     )
     MARGRPOTrainer(student, RewardSet([darkness]), config, train_dataset=class_rows(10)).train()
     count = len(unmasking_steps(16, 8))
-    assert len(ratios) == 2 * count
-    torch.testing.assert_close(torch.cat(ratios[:count]), torch.ones(8 * count), atol=1e-5, rtol=0)
-    assert (torch.cat(ratios[count:]) - 1).abs().max() > 1e-3  # the second pass over the same rollout
+    assert [ratio.shape for ratio in ratios] == [(8, count)] * 2
+    torch.testing.assert_close(ratios[0], torch.ones(8, count), atol=1e-5, rtol=0)
+    assert (ratios[1] - 1).abs().max() > 1e-3  # the second pass over the same rollout
 
 
 def test_grpo_raises_a_learnable_reward(tmp_path):
@@ -178,6 +178,5 @@ def test_rewards_are_asked_about_finished_images_with_their_prompts_and_columns(
     images, prompts, names, labels, hints = asked[0]
     assert images.shape == (8, 3, 4, 4) and images.min() >= 0 and images.max() <= 1
     assert sorted(labels) == [0] * 4 + [2] * 4
-    assert [labels[0]] * 4 + [labels[4]] * 4 == labels  # groups in a row
     expected = {0: ("a cat!", "cat", "furry"), 2: ("a eel!", "eel", "long")}
     assert list(zip(prompts, names, hints, strict=True)) == [expected[label] for label in labels]

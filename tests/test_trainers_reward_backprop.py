@@ -61,10 +61,10 @@ def test_the_gradient_through_a_rollout_is_the_slope_of_its_objective(monkeypatc
             values.append(rollout_objective(student).item())
         nn.utils.vector_to_parameters(start, parameters)
     slope = (values[1] - values[0]) / 2e-3
-    assert slope == pytest.approx(gradient.norm().item(), rel=1e-2)
+    assert slope == pytest.approx(gradient.norm().item(), rel=3e-3)
 
     # Control: a gradient that is cut between the unmasking steps is another one.
     monkeypatch.setattr(
         rollout_module, "checkpoint", lambda reveal, tokens, *args, use_reentrant: reveal(tokens.detach(), *args)
     )
-    assert (rollout_gradient(student) @ direction - slope).abs() > 0.05 * slope
+    assert (rollout_gradient(student) @ direction - slope).abs() > 0.01 * slope

@@ -26,6 +26,7 @@ def aggregate_advantages(
     num_generations: int,
     scale_rewards: str = "group",
     aggregation: str = "sum_then_normalize",
+    std_floor: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Advantages of samples with several rewards, as TRL's `multi_objective_aggregation` has them.
 
@@ -38,6 +39,7 @@ def aggregate_advantages(
             spread decides. "normalize_then_sum" (GDPO, arXiv 2601.05242) first brings each reward by itself to mean 0
             and deviation 1 within each group, so that the weights alone say what counts, and then the weighted sums
             to mean 0 and deviation 1 over the batch; scale_rewards has no say in it.
+        std_floor: As in `group_advantages`; for a reward or their sum, not for the last normalisation.
 
     Returns:
         Advantages [N], and `group_advantages`' metrics. `reward` and `reward_std` are of the weighted sums of the
@@ -50,11 +52,13 @@ def aggregate_advantages(
             f"multi_objective_aggregation must be one of {', '.join(MULTI_OBJECTIVE_AGGREGATIONS)}, not {aggregation!r}"
         )
     components = components.float()
-    advantages, metrics = group_advantages(weighted_sum(components, weights), num_generations, scale_rewards)
+    advantages, metrics = group_advantages(weighted_sum(components, weights), num_generations, scale_rewards, std_floor)
     if aggregation == "sum_then_normalize":
         return advantages, metrics
 
-    normalized = [group_advantages(scores, num_generations)[0] for scores in components.unbind(dim=1)]
+    normalized = [
+        group_advantages(scores, num_generations, std_floor=std_floor)[0] for scores in components.unbind(dim=1)
+    ]
     unscored = components.isnan().all(dim=1)
     total = weighted_sum(torch.stack(normalized, dim=1), weights).masked_fill(unscored, torch.nan)
     advantages, _ = group_advantages(total, len(total), "batch")

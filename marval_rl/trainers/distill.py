@@ -18,7 +18,8 @@ from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
 from marval_rl.training.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.training.base import MARTrainer
-from marval_rl.training.optimizers import adamw
+from marval_rl.training.distributed import whole_weights
+from marval_rl.training.optimizers import AUXILIARY, MODEL, adamw
 
 AUXILIARY_FILE = "auxiliary.safetensors"
 
@@ -127,18 +128,23 @@ class DistillTrainer(MARTrainer):
     def save_final(self, folder: Path) -> None:
         """The student, and the auxiliary network beside it: RL's anchor starts from it."""
         super().save_final(folder)
-        save_auxiliary(self.model.auxiliary, folder)
+        save_auxiliary(self.model.auxiliary, folder, self.args.should_save)
 
 
 def student_groups(networks: StudentNetworks, args: Any) -> list[dict[str, Any]]:
     """Two parameter groups, student and auxiliary network, each with its learning rate."""
     student = [p for p in networks.student.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": student, "lr": args.learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": student, "lr": args.learning_rate, "network": MODEL}]
     if networks.auxiliary is not None:
-        groups.append({"params": list(networks.auxiliary.parameters()), "lr": args.auxiliary_learning_rate})
+        auxiliary = list(networks.auxiliary.parameters())
+        groups.append({"params": auxiliary, "lr": args.auxiliary_learning_rate, "network": AUXILIARY})
     # transformers takes the weight decay from the groups; without it PyTorch's default would decay by 0.01.
     return [{**group, "weight_decay": args.weight_decay} for group in groups]
 
 
-def save_auxiliary(auxiliary: DiffusionHead, folder: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items()}, folder / AUXILIARY_FILE)
+def save_auxiliary(auxiliary: DiffusionHead, folder: Path, should_save: bool) -> None:
+    """Write the weights into the folder where should_save says so; all processes must call it."""
+    with whole_weights(auxiliary):
+        if should_save:
+            state = {name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items()}
+            save_file(state, folder / AUXILIARY_FILE)

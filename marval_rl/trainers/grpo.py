@@ -6,7 +6,6 @@ Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) with the exa
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval_rl.losses.policy import REWARD_SCALES, action_kl, action_log_prob, clipped_policy_loss
+from marval_rl.errors import PolicyMismatchError
+from marval_rl.losses.policy import (
+    IMPORTANCE_SAMPLING_LEVELS,
+    LOG_PROB_REDUCTIONS,
+    LOSS_TYPES,
+    REWARD_SCALES,
+    action_kl,
+    action_log_prob,
+    group_weights,
+    policy_loss,
+)
 from marval_rl.models import MARModel
 from marval_rl.models.unmasking import unmasking_steps
 from marval_rl.rewarding.aggregation import MULTI_OBJECTIVE_AGGREGATIONS, aggregate_advantages
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
-from marval_rl.trainers.rollout import sample_rollout, step_mean
+from marval_rl.trainers.rollout import draw_chances, sample_rollout, step_mean
+from marval_rl.training.distributed import failing_together, gather_rows, whole_weights
+from marval_rl.training.randomness import derive_generator
+
+SUM_CLIP_RANGE = 0.2  # of the ratio of a whole action
+RATIO_TOLERANCE = 1e-5  # how far ratios may be from 1 before the first update
 
 
 @dataclass
@@ -32,11 +46,28 @@ class MARGRPOConfig(RewardTrainingArguments):
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Micro-batches a generation batch (default: gradient_accumulation_steps)."}
     )
-    sigma: float = field(default=0.1, metadata={"help": "Standard deviation of the policy, in latent units."})
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference model."})
-    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the ratio of an unmasking step."})
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "PPO's clipped loss, or CISPO's clipped weights.", "choices": list(LOSS_TYPES)},
+    )
+    importance_sampling_level: str = field(
+        default="unmasking_step",
+        metadata={"help": "What has a ratio of its own.", "choices": list(IMPORTANCE_SAMPLING_LEVELS)},
+    )
+    log_prob_reduction: str = field(
+        default="sum",
+        metadata={"help": "Over the numbers of an action.", "choices": list(LOG_PROB_REDUCTIONS)},
+    )
+    epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Clip range of the ratio (default: 0.2 for a sum, as much of an average action for a mean)."},
+    )
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range (default: epsilon)."})
     scale_rewards: str = field(default="group", metadata={"help": '"group", "batch" or "none".'})
+    reward_std_floor: float = field(
+        default=0.0, metadata={"help": "No deviation of rewards counts as less than this when advantages are scaled."}
+    )
+    advantage_clip: float | None = field(default=None, metadata={"help": "Advantages are held in +- this."})
     multi_objective_aggregation: str = field(
         default=MULTI_OBJECTIVE_AGGREGATIONS[0],
         metadata={
@@ -45,35 +76,66 @@ class MARGRPOConfig(RewardTrainingArguments):
         },
     )
     num_trained_steps: int | None = field(
-        default=None, metadata={"help": "Unmasking steps trained an update, drawn at random (default: all)."}
+        default=None, metadata={"help": "Unmasking steps trained an update (default: all that explore)."}
     )
+    trained_steps: str = field(
+        default="random",
+        metadata={"help": "Which ones, if not all: drawn at random, or the first.", "choices": ["random", "first"]},
+    )
+    exploration_window: int | None = field(
+        default=None,
+        metadata={"help": "Only this many unmasking steps in a row explore, and are trained (default: all)."},
+    )
+    exploration_shift: int = field(
+        default=0, metadata={"help": "Rollouts after which the window moves on by a step; 0: it stays at the first."}
+    )
+    share_order: bool = field(default=False, metadata={"help": "One unmasking order for all images of a group."})
+    share_noise: bool = field(default=False, metadata={"help": "One noise z for all images of a group."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
-        if self.epsilon_high is None:
-            self.epsilon_high = self.epsilon
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations must be at least 2, not {self.num_generations}: an advantage compares images"
             )
-        if self.scale_rewards not in REWARD_SCALES:
-            raise ValueError(f'scale_rewards must be one of {", ".join(REWARD_SCALES)}, not "{self.scale_rewards}"')
-        if self.sigma <= 0:
-            raise ValueError(f"sigma must be positive, not {self.sigma}: without noise there is no policy gradient")
-        images = self.per_device_train_batch_size * self.steps_per_generation
-        if images % self.num_generations:
+        if self.loss_type == "dr_grpo":
             raise ValueError(
-                f"a generation batch of {images} images a process does not divide into groups of num_generations = "
-                f"{self.num_generations} (per_device_train_batch_size {self.per_device_train_batch_size} x "
-                f"steps_per_generation {self.steps_per_generation})"
+                'loss_type "dr_grpo" would be "grpo": it differs where completions differ in length, and all images '
+                'have equally many unmasking steps. For Dr. GRPO\'s other half set scale_rewards to "none"'
+            )
+        for name, value, known in (
+            ("scale_rewards", self.scale_rewards, REWARD_SCALES),
+            ("loss_type", self.loss_type, LOSS_TYPES),
+            ("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS),
+            ("log_prob_reduction", self.log_prob_reduction, LOG_PROB_REDUCTIONS),
+            ("trained_steps", self.trained_steps, ("random", "first")),
+        ):
+            if value not in known:
+                raise ValueError(f'{name} must be one of {", ".join(known)}, not "{value}"')
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"a generation batch of {self.generation_batch_size} images does not divide into groups of "
+                f"num_generations = {self.num_generations} (per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x steps_per_generation {self.steps_per_generation} x "
+                f"{self.world_size} processes)"
             )
 
     @property
+    def generation_batch_size(self) -> int:
+        """N, images of a rollout over all processes."""
+        return self.per_device_train_batch_size * self.steps_per_generation * self.world_size
+
+    @property
     def rows_per_batch(self) -> int:
-        """The rows of one generation batch; each becomes a group of images."""
-        return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
+        """The rows of one generation batch; each becomes a group of images, which may span processes."""
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def num_readers(self) -> int:
+        """All processes read the same rows, and each paints its share of the images."""
+        return 1
 
     def batch_pattern(self) -> list[bool]:
         """Rows are read where a rollout begins."""
@@ -98,82 +160,161 @@ class MARGRPOConfig(RewardTrainingArguments):
         """Whether a policy update begins a new generation batch in this micro-batch."""
         return self.policy_micro_batch(step, micro_batch) % self.rollout_period == 0
 
+    def explored(self, rollout: int, num_steps: int) -> range:
+        """The unmasking steps that explore in the rollout with this index, of num_steps that reveal anything."""
+        if self.exploration_window is None:
+            return range(num_steps)
+        places = num_steps - self.exploration_window + 1
+        start = rollout // self.exploration_shift % places if self.exploration_shift else 0
+        return range(start, start + self.exploration_window)
+
 
 class MARGRPOTrainer(RewardTrainer):
-    """Trains a student by GRPO; arguments as `RewardTrainer`'s."""
+    """Trains a student by GRPO; arguments as `RewardTrainer`'s.
+
+    Raises:
+        PolicyMismatchError: From `train`, if the log-probabilities of a rollout are not found again before an update.
+    """
 
     args: MARGRPOConfig
 
     def __init__(self, model: MARModel | str, reward_funcs: Any, args: MARGRPOConfig, **kwargs: Any):
         super().__init__(model, reward_funcs, args, **kwargs)
-        self.pairs = unmasking_steps(self.mar.config.num_tokens, args.num_unmasking_steps)
-        if args.num_trained_steps is not None and not 1 <= args.num_trained_steps <= len(self.pairs):
-            raise ValueError(f"num_trained_steps {args.num_trained_steps} is outside 1..{len(self.pairs)}")
-        self.reference = None
-        if args.beta > 0:
-            self.reference = copy.deepcopy(self.mar).eval().requires_grad_(False).to(args.device)
+        config = self.mar.config
+        self.pairs = unmasking_steps(config.num_tokens, args.num_unmasking_steps)
+        for name, count in (
+            ("exploration_window", args.exploration_window),
+            ("num_trained_steps", args.num_trained_steps),
+        ):
+            most = len(args.explored(0, len(self.pairs))) if name == "num_trained_steps" else len(self.pairs)
+            if count is not None and not 1 <= count <= most:
+                raise ValueError(f"{name} {count} is outside 1..{most}")
+        action_size = 1.0
+        if args.log_prob_reduction == "mean":
+            action_size = config.num_tokens * config.token_channels / len(self.pairs)
+        self.epsilon_low = SUM_CLIP_RANGE / action_size if args.epsilon is None else args.epsilon
+        self.epsilon_high = self.epsilon_low if args.epsilon_high is None else args.epsilon_high
 
     def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
         args, step = self.args, self.state.global_step
         if step % args.cycle:
-            return model(self.auxiliary_loss)
+            return model(self.auxiliary_losses)
         if args.starts_rollout(step, self.micro_batch):
             self.generate_rollouts(inputs)
         part = args.policy_micro_batch(step, self.micro_batch) % args.steps_per_generation
         start = part * args.per_device_train_batch_size
         rollout = {
             name: self.buffer[name][start : start + args.per_device_train_batch_size]
-            for name in ("class_labels", "order", "noise", "tokens", "log_prob", "advantages")
+            for name in ("class_labels", "order", "noise", "tokens", "log_prob", "advantages", "weights")
         }
         return model(self._losses, rollout)
 
+    def _rollout_index(self) -> int:
+        return self.args.policy_micro_batch(self.state.global_step, self.micro_batch) // self.args.rollout_period
+
     def generate_rollouts(self, rows: list[dict[str, Any]]) -> None:
-        """Roll out, score and compare one generation batch; fills the buffer."""
-        args = self.args
-        labels, columns = self.rollout_labels(rows, repeats=args.num_generations)
+        """Roll out, score and compare one generation batch; fills the buffer.
+
+        All processes read the same rows and draw the same N images' noise from the same seed; a shuffle deals the
+        images out to processes and micro-batches. So groups may span processes, and how many there are changes nothing.
+        """
+        args, step = self.args, self.state.global_step
+        size, world_size = args.per_device_train_batch_size, args.world_size
+        generator = derive_generator(args.device, args.seed, "rollout", step)
+        shuffled = torch.randperm(args.generation_batch_size, device=args.device, generator=generator)
+        dealt = shuffled.view(args.steps_per_generation, world_size, size).transpose(0, 1).reshape(world_size, -1)
+        mine = dealt[args.process_index]
+        chances = draw_chances(
+            len(rows), args.num_generations, self.mar.config, generator, args.share_order, args.share_noise
+        )
+        labels, columns = self.rollout_labels([rows[image // args.num_generations] for image in mine.tolist()])
+
+        exploring = args.explored(self._rollout_index(), len(self.pairs))
+        parts = []
         self.mar.eval()
-        rollout = sample_rollout(self.mar, labels, args.num_unmasking_steps, args.sigma)
+        with whole_weights(self.mar):
+            # In the portions that training will take, so that the same kernels find the same log-probabilities.
+            for part, part_labels in zip(mine.split(size), labels.split(size), strict=True):
+                chance = {name: values[part] for name, values in chances.items()}
+                steps, sigma, reduction = args.num_unmasking_steps, args.sigma, args.log_prob_reduction
+                parts.append(sample_rollout(self.mar, part_labels, chance, steps, sigma, exploring, reduction))
         self.mar.train()
-        scores = self.score(rollout["tokens"], labels, columns)
-        rollout["advantages"], metrics = aggregate_advantages(
-            scores.by_reward(),
+        rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+        scores = gather_rows(self.score(rollout["tokens"], labels, columns).by_reward())
+        by_group = torch.empty_like(scores)
+        by_group[dealt.flatten()] = scores
+        advantages, metrics = aggregate_advantages(
+            by_group,
             self.rewards.weights,
             args.num_generations,
             args.scale_rewards,
             args.multi_objective_aggregation,
+            args.reward_std_floor,
         )
+        if args.advantage_clip is not None:
+            advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
         self.record(metrics)
-        # Micro-batches are cut from a shuffled generation batch, so that each holds several groups.
-        shuffled = torch.randperm(len(labels), device=labels.device)
-        self.buffer |= {name: values[shuffled].contiguous() for name, values in rollout.items()}
+        weights = group_weights(advantages, args.num_generations)
+        self.buffer |= {**rollout, "advantages": advantages[mine], "weights": weights[mine]}
 
     def _losses(self, networks: StudentNetworks, rollout: dict[str, Tensor]) -> Tensor:
-        args = self.args
-        loss = torch.zeros((), device=args.device)
+        loss = torch.zeros((), device=self.args.device)
         if self.updates_student(self.state.global_step):
             loss = self._policy_loss(networks.student, rollout)
-        if self.matcher is not None:
+        if self.anchor is not None:
             loss = loss + self.anchor_losses(networks, rollout)
         return loss
 
     def _policy_loss(self, student: MARModel, rollout: dict[str, Tensor]) -> Tensor:
-        args = self.args
-        count = args.num_trained_steps or len(self.pairs)
-        chosen = torch.randperm(len(self.pairs))[:count].tolist() if count < len(self.pairs) else range(count)
-        total = torch.zeros((), device=args.device)
+        args, chosen = self.args, self._trained_steps()
+        log_probs, divergences = [], []
         for index in chosen:
             masked, kept = self.pairs[index]
             actions, means = step_mean(student, rollout, masked, kept)
-            log_prob = action_log_prob(actions, means, args.sigma)
-            loss, metrics = clipped_policy_loss(
-                log_prob, rollout["log_prob"][:, index], rollout["advantages"], args.epsilon, args.epsilon_high
-            )
-            if self.reference is not None:
-                with torch.no_grad():
-                    _, reference_means = step_mean(self.reference, rollout, masked, kept)
-                kl = action_kl(means, reference_means, args.sigma).mean()
-                metrics["kl"] = kl
-                loss = loss + args.beta * kl
-            self.record(metrics)
-            total = total + loss / count
-        return total
+            log_probs.append(action_log_prob(actions, means, args.sigma, args.log_prob_reduction))
+            if args.beta > 0:
+                divergences.append(action_kl(means, self.reference_mean(student, rollout, masked, kept), args.sigma))
+        log_prob, old_log_prob = torch.stack(log_probs, dim=1), rollout["log_prob"][:, list(chosen)]
+        self._check_ratio(log_prob, old_log_prob)
+        loss, metrics = policy_loss(
+            log_prob,
+            old_log_prob,
+            rollout["advantages"],
+            self.epsilon_low,
+            self.epsilon_high,
+            args.loss_type,
+            args.importance_sampling_level,
+            rollout["weights"],
+        )
+        if divergences:
+            kl = torch.stack(divergences, dim=1)
+            metrics["kl"] = kl.mean()
+            loss = loss + args.beta * (kl * rollout["weights"].unsqueeze(1)).mean()
+        self.record(metrics)
+        return loss
+
+    def _trained_steps(self) -> list[int]:
+        """Indices of the unmasking steps that this update trains: a function of the step, so alike in all processes."""
+        args, step = self.args, self.state.global_step
+        exploring = list(args.explored(self._rollout_index(), len(self.pairs)))
+        count = args.num_trained_steps or len(exploring)
+        if args.trained_steps == "first" or count == len(exploring):
+            return exploring[:count]
+        generator = derive_generator("cpu", args.seed, "trained steps", step)
+        return [exploring[index] for index in torch.randperm(len(exploring), generator=generator)[:count].tolist()]
+
+    def _check_ratio(self, log_prob: Tensor, old_log_prob: Tensor) -> None:
+        """Before the first update on a rollout each ratio must be 1, or the gradient is not that of the policy."""
+        args = self.args
+        if not args.starts_rollout(self.state.global_step, self.micro_batch):
+            return
+        with failing_together(args.device, PolicyMismatchError):
+            worst = (log_prob - old_log_prob).detach().abs().max().item()
+            if worst > RATIO_TOLERANCE:
+                raise PolicyMismatchError(
+                    f"before the first update on a rollout a log-probability differs by {worst:.3g} from the rollout's "
+                    f"(at most {RATIO_TOLERANCE:g} is allowed), so ratios would not be 1: the student must paint alike "
+                    "in evaluation and training mode. Set its dropout, and LoRA's, to 0; in reduced precision raise "
+                    "sigma or train in float32"
+                )

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from marval_rl.losses.policy import action_kl
 from marval_rl.models import MARModel
+from marval_rl.models.unmasking import unmasking_steps
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
 from marval_rl.trainers.rollout import differentiable_rollout
+from marval_rl.training.randomness import derive_generator
+
+BACKPROP_STEPS = ("all", "last", "random")
 
 
 @dataclass
 class RewardBackpropConfig(RewardTrainingArguments):
-    """Arguments of `RewardBackpropTrainer`: the gradient runs through all unmasking steps, each checkpointed."""
+    """Arguments of `RewardBackpropTrainer`."""
+
+    backprop_steps: str = field(
+        default="all",
+        metadata={
+            "help": "Unmasking steps that take a gradient: all, the last ones (DRaFT-K), or random ones (ReFL).",
+            "choices": list(BACKPROP_STEPS),
+        },
+    )
+    num_backprop_steps: int = field(default=1, metadata={"help": "How many, if not all."})
+    reward_threshold: float | None = field(
+        default=None,
+        metadata={"help": "The loss is relu(threshold - reward) (default: -reward)."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.backprop_steps not in BACKPROP_STEPS:
+            raise ValueError(f'backprop_steps must be one of {", ".join(BACKPROP_STEPS)}, not "{self.backprop_steps}"')
 
 
 class RewardBackpropTrainer(RewardTrainer):
@@ -36,22 +59,54 @@ class RewardBackpropTrainer(RewardTrainer):
                 "use method grpo, or a reward class with `differentiable = True`"
             )
 
+        most = len(unmasking_steps(self.mar.config.num_tokens, args.num_unmasking_steps))
+        self.num_steps = most
+        if args.backprop_steps != "all" and not 1 <= args.num_backprop_steps <= most:
+            raise ValueError(f"num_backprop_steps {args.num_backprop_steps} is outside 1..{most}")
+
     def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
         if self.state.global_step % self.args.cycle:
-            return model(self.auxiliary_loss)
+            return model(self.auxiliary_losses)
         return model(self._losses, inputs)
 
     def _losses(self, networks: StudentNetworks, rows: list[dict[str, Any]]) -> Tensor:
+        args, student = self.args, networks.student
         labels, columns = self.rollout_labels(rows)
         updates_student = self.updates_student(self.state.global_step)
+        divergences: list[Tensor] = []
+
+        def diverge(mean: Tensor, state: dict[str, Tensor], masked: int, kept: int) -> None:
+            divergences.append(action_kl(mean, self.reference_mean(student, state, masked, kept), args.sigma))
+
         with torch.set_grad_enabled(updates_student):
-            rollout = differentiable_rollout(networks.student, labels, self.args.num_unmasking_steps)
+            rollout = differentiable_rollout(
+                student, labels, args.num_unmasking_steps, self._backprop_steps(), diverge if args.beta > 0 else None
+            )
         loss = torch.zeros((), device=labels.device)
         if updates_student:
-            reward = self.score(rollout["tokens"], labels, columns, with_grad=True).total
-            scored = ~reward.isnan()
-            loss = -torch.where(scored, reward, 0).sum() / scored.sum().clamp(min=1)
-            self.record({"reward": reward.detach().nanmean(), "reward_std": reward.detach()[scored].std()})
-        if self.matcher is not None:
+            loss = self._reward_loss(self.score(rollout["tokens"], labels, columns, with_grad=True).total)
+            if divergences:
+                kl = torch.stack(divergences).mean()
+                self.record({"kl": kl})
+                loss = loss + args.beta * kl
+        if self.anchor is not None:
             loss = loss + self.anchor_losses(networks, rollout)
         return loss
+
+    def _reward_loss(self, reward: Tensor) -> Tensor:
+        """-R, or relu(threshold - R), over the images that were scored."""
+        scored = ~reward.isnan()
+        self.record({"reward": reward.detach().nanmean(), "reward_std": reward.detach()[scored].std()})
+        threshold = self.args.reward_threshold
+        losses = -reward if threshold is None else (threshold - reward).relu()
+        return torch.where(scored, losses, 0).sum() / scored.sum().clamp(min=1)
+
+    def _backprop_steps(self) -> list[int]:
+        """Indices of the unmasking steps that take a gradient: a function of the step, so alike in all processes."""
+        args = self.args
+        if args.backprop_steps == "all":
+            return list(range(self.num_steps))
+        if args.backprop_steps == "last":
+            return list(range(self.num_steps - args.num_backprop_steps, self.num_steps))
+        generator = derive_generator("cpu", args.seed, "backprop steps", self.state.global_step)
+        return torch.randperm(self.num_steps, generator=generator)[: args.num_backprop_steps].tolist()

@@ -11,27 +11,28 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
+from transformers import TrainerState
 
 from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
 from marval_rl.models.head import DiffusionHead
-from marval_rl.models.unmasking import random_order
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
+from marval_rl.trainers.anchor import Anchor, AnchorArguments
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
-from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
-from marval_rl.trainers.masking import draw_num_masked
+from marval_rl.trainers.gsim import StudentNetworks
+from marval_rl.trainers.rollout import step_mean
 from marval_rl.training.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.training.base import MARTrainer
-from marval_rl.training.batches import EpochAware
 from marval_rl.training.distributed import failing_together
+from marval_rl.training.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
 from marval_rl.training.optimizers import adamw
 from marval_rl.training.sampling import SamplingSettings
 
 
 @dataclass
-class RewardTrainingArguments(MARTrainingArguments):
+class RewardTrainingArguments(AnchorArguments, LimitArguments, MARTrainingArguments):
     """Arguments that both reward trainers take."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the student."})
@@ -43,32 +44,18 @@ class RewardTrainingArguments(MARTrainingArguments):
         default=None, metadata={"help": "K in evaluation (default: as in training)."}
     )
     prompt_template: str = field(default="{name}", metadata={"help": "Prompt of a class; {name} is the class's name."})
-    anchor_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the GSIM loss that holds on to the teacher's distribution; 0 is none."},
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference model."})
+    sigma: float = field(
+        default=0.1,
+        metadata={"help": "Standard deviation of the policy, in latent units; it is the unit of the KL, too."},
     )
-    anchor_batch_size: int = field(
-        default=128, metadata={"help": "Contexts of the anchor: half from data, half from the student's own rollouts."}
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Move the reference model after the averaged student (TRL's name)."}
     )
-    auxiliary_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the auxiliary network."})
-    auxiliary_updates: int = field(
-        default=4,
-        metadata={"help": "Steps per student update when there is an anchor: the others train the auxiliary."},
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the averaged student in the reference at each synchronisation."}
     )
-    auxiliary_warmup_steps: int = field(
-        default=40, metadata={"help": "First steps that train the auxiliary network only (with an anchor)."}
-    )
-    guidance_scale: float = field(default=1.2, metadata={"help": "Guidance of the teacher's score in the anchor."})
-    min_timestep: int = field(default=20, metadata={"help": "Lowest timestep of the anchor."})
-    max_timestep: int = field(default=950, metadata={"help": "Highest timestep of the anchor."})
-    timestep_draws: int = field(default=1, metadata={"help": "(t, noise) draws a token in the anchor."})
-    mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked in the anchor."})
-    mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the anchor's mask ratios."})
-
-    @property
-    def cycle(self) -> int:
-        """Steps of which one updates the student; with an anchor the others train the auxiliary network."""
-        return self.auxiliary_updates if self.anchor_weight > 0 else 1
+    ref_model_sync_steps: int = field(default=64, metadata={"help": "Steps between synchronisations."})
 
     def batch_pattern(self) -> list[bool]:
         return cycle_pattern(self.gradient_accumulation_steps, self.cycle)
@@ -77,8 +64,12 @@ class RewardTrainingArguments(MARTrainingArguments):
         super().__post_init__()
         if self.eval_unmasking_steps is None:
             self.eval_unmasking_steps = self.num_unmasking_steps
-        if self.anchor_weight < 0:
-            raise ValueError(f"anchor_weight must not be negative, but is {self.anchor_weight}")
+        for name, weight in (("anchor_weight", self.anchor_weight), ("beta", self.beta)):
+            if weight < 0:
+                raise ValueError(f"{name} must not be negative, but is {weight}")
+        if self.sigma <= 0:
+            raise ValueError(f"sigma must be positive, not {self.sigma}: without noise there is no policy")
+        self.check_limits()
         if "{name}" not in self.prompt_template:
             raise ValueError(f'prompt_template "{self.prompt_template}" lacks {{name}}, the place of the class\'s name')
 
@@ -119,17 +110,13 @@ class RewardTrainer(MARTrainer):
             raise ValueError(f"anchor_weight {args.anchor_weight} needs a teacher and a data set of images")
         network = StudentNetworks(model, _auxiliary_network(teacher, auxiliary) if anchored else None)
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
+        self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final))
         self.rewards = reward_set(reward_funcs, args.reward_weights)
-        self.anchor_dataset = anchor_dataset
+        self.anchor = Anchor(teacher, anchor_dataset, self.tokens_of, args) if anchored else None
         self.warmup_steps = args.auxiliary_warmup_steps if anchored else 0
-        self.matcher = None
-        if anchored:
-            self.matcher = ScoreMatcher(
-                teacher.to(args.device),
-                args.guidance_scale,
-                (args.min_timestep, args.max_timestep),
-                args.timestep_draws,
-            )
+        self.reference = None
+        if args.beta > 0:
+            self.reference = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
 
     def sampling_settings(self) -> SamplingSettings:
         return SamplingSettings(num_unmasking_steps=self.args.eval_unmasking_steps)
@@ -141,6 +128,9 @@ class RewardTrainer(MARTrainer):
         if self.optimizer is None:
             self.optimizer = adamw(student_groups(self.model, self.args), self.args)
         return self.optimizer
+
+    def has_ended(self, state: TrainerState) -> bool:
+        return super().has_ended(state) or broken_limit(limits_of(self.args), state.log_history) is not None
 
     def updates_student(self, step: int) -> bool:
         return step >= self.warmup_steps and step % self.args.cycle == 0
@@ -165,44 +155,38 @@ class RewardTrainer(MARTrainer):
             self.record({f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": _nanstd(values)})
         return scores
 
-    def anchor_losses(self, networks: StudentNetworks, own_tokens: dict[str, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def reference_mean(self, student: MARModel, state: dict[str, Tensor], masked: int, kept: int) -> Tensor:
+        """The reference model's mean [B, M, C] of an unmasking step, in a state as `step_mean` takes it."""
+        return step_mean(self.reference, state, masked, kept)[1]
+
+    def anchor_losses(self, networks: StudentNetworks, own: dict[str, Tensor]) -> Tensor:
         """anchor_weight x GSIM + the auxiliary network's loss on fresh contexts; keeps the sample in the buffer.
 
-        own_tokens: {tokens [B, L, C], class_labels [B]} of rollouts; half of the contexts come from them.
+        own: {tokens [B, L, C], class_labels [B]} of rollouts; half of the contexts come from them.
         """
-        args, config = self.args, self.mar.config
-        half = args.anchor_batch_size // 2
-        if isinstance(self.anchor_dataset, EpochAware):
-            self.anchor_dataset.set_epoch(self.state.global_step)  # fresh flips
-        chosen = torch.randint(len(self.anchor_dataset), (args.anchor_batch_size - half,)).tolist()
-        data = default_collate([self.anchor_dataset[index] for index in chosen])
-        data_tokens = self.tokens_of(data)
-        own = torch.randint(len(own_tokens["tokens"]), (half,), device=args.device)
-        tokens = torch.cat([data_tokens, own_tokens["tokens"][own].detach()])
-        labels = torch.cat([data["class_labels"].to(args.device), own_tokens["class_labels"][own]])
-        order = random_order(len(tokens), config.num_tokens, args.device)
-        num_masked = draw_num_masked(config.num_tokens, args.mask_ratio_min, args.mask_ratio_std)
-        context = (tokens, labels, order, num_masked)
-        if self.updates_student(self.state.global_step):
-            loss, metrics, sample = self.matcher.student_loss(networks, *context)
-            self.record({"anchor_loss": loss, **metrics})
-            loss = args.anchor_weight * loss
+        step = self.state.global_step
+        context = self.anchor.contexts(own, epoch=step)
+        loss = torch.zeros((), device=self.args.device)
+        if self.updates_student(step):
+            loss, metrics, sample = self.anchor.student_loss(networks, context)
+            self.record(metrics)
         else:
-            loss, sample = torch.zeros((), device=args.device), self.matcher.sample(networks, *context)
-        self.buffer |= {f"anchor.{name}": value for name, value in sample.items()}
-        return loss + self.auxiliary_loss(networks)
+            sample = self.anchor.sample(networks, context)
+        self.buffer |= {f"{self.micro_batch}.anchor.{name}": value for name, value in sample.items()}
+        return loss + self.auxiliary_losses(networks)
 
-    def auxiliary_loss(self, networks: StudentNetworks) -> Tensor:
-        """The auxiliary network's loss on the sample in the buffer."""
-        sample = {name: self.buffer[f"anchor.{name}"] for name in ("x_start", "condition")}
-        loss = self.matcher.auxiliary_loss(networks, sample)
+    def auxiliary_losses(self, networks: StudentNetworks) -> Tensor:
+        """The auxiliary network's loss on this micro-batch's sample in the buffer."""
+        sample = {name: self.buffer[f"{self.micro_batch}.anchor.{name}"] for name in ("x_start", "condition")}
+        loss = self.anchor.auxiliary_loss(networks, sample)
         self.record({"auxiliary_loss": loss})
         return loss
 
     def save_final(self, folder: Path) -> None:
         super().save_final(folder)
         if self.model.auxiliary is not None:
-            save_auxiliary(self.model.auxiliary, folder)
+            save_auxiliary(self.model.auxiliary, folder, self.args.should_save)
 
 
 def reward_set(

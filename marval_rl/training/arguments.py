@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 
 from transformers import IntervalStrategy, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 
 
@@ -43,8 +43,13 @@ class MARTrainingArguments(TrainingArguments):
 
     @property
     def rows_per_batch(self) -> int:
-        """Rows of the data set that a micro-step reads, in each process."""
+        """Rows of the data set in a batch."""
         return self.per_device_train_batch_size
+
+    @property
+    def num_readers(self) -> int:
+        """Processes among which the batches are dealt out."""
+        return self.world_size
 
     def batch_pattern(self) -> list[bool]:
         """Over the micro-steps, repeated: whether one reads a batch, or goes on with what an earlier one read."""
@@ -54,11 +59,9 @@ class MARTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "ZeRO-3 is not supported yet: the weight average and the rollouts need whole weights. Use ZeRO-2 "
-                "(recipes/deepspeed/zero2.json), which fits MAR-H into 80 GB: see --dry_run"
-            )
+        # Under ZeRO-3 transformers would load every model in parts from here on, the teacher and the rewards too. All
+        # models are made whole; the engine takes apart the one that it trains.
+        unset_hf_deepspeed_config()
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(
                 f"max_steps must be at least 1, not {self.max_steps}; -1 trains num_train_epochs passes over the data"

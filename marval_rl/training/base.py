@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from marval_rl.errors import RewardError
 from marval_rl.evaluation.evaluator import ImageEvaluator
@@ -20,8 +21,9 @@ from marval_rl.rewarding import RewardSet
 from marval_rl.training.arguments import MARTrainingArguments
 from marval_rl.training.batches import EpochBatches, epoch_loader
 from marval_rl.training.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
-from marval_rl.training.distributed import failing_together
+from marval_rl.training.distributed import failing_together, from_first_process, is_partitioned, mean_over_processes
 from marval_rl.training.ema import ExponentialMovingAverage
+from marval_rl.training.optimizers import MODEL, rest
 from marval_rl.training.progress import ProgressBarCallback
 from marval_rl.training.randomness import derive_seed
 from marval_rl.training.resume import is_complete
@@ -32,9 +34,10 @@ class MARTrainer(Trainer):
     """Base of the trainers; not used by itself.
 
     A subclass computes its loss in `compute_loss` and says with `sampling_settings` how its model is sampled.
-    Randomness is seeded anew in each step from (seed, step, process): a run that was killed and resumed draws the same
-    noise as one that was not. A checkpoint holds, besides what `Trainer` saves, the weight average and the subclass's
-    `buffer`.
+    Randomness is seeded anew in each micro-batch from (seed, step, number of the micro-batch among those of the step
+    in all processes): a run that was killed and resumed draws the same noise as one that was not, and one process that
+    accumulates two micro-batches what two processes draw. A checkpoint holds, besides what `Trainer` saves, the weight
+    average and the subclass's `buffer`.
 
     Args:
         network: What the optimizer trains; `model` or a module that holds it.
@@ -53,8 +56,14 @@ class MARTrainer(Trainer):
         eval_rewards: RewardSet | None = None,
         **kwargs: Any,
     ):
+        if any(map(is_partitioned, network.parameters())):
+            raise ValueError(
+                "the model's parameters are already partitioned by ZeRO-3: make it outside deepspeed.zero.Init, and "
+                "load it after the training arguments were made; the trainer partitions it"
+            )
         # transformers asks for an evaluation set although evaluation here generates its own images.
         super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
+        unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
         self.mar = model
         self.codec = codec_for(model.config).to(args.device)
         config = model.config
@@ -82,7 +91,8 @@ class MARTrainer(Trainer):
         return SamplingSettings(num_unmasking_steps=self.args.eval_unmasking_steps)
 
     def record(self, metrics: dict[str, Tensor]) -> None:
-        """Remember metrics of this micro-batch; their mean appears at the next log."""
+        """Remember metrics of this micro-batch; their mean over all processes appears at the next log. NaN is left
+        out of it."""
         for name, value in metrics.items():
             self._metrics[name].append(value.detach().float())
 
@@ -94,6 +104,11 @@ class MARTrainer(Trainer):
         """Whether the optimizer step with this index moves the model that is averaged."""
         return True
 
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether a run in this state is over, so that nothing is left but to write `final`."""
+        # By epochs, max_steps is -1 and the number of steps follows from the data; the first start noted it.
+        return state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps)
+
     # ---- Training ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -102,8 +117,8 @@ class MARTrainer(Trainer):
             self.train_dataset,
             args.rows_per_batch,
             args.data_seed,
-            args.process_index,
-            args.world_size,
+            args.process_index % args.num_readers,
+            args.num_readers,
             args.batch_pattern(),
         )
         return epoch_loader(
@@ -126,15 +141,14 @@ class MARTrainer(Trainer):
         if self.micro_batch == 0:  # tensors are replaced in a step and not changed, so lists of them are enough
             metrics = {name: list(values) for name, values in self._metrics.items()}
             self._before_step = (dict(self.buffer), metrics, self._tr_loss.clone())
-        torch.manual_seed(derive_seed(self.args.seed, "train", step, self.micro_batch, self.args.process_index))
+            rest(self.optimizer, () if self.updates_student(step) else (MODEL,))
+        place = self.micro_batch * self.args.world_size + self.args.process_index
+        torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # not the line of an evaluation, which may fall between two of training
-            for name, values in self._metrics.items():
-                mean = torch.stack(values).nanmean().item()
-                if not math.isnan(mean):  # a reward may leave every sample of a batch out
-                    logs[name] = mean
+            logs |= mean_over_processes(self._metrics)  # a reward may have left every sample out: no line then
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -174,7 +188,8 @@ class MARTrainer(Trainer):
             metrics |= self.evaluator.evaluate(images, class_labels)
         if self.eval_rewards is not None:
             metrics |= self.judge(images, class_labels)
-        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        # The last digits may differ between processes, but what follows from the figures must not.
+        metrics = from_first_process({f"eval_{name}": value for name, value in metrics.items()})
         if self.is_world_process_zero():
             folder = Path(args.output_dir) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +243,7 @@ class MARTrainer(Trainer):
             raise RewardError(f"{error}; {self._keep_completed_steps()}") from error
         finally:
             self.interrupt.restore()
-        if self.args.should_save and self.state.global_step >= self.state.max_steps:
+        if self.has_ended(self.state):
             self.save_final(Path(self.args.output_dir) / "final")
         return result
 
@@ -256,15 +271,14 @@ class MARTrainer(Trainer):
     def _is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the run's last one; transformers would train one step more. Writes `final` anew."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        # By epochs, max_steps is -1 and the number of steps follows from the data; the first start noted it.
-        if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
+        if not self.has_ended(state):
             return False
         self.state = state
         self._load_from_checkpoint(checkpoint)
-        if self.args.should_save:
-            self.save_final(Path(self.args.output_dir) / "final")
+        self.save_final(Path(self.args.output_dir) / "final")
         return True
 
     def save_final(self, folder: Path) -> None:
-        """Write what the run is for: a folder for `MARModel.from_pretrained`."""
-        self.ema.module.save_pretrained(folder)
+        """Write what the run is for, a folder for `MARModel.from_pretrained`. All processes must call it."""
+        if self.args.should_save:
+            self.ema.module.save_pretrained(folder)

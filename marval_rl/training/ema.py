@@ -7,9 +7,13 @@ import copy
 import torch
 from torch import nn
 
+from marval_rl.training.distributed import whole_in_chunks
+
 
 class ExponentialMovingAverage:
     """Keeps `module`, an averaged copy of the model: w_ema <- d w_ema + (1 - d) w after each update.
+
+    The copy is whole on every process and keeps the precision it began with, whatever an engine does to the model.
 
     Args:
         model: The model to follow; the average starts as a copy of it.
@@ -28,8 +32,11 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the parameters of `model`."""
+        """Move the average towards the parameters of `model`. All processes must call it."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
-        averages = list(self.module.parameters())
-        torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 - decay)
+        averages = self.module.parameters()
+        for parameters in whole_in_chunks(model.parameters()):
+            chunk = [next(averages) for _ in parameters]
+            current = [p.detach().to(average.dtype) for p, average in zip(parameters, chunk, strict=True)]
+            torch._foreach_lerp_(chunk, current, 1 - decay)

@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from marval_rl.errors import CheckpointError
+from marval_rl.training.checkpoints import UNFINISHED, checkpoints_in, damage, step_of
 
 LATEST = "latest"
-STATE_FILE = "trainer_state.json"  # written last: a checkpoint that has it whole is whole
 
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
-    try:
-        json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
+T = TypeVar("T")
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path:
-    """The checkpoint that `resume` names, or the newest complete one of the run for "latest".
+    """The checkpoint that `resume` names, or the newest whole one of the run for "latest".
+
+    Of several processes the first reads the files and the others do as it says.
 
     Raises:
-        CheckpointError: If there is none, or the one named is incomplete.
+        CheckpointError: In all processes, if there is none, or the one named is damaged.
     """
+    return _as_the_first_says(lambda: _find_checkpoint(output_dir, resume))
+
+
+def _find_checkpoint(output_dir: Path, resume: str) -> Path:
     if resume != LATEST:
-        if not is_complete(Path(resume)):
-            raise CheckpointError(f"{resume} is no complete checkpoint ({STATE_FILE} is missing or damaged)")
+        if (wrong := damage(Path(resume))) is not None:
+            raise CheckpointError(f"{resume} is no whole checkpoint: {wrong}")
         return Path(resume)
-    found = sorted((f for f in output_dir.glob("checkpoint-*") if step_of(f) is not None), key=step_of)
-    complete = [folder for folder in found if is_complete(folder)]
-    if not complete:
-        raise CheckpointError(f"{output_dir} holds no complete checkpoint to resume from; start without --resume")
-    if complete[-1] != found[-1]:
-        print(f"{found[-1]} is incomplete (its writing was cut off); resuming from {complete[-1]}")
-    return complete[-1]
+    passed_over = []
+    for folder in reversed(checkpoints_in(output_dir)):
+        if (wrong := damage(folder)) is None:
+            for other, told in passed_over:
+                print(f"{other} is damaged ({told}); resuming from {folder}")
+            return folder
+        passed_over.append((folder, wrong))
+    found = "".join(f"; {folder.name} is damaged: {wrong}" for folder, wrong in passed_over)
+    raise CheckpointError(f"{output_dir} holds no whole checkpoint to resume from{found}; start without --resume")
 
 
-def step_of(checkpoint: Path) -> int | None:
-    """The step in the name checkpoint-<step>; None for another name."""
-    step = checkpoint.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() and step != checkpoint.name else None
+def _as_the_first_says(decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, in all of them; so with the CheckpointError that it raises."""
+    if not torch.distributed.is_initialized():
+        return decide()
+    decided: list[T | CheckpointError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            decided = [decide()]
+        except CheckpointError as error:
+            decided = [error]
+    torch.distributed.broadcast_object_list(decided)
+    if isinstance(decided[0], CheckpointError):
+        raise decided[0]
+    return decided[0]
 
 
 def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
@@ -62,7 +76,7 @@ def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
 
 def earlier_run(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
-    names = ("checkpoint-*", "superseded-*", "metrics.jsonl", "final", "samples")
+    names = ("checkpoint-*", "superseded-*", "metrics.jsonl", "final", "best", "best.unfinished", "samples")
     return [path for name in names for path in output_dir.glob(name)]
 
 

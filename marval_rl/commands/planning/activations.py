@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from marval_rl.commands.planning.memory import saved_bytes
-from marval_rl.losses.policy import action_log_prob, clipped_policy_loss
+from marval_rl.losses.policy import action_log_prob, policy_loss
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.mar import new_head
 from marval_rl.models.unmasking import random_order, unmasking_steps
@@ -54,12 +54,12 @@ def grpo_bytes(config: MARConfig, args: Any) -> int:
     def run(student: MARModel) -> Any:
         tokens, labels, order = example_batch(config, args.per_device_train_batch_size)
         rollout = {"tokens": tokens, "class_labels": labels, "order": order, "noise": torch.randn_like(tokens)}
-        losses = []
-        for masked, kept in pairs[: args.num_trained_steps]:
-            log_prob = action_log_prob(*step_mean(student, rollout, masked, kept), args.sigma)
-            old, advantages = torch.zeros(len(tokens)), torch.zeros(len(tokens))
-            losses.append(clipped_policy_loss(log_prob, old, advantages, args.epsilon, args.epsilon_high))
-        return losses
+        log_probs = [
+            action_log_prob(*step_mean(student, rollout, masked, kept), args.sigma)
+            for masked, kept in pairs[: args.num_trained_steps or args.exploration_window]
+        ]
+        log_prob = torch.stack(log_probs, dim=1)
+        return policy_loss(log_prob, torch.zeros_like(log_prob), torch.zeros(len(tokens)))
 
     return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
 

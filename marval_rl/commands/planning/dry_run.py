@@ -64,7 +64,7 @@ def length(config: Any, plan: TrainingPlan) -> list[str]:
     if rows is None:
         rows, assumed = IMAGENET_ROWS, " if the data were ImageNet's 1,281,167 images"
     pattern = config.batch_pattern()
-    rounds = rounds_in(rows, config.rows_per_batch * config.world_size, pattern)
+    rounds = rounds_in(rows, config.rows_per_batch * config.num_readers, pattern)
     steps = rounds * len(pattern) // config.gradient_accumulation_steps
     lines = [f"an epoch: {rows:,} rows, {steps:,} optimizer steps{assumed}"]
     if config.max_steps > 0:

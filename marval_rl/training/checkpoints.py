@@ -1,0 +1,297 @@
+"""Checkpoints that are whole or not there: written aside, sealed by a manifest, and only then moved into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from marval_rl.errors import CheckpointError, first_line
+
+UNFINISHED = "unfinished"  # the folder beside the checkpoints in which they are written and taken apart
+MANIFEST = "manifest.json"  # written last
+STATE_FILE = "trainer_state.json"
+FORMAT = 1
+
+# What a full disk raises: OSError from Python and DeepSpeed, RuntimeError from torch.save, the third from safetensors.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run's state is spread: over how many processes, and by which stage of ZeRO (None without DeepSpeed)."""
+
+    world_size: int
+    zero_stage: int | None = None
+
+    def __str__(self) -> str:
+        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return processes if self.zero_stage is None else f"{processes} under ZeRO-{self.zero_stage}"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name checkpoint-<step>; None for another name."""
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() and step != checkpoint.name else None
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The run's checkpoints from the oldest to the newest, whole or not."""
+    return sorted((folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) is not None), key=step_of)
+
+
+# ---- Reading ----
+
+
+def damage(checkpoint: Path, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, beginning with the file's name; None if it is whole.
+
+    One without a manifest, of a version before there was one, is taken by its trainer_state.json, which came last.
+
+    Args:
+        checkpoint: The folder.
+        checksums: Read all files and compare; else only their sizes.
+    """
+    if not (checkpoint / MANIFEST).exists():
+        return None if _is_json(checkpoint / STATE_FILE) else f"{STATE_FILE} is missing or damaged"
+    if not _is_json(checkpoint / MANIFEST):
+        return f"{MANIFEST} is damaged"
+    for name, facts in json.loads((checkpoint / MANIFEST).read_text())["files"].items():
+        try:
+            size = (checkpoint / name).stat().st_size
+            if size != facts["size"]:
+                return f"{name} has {size} bytes where {facts['size']} were written"
+            if checksums and _crc32(checkpoint / name) != facts["crc32"]:
+                return f"{name} is not what was written: its checksum differs"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def layout_of(checkpoint: Path) -> Layout | None:
+    """What wrote a checkpoint; None if it is of a version that did not tell."""
+    if not (checkpoint / MANIFEST).exists():
+        return None
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    return Layout(**manifest["layout"])
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """The run's checkpoints whose files are all there with the right sizes, the newest last."""
+    return [folder for folder in checkpoints_in(output_dir) if damage(folder, checksums=False) is None]
+
+
+def way_on(output_dir: Path) -> str:
+    """What is left to resume from, for the message of an error that ends a run."""
+    whole = whole_checkpoints(output_dir)
+    if not whole:
+        return "there is no checkpoint yet"
+    return f"{whole[-1]} is whole, --resume goes on from it"
+
+
+# ---- Writing ----
+
+
+class CheckpointWriter:
+    """One checkpoint on its way. All processes write into `folder`; what fails is remembered, so that none stays behind
+    in a collective operation, and raised in all of them when they compare notes.
+
+    Args:
+        output_dir: The run's folder, the same for all processes.
+        step: The step of the checkpoint.
+        layout: How the state is spread.
+        save_total_limit: Keep this many checkpoints; None or 0 keeps all.
+    """
+
+    def __init__(self, output_dir: Path, step: int, layout: Layout, save_total_limit: int | None):
+        self.output_dir = output_dir
+        self.step = step
+        self.layout = layout
+        self.save_total_limit = save_total_limit
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.folder = output_dir / UNFINISHED / f"checkpoint-{step}"
+        self.target = output_dir / f"checkpoint-{step}"
+        self.failure: str | None = None
+
+    def begin(self) -> None:
+        """Make an empty folder.
+
+        Raises:
+            CheckpointError: In all processes, if one cannot.
+        """
+        if self.rank == 0:
+            with self.attempt():
+                remove_unfinished(self.output_dir)
+                self.folder.mkdir(parents=True)
+        self.agree()
+
+    @contextmanager
+    def attempt(self, file: Path | None = None) -> Iterator[None]:
+        """Within this context a failure to write is remembered instead of raised. The torn file is deleted: on a full
+        disk it takes the room that the next small one needs."""
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            self.failure = self.failure or _words(error, file)
+            if file is not None:
+                file.unlink(missing_ok=True)
+
+    def attempting(self, write: Callable[[Any, str], Any]) -> Callable[[Any, str], None]:
+        """The function write(content, path), within `attempt`."""
+
+        def attempted(content: Any, path: str) -> None:
+            with self.attempt(Path(path)):
+                write(content, path)
+
+        return attempted
+
+    def agree(self) -> None:
+        """Hear of the failures in all processes.
+
+        Raises:
+            CheckpointError: In all of them, if one has failed. What was written is removed.
+        """
+        failures = _share(self.failure)
+        failed = [f"process {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
+        if not failed:
+            return
+        if self.rank == 0:
+            remove_unfinished(self.output_dir)
+        _share(None)  # all hear of it once the room is free again
+        told = failed[0] if self.layout.world_size > 1 else failed[0].removeprefix("process 0: ")
+        free = shutil.disk_usage(self.output_dir).free
+        raise CheckpointError(
+            f"{self.target} could not be written: {told} ({free / 1e9:.1f} GB are free in {self.output_dir}); "
+            f"{way_on(self.output_dir)}{' once there is room' if whole_checkpoints(self.output_dir) else ''}"
+        )
+
+    def seal(self) -> None:
+        """Make sure that all is on the disk, write the manifest, move the checkpoint into place, delete old ones.
+
+        Raises:
+            CheckpointError: In all processes, if one has failed.
+        """
+        self.agree()
+        entries: dict[str, dict[str, int]] = {}
+        with self.attempt():
+            files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+            for path in files[self.rank :: self.layout.world_size]:
+                _to_disk(path)
+                entries[str(path.relative_to(self.folder))] = {"size": path.stat().st_size, "crc32": _crc32(path)}
+        shared = _share(entries)
+        self.agree()
+        if self.rank == 0:
+            with self.attempt():
+                self._check_ranks()
+                self._write_manifest({name: facts for part in shared for name, facts in part.items()})
+                self._move_into_place()
+        self.agree()
+        if self.rank == 0:
+            self._rotate()
+            remove_unfinished(self.output_dir)
+
+    def _check_ranks(self) -> None:
+        missing = [rank for rank in range(self.layout.world_size) if not (self.folder / buffer_file(rank)).exists()]
+        if missing:
+            raise OSError(
+                f"the files of process {missing[0]} are not there: output_dir must be one folder that all machines see"
+            )
+
+    def _write_manifest(self, files: dict[str, dict[str, int]]) -> None:
+        manifest = {
+            "format": FORMAT,
+            "step": self.step,
+            "layout": asdict(self.layout),
+            "versions": _versions("marval_rl", "torch", "transformers", "deepspeed"),
+            "files": dict(sorted(files.items())),
+        }
+        path = self.folder / MANIFEST
+        path.write_text(json.dumps(manifest, indent=1))
+        _to_disk(path)
+        _to_disk(self.folder)
+
+    def _move_into_place(self) -> None:
+        if self.target.exists():  # a torn one, or one that a run before this wrote
+            self.target.rename(self.output_dir / UNFINISHED / "replaced")
+        self.folder.rename(self.target)
+        _to_disk(self.output_dir)
+
+    def _rotate(self) -> None:
+        if not self.save_total_limit:
+            return
+        for old in checkpoints_in(self.output_dir)[: -self.save_total_limit]:
+            if old != self.target:
+                old.rename(self.output_dir / UNFINISHED / old.name)  # gone at once, whatever happens to the deletion
+
+
+def buffer_file(rank: int) -> str:
+    """The file of what a process keeps between steps; each process writes one, so that it tells who was there."""
+    return f"buffer_{rank}.safetensors"
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Delete what a run that was cut off left half written."""
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+
+
+def _share(value: Any) -> list[Any]:
+    """The value of each process, by rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _words(error: Exception, file: Path | None) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return f"{f'{file.name}: ' if file else ''}{first_line(error)}"
+    name = error.filename or file
+    return f"{f'{Path(name).name}: ' if name else ''}{error.strerror}"
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):  # not there, or damaged: no text, or no JSON
+        return False
+    return True
+
+
+def _crc32(path: Path, block: int = 1 << 22) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while data := file.read(block):
+            value = zlib.crc32(data, value)
+    return value
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk, and not only in the machine's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _versions(*packages: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
