@@ -10,31 +10,45 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from marval_rl import __version__
 from marval_rl.errors import MarvalError
 
 PROGRAM = "marval-rl"
+ERROR_FILE = "MARVAL_RL_ERROR_FILE"  # names the file for the error message of a process that was launched
 
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command lives, its line in the overview, and whether `--key value` settings may follow its recipe."""
+    """Where a command lives and its line in the overview.
+
+    takes_recipe: `--key value` settings may follow its recipe. can_launch: it may run in several processes.
+    """
 
     module: str
     help: str
     takes_recipe: bool = False
+    can_launch: bool = False
 
 
 COMMANDS = {
     "demo": Command("marval_rl.commands.demo", "the whole story on real digits: teacher, student, RL, report"),
-    "pretrain": Command("marval_rl.commands.pretrain", "train a MAR teacher", takes_recipe=True),
-    "distill": Command("marval_rl.commands.distill", "distil a teacher into a one-step student", takes_recipe=True),
-    "train": Command("marval_rl.commands.train", "RL on a student: method grpo or reward_backprop", takes_recipe=True),
+    "pretrain": Command("marval_rl.commands.pretrain", "train a MAR teacher", takes_recipe=True, can_launch=True),
+    "distill": Command(
+        "marval_rl.commands.distill", "distil a teacher into a one-step student", takes_recipe=True, can_launch=True
+    ),
+    "train": Command(
+        "marval_rl.commands.train",
+        "RL on a student: method grpo or reward_backprop",
+        takes_recipe=True,
+        can_launch=True,
+    ),
     "convert": Command("marval_rl.commands.convert", "official MAR or VAE weights to a model folder, and back"),
     "cache": Command("marval_rl.commands.cache", "encode a data set by the VAE, once", takes_recipe=True),
     "sample": Command("marval_rl.commands.sample", "paint images with a model"),
@@ -66,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv  # wherever it stands; and known even where parsing fails
     argv = [argument for argument in argv if argument != "--debug"]
     try:
-        return run_command(argv)
+        return run_command(argv, debug)
     except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -82,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, f"unexpected error: {message} (run again with --debug for the traceback)", debug)
 
 
-def run_command(argv: Sequence[str]) -> int:
+def run_command(argv: Sequence[str], debug: bool = False) -> int:
     """Runs one command, letting its errors through, and returns the exit code."""
     position = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
     overview = _overview_parser()
@@ -94,6 +108,12 @@ def run_command(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}{_nearest(PROGRAM, name, COMMANDS)}")
     command = COMMANDS[name]
+    num_processes = None
+    if command.can_launch:
+        left = _launch(name, arguments, debug)
+        if left is None:
+            return 0
+        arguments, num_processes = left
     module = importlib.import_module(command.module)
     parser = CommandParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -106,8 +126,33 @@ def run_command(argv: Sequence[str]) -> int:
         _check_recipe(name, args.recipe, arguments, options)
     elif extra:
         raise UsageError(f"unexpected argument {extra[0]!r} (see {parser.prog} --help)")
-    module.run(args, extra)
+    if num_processes is None:
+        module.run(args, extra)
+    else:
+        from marval_rl.training.arguments import planned_for
+
+        with planned_for(num_processes):
+            module.run(args, extra)
     return 0
+
+
+def _launch(name: str, arguments: list[str], debug: bool) -> tuple[list[str], int | None] | None:
+    """Runs the command in several processes if the arguments ask for that, and returns None. Otherwise returns the
+    arguments left for this process, and how many processes a dry run is to count with."""
+    from marval_rl.commands.launch import add_launch_arguments, plan_launch, run_processes
+
+    parser = CommandParser(prog=f"{PROGRAM} {name}", add_help=False)
+    add_launch_arguments(parser)
+    options, others = parser.parse_known_args(arguments)
+    launch = None if {"-h", "--help"} & set(arguments) else plan_launch(options)
+    if launch is None:
+        return arguments, None
+    others = launch.with_settings(others)
+    if "--dry_run" in others:
+        print(launch.describe([name, *others]) + "\n")
+        return others, launch.num_processes
+    run_processes(launch, [name, *others, *(["--debug"] if debug else [])])
+    return None
 
 
 def _overview_parser() -> CommandParser:
@@ -181,5 +226,9 @@ def _describe_os_error(error: OSError) -> str:
 def _fail(code: int, message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    if ERROR_FILE in os.environ:  # the process that launched this one tells it, once for all
+        Path(os.environ[ERROR_FILE]).write_text(message)
+    else:
+        print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return code

@@ -19,6 +19,14 @@ class CheckpointError(MarvalError):
     """A model folder or a checkpoint cannot be used as asked."""
 
 
+class NonFiniteError(MarvalError):
+    """Training brings forth numbers that are no numbers, step after step."""
+
+
+class ProcessLostError(MarvalError):
+    """Another process of the run does not answer, or is gone."""
+
+
 class DataError(MarvalError):
     """Images, a data set or a cache cannot be read, or are not what they should be."""
 

@@ -121,7 +121,7 @@ def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monk
     assert_same_end(tmp_path / "broken", tmp_path / "whole", last="checkpoint-5")
 
 
-def test_an_incomplete_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(undisturbed["distill"], run)
     shutil.rmtree(run / "final")
@@ -129,7 +129,8 @@ def test_an_incomplete_checkpoint_is_skipped_with_a_message(undisturbed, tiny_ru
     state.write_text(state.read_text()[:100])
     assert run_recipe("distill", run, "--resume", **tiny_runs.models_of("distill")) == 0
     output = capsys.readouterr().out
-    assert f"{run / 'checkpoint-6'} is incomplete" in output and f"resuming from {run / 'checkpoint-3'}" in output
+    assert f"{run / 'checkpoint-6'} is damaged (trainer_state.json has 100 bytes where" in output
+    assert f"resuming from {run / 'checkpoint-3'}" in output
     assert_same_end(run, undisturbed["distill"])
 
 
@@ -149,15 +150,15 @@ def test_a_checkpoint_can_be_named(undisturbed, tiny_runs, tmp_path):
 
 
 @pytest.mark.parametrize("resume", ["latest", "named"])
-def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path, resume):
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path, resume):
     torn = tmp_path / "checkpoint-2"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 2, "log_hist')
     if resume == "latest":
-        with pytest.raises(CheckpointError, match="no complete checkpoint to resume from; start without --resume"):
+        with pytest.raises(CheckpointError, match="no whole checkpoint to resume from; checkpoint-2 is damaged: trainer_state"):
             find_checkpoint(tmp_path, "latest")
     else:
-        with pytest.raises(CheckpointError, match=r"checkpoint-2 is no complete checkpoint"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 is no whole checkpoint: trainer_state.json is missing or"):
             find_checkpoint(tmp_path, str(torn))
 
 

@@ -17,6 +17,7 @@ from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
 from marval_rl.training.base import MARTrainer
+from marval_rl.training.callbacks import AverageCallback
 
 QUIET = {
     "use_cpu": True,
@@ -109,6 +110,7 @@ def snapshots_by_step(trainer: MARTrainer, modules: dict[str, nn.Module]) -> lis
         optimizer_step()
         states.append({name: snapshot(module) for name, module in modules.items()})
 
-    trainer.callback_handler.callbacks[-1].update = after_each_step  # the callback that was added last
+    average = next(c for c in trainer.callback_handler.callbacks if isinstance(c, AverageCallback))
+    average.update = after_each_step
     trainer.train()
     return states

@@ -4,9 +4,12 @@
 
 from dataclasses import dataclass, field
 
+from peft import LoraConfig
+
 from marval_rl.errors import RecipeError
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.checkpoints import load_config, load_model
+from marval_rl.trainers.lora import LORA_TARGETS
 
 PUBLISHED_SIZES = {"base": MARConfig.base, "large": MARConfig.large, "huge": MARConfig.huge}
 SIZE_FIELD = {
@@ -96,6 +99,46 @@ class RewardArguments:
         default_factory=list, metadata={"help": "Held-out rewards: looked at in evaluation, never trained on."}
     )
     eval_reward_kwargs: dict | None = field(default=None, metadata={"help": "As reward_kwargs, for eval_reward_funcs."})
+
+
+@dataclass
+class LoraArguments:
+    """Whether low-rank adapters of the student are trained in place of its weights; names as in TRL's `ModelConfig`."""
+
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train LoRA adapters, the student's own weights stay; 10 x the learning rate suits them."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapters; GRPO needs 0, its ratios compare two passes."}
+    )
+    lora_target: str = field(
+        default="all", metadata={"help": "Where adapters sit in the student.", "choices": list(LORA_TARGETS)}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of linear layers, such as qkv, in place of lora_target."}
+    )
+
+    def config(self) -> LoraConfig | None:
+        """peft's configuration; None to train the student whole.
+
+        Raises:
+            RecipeError: For a rank or a dropout out of range.
+        """
+        if not self.use_peft:
+            return None
+        if self.lora_r < 1:
+            raise RecipeError(f"lora_r must be at least 1, not {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise RecipeError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules or LORA_TARGETS[self.lora_target],
+        )
 
 
 def _size_of(config: MARConfig) -> tuple[tuple[int, int], ...]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 
+from marval_rl.commands.launch import add_launch_arguments
+
 LATEST = "latest"
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds RECIPE, --dry_run and --resume; all else on the command line is a setting (`--key value`).
+    """Adds RECIPE, --dry_run, --resume and the options of a launch; all else on the command line is a setting (`--key
+    value`).
 
     `args.resume` is None (start anew), LATEST (the newest checkpoint of the output folder) or the path of a checkpoint.
+    The command line launches before the command is run, so here the latter are for the help alone.
     """
-    parser.usage = f"{parser.prog} RECIPE [--dry_run] [--resume [CHECKPOINT]] [--key value ...]"
+    parser.usage = f"{parser.prog} RECIPE [--dry_run] [--resume [CHECKPOINT]] [--num_processes N ...] [--key value ...]"
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings; --key value wins over it")
     parser.add_argument("--dry_run", action="store_true", help="print what would be run, and train nothing")
     parser.add_argument(
@@ -22,3 +26,4 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="go on from this checkpoint folder; without a value, from the newest one of the run",
     )
+    add_launch_arguments(parser)

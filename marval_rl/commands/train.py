@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from marval_rl.commands.networks import RewardArguments, TeacherArguments
-from marval_rl.commands.planning.plan import plan_reward_training
+from marval_rl.commands.networks import LoraArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.planning.plan import TrainingPlan, plan_reward_training
 from marval_rl.commands.recipe_arguments import add_recipe_arguments
 from marval_rl.commands.sources import DataArguments
 from marval_rl.commands.training import read_recipe, run_training
@@ -35,8 +35,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}{nearest(str(method), METHODS)}; there are {', '.join(METHODS)}")
     config_class, trainer_class = METHODS[method]
-    config_types = (DataArguments, RewardArguments, TeacherArguments, config_class)
-    (data, rewarded, source, config), settings = read_recipe(args, extra, config_types)
+    config_types = (DataArguments, RewardArguments, TeacherArguments, LoraArguments, config_class)
+    (data, rewarded, source, lora, config), settings = read_recipe(args, extra, config_types)
+    peft_config = lora.config()
     if rewarded.model is None:
         raise RecipeError("model is not set: name the student's folder, its run folder or a hub id (--model ...)")
     if not rewarded.reward_funcs:
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         raise RecipeError(
             f"anchor_weight {config.anchor_weight} needs the teacher the student came from (--teacher ...)"
         )
+    if method == "grpo" and lora.lora_dropout > 0:
+        raise RecipeError(f"grpo needs lora_dropout 0, not {lora.lora_dropout}: its ratios must begin at 1")
 
     def make_trainer() -> RewardTrainer:
         student = load_model(rewarded.model, one_step=True)
@@ -63,8 +66,12 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
             teacher=source.load() if anchored else None,
             auxiliary=Path(resolve_model(rewarded.model)) if anchored else None,
             anchor_dataset=images if anchored else None,
+            peft_config=peft_config,
             evaluator=data.evaluator(),
             eval_rewards=judges,
         )
 
-    run_training(args, settings, config, make_trainer, lambda: plan_reward_training(data, rewarded, source, config))
+    def make_plan() -> TrainingPlan:
+        return plan_reward_training(data, rewarded, source, peft_config, config)
+
+    run_training(args, settings, config, make_trainer, make_plan)

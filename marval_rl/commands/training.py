@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from marval_rl.commands.planning.dry_run import print_dry_run
+from marval_rl.commands.planning.dry_run import batch_arithmetic, print_dry_run
 from marval_rl.commands.planning.plan import Planner
 from marval_rl.commands.quiet import quiet_libraries
+from marval_rl.errors import RecipeError
 from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
 from marval_rl.training.base import MARTrainer
 from marval_rl.training.resume import check_output_dir, find_checkpoint, remove_earlier_run, set_aside_newer
@@ -29,7 +31,12 @@ def read_recipe(
     quiet_libraries()
     settings = read_settings(args.recipe, extra, config_types)
     settings.setdefault("output_dir", default_output_dir(args.recipe))
-    configs = build_configs(settings, config_types)
+    built = settings
+    if args.dry_run:
+        built = {key: value for key, value in settings.items() if key != "deepspeed"}  # it would look for the others
+    elif settings.get("deepspeed") is not None and "WORLD_SIZE" not in os.environ:
+        raise RecipeError("deepspeed needs processes that are launched: add --num_processes N (1 will do)")
+    configs = build_configs(built, config_types)
     return configs, resolved_recipe(configs, settings)
 
 
@@ -61,13 +68,14 @@ def run_training(
     trainer = make_trainer()
     speaks = config.process_index == 0
     if speaks:
+        print("\n".join(batch_arithmetic(config)))
         if checkpoint is None:
             remove_earlier_run(output_dir)
         else:
             set_aside_newer(output_dir, Path(checkpoint))
         save_recipe(output_dir / "recipe.yaml", settings)
     trainer.train(resume_from_checkpoint=checkpoint)
-    finished = trainer.state.global_step >= trainer.state.max_steps
+    finished = trainer.has_ended(trainer.state)
     if speaks and finished:
         print(f"done: {output_dir / 'final'} holds the model; `marval-rl report {output_dir}` draws its curves")
     elif speaks:

@@ -58,10 +58,9 @@ def student_config(teacher: MARConfig, student_timestep: int) -> MARConfig:
 
 
 def student_from_teacher(teacher: MARModel, student_timestep: int) -> MARModel:
-    """A student that starts as the teacher. It needs no null class and is trained without dropout."""
+    """A student that starts as the teacher, and is trained without dropout."""
     student = MARModel(student_config(teacher.config, student_timestep))
     student.load_state_dict(teacher.state_dict())
-    student.fake_latent.requires_grad_(False)
     return student.to(teacher.device)
 
 
@@ -93,6 +92,9 @@ class DistillTrainer(MARTrainer):
 
     def updates_student(self, step: int) -> bool:
         return step >= self.args.auxiliary_warmup_steps and self._draws_contexts(step)
+
+    def goes_on_with_buffer(self, step: int) -> bool:
+        return not self._draws_contexts(step)
 
     def _draws_contexts(self, step: int) -> bool:
         return step % self.args.auxiliary_updates == 0

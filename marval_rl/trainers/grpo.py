@@ -195,6 +195,9 @@ class MARGRPOTrainer(RewardTrainer):
         self.epsilon_low = SUM_CLIP_RANGE / action_size if args.epsilon is None else args.epsilon
         self.epsilon_high = self.epsilon_low if args.epsilon_high is None else args.epsilon_high
 
+    def goes_on_with_buffer(self, step: int) -> bool:
+        return super().goes_on_with_buffer(step) or not self.args.starts_rollout(step, micro_batch=0)
+
     def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
         args, step = self.args, self.state.global_step
         if step % args.cycle:
@@ -242,6 +245,7 @@ class MARGRPOTrainer(RewardTrainer):
         rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         scores = gather_rows(self.score(rollout["tokens"], labels, columns).by_reward())
+        self.record_scores(scores)
         by_group = torch.empty_like(scores)
         by_group[dealt.flatten()] = scores
         advantages, metrics = aggregate_advantages(
@@ -273,6 +277,7 @@ class MARGRPOTrainer(RewardTrainer):
             masked, kept = self.pairs[index]
             actions, means = step_mean(student, rollout, masked, kept)
             log_probs.append(action_log_prob(actions, means, args.sigma, args.log_prob_reduction))
+            self.guard.blame(f"the log-probability of unmasking step {index + 1}", log_probs[-1])
             if args.beta > 0:
                 divergences.append(action_kl(means, self.reference_mean(student, rollout, masked, kept), args.sigma))
         log_prob, old_log_prob = torch.stack(log_probs, dim=1), rollout["log_prob"][:, list(chosen)]

@@ -25,7 +25,9 @@ class StudentNetworks(nn.Module):
 
     def __init__(self, student: MARModel, auxiliary: DiffusionHead | None = None):
         super().__init__()
+        # Never asked for the null class: an engine would make its missing gradient a zero, and weight decay shrink it.
         self.student = student
+        self.student.fake_latent.requires_grad_(False)
         self.auxiliary = auxiliary
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -84,7 +84,9 @@ class RewardBackpropTrainer(RewardTrainer):
             )
         loss = torch.zeros((), device=labels.device)
         if updates_student:
-            loss = self._reward_loss(self.score(rollout["tokens"], labels, columns, with_grad=True).total)
+            scores = self.score(rollout["tokens"], labels, columns, with_grad=True)
+            self.record_scores(scores.by_reward())
+            loss = self._reward_loss(scores.total)
             if divergences:
                 kl = torch.stack(divergences).mean()
                 self.record({"kl": kl})

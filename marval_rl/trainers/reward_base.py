@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from marval_rl.rewarding import Reward, RewardScores, RewardSet
 from marval_rl.trainers.anchor import Anchor, AnchorArguments
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
 from marval_rl.trainers.gsim import StudentNetworks
+from marval_rl.trainers.lora import adapters_off, add_lora, save_merged
 from marval_rl.trainers.rollout import step_mean
 from marval_rl.training.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.training.base import MARTrainer
@@ -86,6 +88,7 @@ class RewardTrainer(MARTrainer):
         auxiliary: Weights of an auxiliary network that already fits the student (a folder that distillation wrote,
             or the network); None starts from the teacher's head.
         anchor_dataset: Images {"images", "class_labels"} for the anchor's contexts; needed with an anchor.
+        peft_config: Trains low-rank adapters of the student instead of its weights; see `trainers/lora.py`.
     """
 
     args: RewardTrainingArguments
@@ -99,6 +102,7 @@ class RewardTrainer(MARTrainer):
         teacher: MARModel | None = None,
         auxiliary: DiffusionHead | Path | None = None,
         anchor_dataset: Dataset | None = None,
+        peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ):
         if isinstance(model, str):
@@ -108,14 +112,21 @@ class RewardTrainer(MARTrainer):
         anchored = args.anchor_weight > 0
         if anchored and (teacher is None or anchor_dataset is None):
             raise ValueError(f"anchor_weight {args.anchor_weight} needs a teacher and a data set of images")
+        if peft_config is not None:
+            if args.sync_ref_model:
+                raise ValueError(
+                    "sync_ref_model does not go with LoRA, whose reference is the student without adapters"
+                )
+            add_lora(model, peft_config, args.seed)
         network = StudentNetworks(model, _auxiliary_network(teacher, auxiliary) if anchored else None)
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
         self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final))
         self.rewards = reward_set(reward_funcs, args.reward_weights)
         self.anchor = Anchor(teacher, anchor_dataset, self.tokens_of, args) if anchored else None
         self.warmup_steps = args.auxiliary_warmup_steps if anchored else 0
+        self.has_adapters = peft_config is not None
         self.reference = None
-        if args.beta > 0:
+        if args.beta > 0 and not self.has_adapters:
             self.reference = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
 
     def sampling_settings(self) -> SamplingSettings:
@@ -135,6 +146,9 @@ class RewardTrainer(MARTrainer):
     def updates_student(self, step: int) -> bool:
         return step >= self.warmup_steps and step % self.args.cycle == 0
 
+    def goes_on_with_buffer(self, step: int) -> bool:
+        return step % self.args.cycle != 0  # with the anchor's sample
+
     def rollout_labels(self, rows: list[dict[str, Any]], repeats: int = 1) -> tuple[Tensor, dict[str, list[Any]]]:
         """Class labels [B * repeats] and the other columns of the rows, each row repeated in place."""
         rows = [row for row in rows for _ in range(repeats)]
@@ -145,20 +159,27 @@ class RewardTrainer(MARTrainer):
     def score(
         self, tokens: Tensor, class_labels: Tensor, columns: dict[str, list[Any]], with_grad: bool = False
     ) -> RewardScores:
-        """Rewards of finished tokens [B, L, C]; their means are recorded as `rewards/<name>/mean`."""
+        """Rewards of finished tokens [B, L, C]."""
         names = self.names_of(class_labels)
         images = self.decode_tokens(tokens)
         with failing_together(self.args.device):
-            scores = self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
-        for name, values in scores.components.items():
-            values = values.detach()
+            return self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
+
+    def record_scores(self, scores: Tensor) -> None:
+        """Record the mean and deviation of each reward's scores, [B, R] in the order of the rewards."""
+        for name, values in zip(self.rewards.names, scores.detach().unbind(dim=1), strict=True):
             self.record({f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": _nanstd(values)})
-        return scores
 
     @torch.no_grad()
     def reference_mean(self, student: MARModel, state: dict[str, Tensor], masked: int, kept: int) -> Tensor:
-        """The reference model's mean [B, M, C] of an unmasking step, in a state as `step_mean` takes it."""
-        return step_mean(self.reference, state, masked, kept)[1]
+        """The reference model's mean [B, M, C] of an unmasking step, in a state as `step_mean` takes it.
+
+        The reference is a copy of the student as it was, or, with LoRA, the student without its adapters.
+        """
+        if self.reference is not None:
+            return step_mean(self.reference, state, masked, kept)[1]
+        with adapters_off(student):
+            return step_mean(student, state, masked, kept)[1]
 
     def anchor_losses(self, networks: StudentNetworks, own: dict[str, Tensor]) -> Tensor:
         """anchor_weight x GSIM + the auxiliary network's loss on fresh contexts; keeps the sample in the buffer.
@@ -183,8 +204,22 @@ class RewardTrainer(MARTrainer):
         self.record({"auxiliary_loss": loss})
         return loss
 
+    def update_average(self) -> None:
+        super().update_average()
+        args = self.args
+        if (
+            self.reference is not None
+            and args.sync_ref_model
+            and self.state.global_step % args.ref_model_sync_steps == 0
+        ):
+            averages = [average.detach() for average in self.ema.module.parameters()]
+            torch._foreach_lerp_(list(self.reference.parameters()), averages, args.ref_model_mixup_alpha)
+
     def save_final(self, folder: Path) -> None:
-        super().save_final(folder)
+        if self.has_adapters:
+            save_merged(self.ema.module, folder)
+        else:
+            super().save_final(folder)
         if self.model.auxiliary is not None:
             save_auxiliary(self.model.auxiliary, folder, self.args.should_save)
 

@@ -2,11 +2,28 @@
 
 # No `from __future__ import annotations`: the command-line parser reads the field types.
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
+
+from marval_rl.training.presets import deepspeed_config
+
+_PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
+
+
+@contextmanager
+def planned_for(num_processes: int) -> Iterator[None]:
+    """Within this context arguments count with this many processes, although there is one: for a dry run."""
+    token = _PLANNED_PROCESSES.set(num_processes)
+    try:
+        yield
+    finally:
+        _PLANNED_PROCESSES.reset(token)
 
 
 def cycle_pattern(accumulation: int, cycle: int) -> list[bool]:
@@ -34,6 +51,10 @@ class MARTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: columns are passed to rewards."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in page-locked memory."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir first."})
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={"help": "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."},
+    )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the weight average that is sampled and saved."})
     eval_num_images: int = field(default=500, metadata={"help": "Images generated at each evaluation."})
     eval_batch_size: int = field(default=250, metadata={"help": "Images generated at once in evaluation."})
@@ -47,6 +68,11 @@ class MARTrainingArguments(TrainingArguments):
         return self.per_device_train_batch_size
 
     @property
+    def world_size(self) -> int:
+        """Processes of the run; in a dry run those that it is planned for."""
+        return _PLANNED_PROCESSES.get() or super().world_size
+
+    @property
     def num_readers(self) -> int:
         """Processes among which the batches are dealt out."""
         return self.world_size
@@ -56,6 +82,7 @@ class MARTrainingArguments(TrainingArguments):
         return cycle_pattern(self.gradient_accumulation_steps, 1)
 
     def __post_init__(self):
+        self.deepspeed = deepspeed_config(self.deepspeed)
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator

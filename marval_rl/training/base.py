@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,39 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from marval_rl.errors import RewardError
+from marval_rl.errors import CheckpointError, NonFiniteError, ProcessLostError, RewardError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.rewarding import RewardSet
 from marval_rl.training.arguments import MARTrainingArguments
 from marval_rl.training.batches import EpochBatches, epoch_loader
 from marval_rl.training.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
-from marval_rl.training.distributed import failing_together, from_first_process, is_partitioned, mean_over_processes
+from marval_rl.training.checkpoints import (
+    DISK_FULL,
+    STATE_FILE,
+    CheckpointWriter,
+    Layout,
+    buffer_file,
+    cannot_write,
+    damage,
+    layout_of,
+    remove_unfinished,
+    step_of,
+    way_on,
+)
+from marval_rl.training.distributed import (
+    failing_together,
+    forget_gradients,
+    from_first_process,
+    is_partitioned,
+    mean_over_processes,
+)
 from marval_rl.training.ema import ExponentialMovingAverage
+from marval_rl.training.guard import GuardCallback, NonFiniteGuard
 from marval_rl.training.optimizers import MODEL, rest
+from marval_rl.training.peers import Peers
 from marval_rl.training.progress import ProgressBarCallback
 from marval_rl.training.randomness import derive_seed
-from marval_rl.training.resume import is_complete
 from marval_rl.training.sampling import SamplingSettings, generate_images, save_image_grid
 
 
@@ -75,6 +96,11 @@ class MARTrainer(Trainer):
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self.micro_batch = 0  # its index within the optimizer step
         self._last_step = -1
+        self.guard = NonFiniteGuard(args.max_skipped_steps)
+        # A loss is seen where it is made: DeepSpeed steps before transformers' training_step returns it.
+        self.compute_loss = self._guarded(self.compute_loss)
+        self.peers: Peers | None = None
+        self._writer: CheckpointWriter | None = None
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressBarCallback())
@@ -82,6 +108,7 @@ class MARTrainer(Trainer):
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
         self.add_callback(EpochCallback())
+        self.add_callback(GuardCallback(self.guard, self._forget_step))
         self.add_callback(AverageCallback(self.update_average))
 
     # ---- What a subclass says ----
@@ -94,6 +121,7 @@ class MARTrainer(Trainer):
         """Remember metrics of this micro-batch; their mean over all processes appears at the next log. NaN is left
         out of it."""
         for name, value in metrics.items():
+            self.guard.blame(name, value)
             self._metrics[name].append(value.detach().float())
 
     def prompts_for(self, class_names: list[str]) -> list[str]:
@@ -103,6 +131,10 @@ class MARTrainer(Trainer):
     def updates_student(self, step: int) -> bool:
         """Whether the optimizer step with this index moves the model that is averaged."""
         return True
+
+    def goes_on_with_buffer(self, step: int) -> bool:
+        """Whether the step with this index needs what the one before it left in `buffer`."""
+        return False
 
     def has_ended(self, state: TrainerState) -> bool:
         """Whether a run in this state is over, so that nothing is left but to write `final`."""
@@ -131,7 +163,7 @@ class MARTrainer(Trainer):
 
     def update_average(self) -> None:
         """Called after each optimizer step."""
-        if self.updates_student(self.state.global_step - 1):
+        if self.updates_student(self.state.global_step - 1) and not self.guard.step_is_bad:
             self.ema.update(self.mar)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -141,15 +173,33 @@ class MARTrainer(Trainer):
         if self.micro_batch == 0:  # tensors are replaced in a step and not changed, so lists of them are enough
             metrics = {name: list(values) for name, values in self._metrics.items()}
             self._before_step = (dict(self.buffer), metrics, self._tr_loss.clone())
-            rest(self.optimizer, () if self.updates_student(step) else (MODEL,))
+            self.guard.begin_step()
+            if self.peers is not None:
+                self.peers.note_step(step)
+            if self.updates_student(step):
+                rest(self.optimizer, ())
+            else:
+                rest(self.optimizer, (MODEL,))
+                forget_gradients(self.mar.parameters())
         place = self.micro_batch * self.args.world_size + self.args.process_index
         torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _guarded(self, compute_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: self.guard.watch(compute_loss(*args, **kwargs))
+
+    def _forget_step(self) -> None:
+        """Drop the metrics of a step that was skipped."""
+        _, metrics, _ = self._before_step
+        self._metrics = defaultdict(list, metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # not the line of an evaluation, which may fall between two of training
             logs |= mean_over_processes(self._metrics)  # a reward may have left every sample out: no line then
             self._metrics.clear()
+            logs |= self.guard.report()
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]  # of a step that was skipped
         super().log(logs, start_time)
 
     def tokens_of(self, rows: dict[str, Tensor]) -> Tensor:
@@ -209,46 +259,149 @@ class MARTrainer(Trainer):
 
     # ---- Checkpoints ----
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Written before the rest: trainer_state.json comes last, so a checkpoint that has it is whole.
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            state = {**self.ema.module.state_dict(), "num_updates": torch.tensor(self.ema.num_updates)}
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "ema.safetensors")
-        save_file(self.buffer, folder / f"buffer_{self.args.process_index}.safetensors")
-        super()._save_checkpoint(model, trial)
+    @property
+    def layout(self) -> Layout:
+        """How this run's state is spread."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return Layout(self.args.world_size, None if plugin is None else plugin.zero_stage)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        args = self.args
+        writer = CheckpointWriter(Path(args.output_dir), self.state.global_step, self.layout, args.save_total_limit)
+        writer.begin()
+        self._writer = writer
+        try:
+            if args.should_save:
+                file = writer.folder / "ema.safetensors"
+                state = {**self.ema.module.state_dict(), "num_updates": torch.tensor(self.ema.num_updates)}
+                with writer.attempt(file):
+                    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+            file = writer.folder / buffer_file(args.process_index)
+            with writer.attempt(file):
+                save_file(self.buffer, file)
+            with writer.attempt():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._writer = None
+        writer.seal()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writer is None else str(self._writer.folder.parent)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self._writer is None:
+            super()._save(output_dir, state_dict)
+        else:  # in one process only, and all meet in what follows
+            with self._writer.attempt():
+                super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self._save_engine(Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_engine(self, folder: Path) -> None:
+        """What transformers does here, but so that a process that cannot write does not leave the others waiting in
+        DeepSpeed's barriers."""
+        engine, writer = self.model_wrapped, self._writer
+        tag = f"global_step{self.state.global_step}"
+        with writer.attempt():
+            (folder / tag).mkdir(exist_ok=True)
+        writer.agree()
+        files, write = engine.checkpoint_engine, engine.checkpoint_engine.save
+        files.save = writer.attempting(write)
+        try:
+            engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            files.save = write
+        if self.args.should_save:
+            with writer.attempt():
+                (folder / "latest").write_text(tag)
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # here and not with the weights, which DeepSpeed loads by itself
+            self._load_own_state(Path(checkpoint))
+
+    def _load_own_state(self, folder: Path) -> None:
+        """The weight average, and what a step left for the next one."""
         # safetensors knows no "cpu:0", which the device is called where there are several processes.
         device = "cpu" if self.args.device.type == "cpu" else str(self.args.device)
         state = load_file(folder / "ema.safetensors", device=device)
         self.ema.num_updates = int(state.pop("num_updates"))
         self.ema.module.load_state_dict(state)
-        buffer = folder / f"buffer_{self.args.process_index}.safetensors"
-        self.buffer = load_file(buffer, device=device)
+        written = layout_of(folder) or self.layout
+        if written.world_size == self.args.world_size:
+            self.buffer = load_file(folder / buffer_file(self.args.process_index), device=device)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train; then save the averaged model to `output_dir/final`."""
+        """Train; then save the averaged model to `output_dir/final`.
+
+        Raises:
+            RewardError, NonFiniteError: A reward failed, or too many steps in a row were not finite. A checkpoint is
+                kept.
+            CheckpointError: A checkpoint could not be written, or the one to go on from does not fit this run.
+            ProcessLostError: Another process hangs or is gone.
+        """
+        output_dir = Path(self.args.output_dir)
         self.ema.module.to(self.args.device)
-        if resume_from_checkpoint is not None:
-            self.args.eval_on_start = False  # the run began long ago, and that step has been evaluated
-            if self._is_finished(resume_from_checkpoint):
-                return None
+        self.peers = Peers(self.args.ddp_timeout) if self.args.world_size > 1 else None
         try:
+            if self.args.process_index == 0:
+                remove_unfinished(output_dir)
+            if resume_from_checkpoint is not None:
+                self.args.eval_on_start = False  # the run began long ago, and that step has been evaluated
+                if self._is_finished(resume_from_checkpoint):
+                    return None
+                resume_from_checkpoint = str(self._in_this_layout(Path(resume_from_checkpoint)))
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except RewardError as error:
-            raise RewardError(f"{error}; {self._keep_completed_steps()}") from error
+            if self.has_ended(self.state):
+                self.save_final(output_dir / "final")
+            return result
+        except (RewardError, NonFiniteError) as error:
+            raise type(error)(f"{error}; {self._keep_completed_steps()}") from error
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise cannot_write(output_dir, Path(error.filename or output_dir), error.strerror) from error
+        except RuntimeError as error:
+            missing = None if self.peers is None else self.peers.explain(error)
+            if missing is None:
+                raise
+            raise ProcessLostError(f"{missing}; {way_on(output_dir)}") from error
         finally:
             self.interrupt.restore()
-        if self.has_ended(self.state):
-            self.save_final(Path(self.args.output_dir) / "final")
-        return result
+            if self.peers is not None:
+                self.peers.close()
+
+    def _in_this_layout(self, checkpoint: Path) -> Path:
+        """The checkpoint in a form that this run can load.
+
+        Raises:
+            CheckpointError: If it was written by another number of processes or stage of ZeRO, and cannot be converted.
+        """
+        written, here = layout_of(checkpoint), self.layout
+        if written in (None, here):
+            return checkpoint
+        told = f"{checkpoint} was written by {written}, and this run has {here}"
+        step = step_of(checkpoint)
+        if written.world_size != here.world_size and self.goes_on_with_buffer(step):
+            raise CheckpointError(
+                f"{told}: step {step} needs what each of the processes kept for it. Go on with {written}, or from a "
+                "checkpoint of another step, or begin a new run from its weights"
+            )
+        if (written.zero_stage is None) != (here.zero_stage is None):
+            raise CheckpointError(
+                f"{told}: DeepSpeed's states and plain ones cannot be converted into each other. Go on with {written}, "
+                "or begin a new run from its weights"
+            )
+        return checkpoint
 
     def _keep_completed_steps(self) -> str:
-        """Write a checkpoint of the steps that were completed, after a reward has failed in the one that followed.
+        """Write a checkpoint of the steps that were completed, after a reward has failed in the one that followed
+        or that was skipped, like others before it.
 
         A step scores before it moves a weight, so all that it may have changed is what `_before_step` holds; a resumed
         run does it anew. Returns what to tell the user.
@@ -260,21 +413,25 @@ class MARTrainer(Trainer):
             buffer, metrics, self._tr_loss = self._before_step
             self.buffer, self._metrics = buffer, defaultdict(list, metrics)
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        whole = is_complete(folder)
+        whole = damage(folder, checksums=False) is None
         self.accelerator.wait_for_everyone()  # nobody writes before all have looked
         if not whole:
             self.control.should_log = self.control.should_save = True
             self.control.should_evaluate = False
-            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, None)
+            try:
+                self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, None)
+            except CheckpointError as error:
+                return str(error)
         return f"{folder} is kept, --resume goes on from it"
 
     def _is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the run's last one; transformers would train one step more. Writes `final` anew."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
         if not self.has_ended(state):
             return False
         self.state = state
         self._load_from_checkpoint(checkpoint)
+        self._load_own_state(Path(checkpoint))
         self.save_final(Path(self.args.output_dir) / "final")
         return True
 

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from marval_rl.training.distributed import in_any_process
+
 
 class MetricsFileCallback(TrainerCallback):
     """Appends each log to `metrics.jsonl`. On resumption lines past the checkpoint are dropped, so no step
@@ -37,7 +39,9 @@ class MetricsFileCallback(TrainerCallback):
                     kept.append(line)
                     elapsed = entry["time"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        unfinished = self.path.with_suffix(".unfinished")  # a full disk must not cost the lines that are there
+        unfinished.write_text("".join(f"{line}\n" for line in kept))
+        unfinished.replace(self.path)
         self.start = time.monotonic() - elapsed
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -72,8 +76,8 @@ class AverageCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends training after the running step, with a checkpoint; a second one ends
-    it at once."""
+    """The first Ctrl-C (or SIGTERM) in any process ends training after the running step, with a checkpoint; a second
+    one ends it at once."""
 
     def __init__(self):
         self.interrupted = False
@@ -90,7 +94,8 @@ class InterruptCallback(TrainerCallback):
         signal.signal(number, self._previous[number])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.interrupted:
+        # Signals reach processes at different steps, and one may be the only one that got any: all end after this one.
+        if in_any_process(self.interrupted, args.device):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ UNFINISHED = "unfinished"  # the folder beside the checkpoints in which they are
 MANIFEST = "manifest.json"  # written last
 STATE_FILE = "trainer_state.json"
 FORMAT = 1
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What a full disk raises: OSError from Python and DeepSpeed, RuntimeError from torch.save, the third from safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -104,6 +107,14 @@ def way_on(output_dir: Path) -> str:
 # ---- Writing ----
 
 
+def cannot_write(output_dir: Path, target: Path, told: str) -> CheckpointError:
+    """The error of a file or folder of the run that cannot be written; `told` says why."""
+    free = shutil.disk_usage(output_dir).free
+    return CheckpointError(
+        f"{target} could not be written: {told} ({free / 1e9:.1f} GB are free there); {way_on(output_dir)}"
+    )
+
+
 class CheckpointWriter:
     """One checkpoint on its way. All processes write into `folder`; what fails is remembered, so that none stays behind
     in a collective operation, and raised in all of them when they compare notes.
@@ -148,12 +159,12 @@ class CheckpointWriter:
             if file is not None:
                 file.unlink(missing_ok=True)
 
-    def attempting(self, write: Callable[[Any, str], Any]) -> Callable[[Any, str], None]:
-        """The function write(content, path), within `attempt`."""
+    def attempting(self, save: Callable[..., Any]) -> Callable[..., None]:
+        """The function save(state_dict, path), as DeepSpeed's checkpoint engines have it, within `attempt`."""
 
-        def attempted(content: Any, path: str) -> None:
+        def attempted(state_dict: Any, path: str) -> None:
             with self.attempt(Path(path)):
-                write(content, path)
+                save(state_dict, path)
 
         return attempted
 
@@ -171,11 +182,7 @@ class CheckpointWriter:
             remove_unfinished(self.output_dir)
         _share(None)  # all hear of it once the room is free again
         told = failed[0] if self.layout.world_size > 1 else failed[0].removeprefix("process 0: ")
-        free = shutil.disk_usage(self.output_dir).free
-        raise CheckpointError(
-            f"{self.target} could not be written: {told} ({free / 1e9:.1f} GB are free in {self.output_dir}); "
-            f"{way_on(self.output_dir)}{' once there is room' if whole_checkpoints(self.output_dir) else ''}"
-        )
+        raise cannot_write(self.output_dir, self.target, told)
 
     def seal(self) -> None:
         """Make sure that all is on the disk, write the manifest, move the checkpoint into place, delete old ones.
@@ -256,10 +263,11 @@ def _share(value: Any) -> list[Any]:
 
 
 def _words(error: Exception, file: Path | None) -> str:
-    if not isinstance(error, OSError) or error.strerror is None:
-        return f"{f'{file.name}: ' if file else ''}{first_line(error)}"
-    name = error.filename or file
-    return f"{f'{Path(name).name}: ' if name else ''}{error.strerror}"
+    where = error.filename if isinstance(error, OSError) and error.filename is not None else file
+    told = error.strerror if isinstance(error, OSError) and error.strerror is not None else first_line(error)
+    if "inline_container" in told:  # torch.save speaks of positions in its archive
+        told = "it could not be written to its end"
+    return told if where is None else f"{Path(where).name}: {told}"
 
 
 def _is_json(path: Path) -> bool:

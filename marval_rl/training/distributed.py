@@ -36,6 +36,15 @@ def from_first_process(value: Any) -> Any:
     return shared[0]
 
 
+def in_any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in at least one process. All processes must call it."""
+    if not torch.distributed.is_initialized():
+        return flag
+    count = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+    return bool(count)
+
+
 def mean_over_processes(values: dict[str, list[Tensor]]) -> dict[str, float]:
     """The mean of each name's values (scalars) over all processes, without those that are NaN.
 
@@ -120,6 +129,21 @@ def whole_in_chunks(parameters: Iterable[nn.Parameter], max_numel: int = 1 << 26
             with deepspeed.zero.GatheredParameters(chunk):
                 yield chunk
             chunk = []
+
+
+def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Zero what ZeRO-3 keeps of the gradients of these parameters; without ZeRO-3 there is nothing to do.
+
+    It writes over them where a step brings a gradient, and elsewhere takes those of an earlier step for this one's:
+    they would count in the norm that all gradients are clipped by.
+    """
+    partitioned = [p for p in parameters if is_partitioned(p) and p.requires_grad]
+    if not partitioned:
+        return
+    from deepspeed.utils import safe_set_local_grad
+
+    for parameter in partitioned:
+        safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
 
 @contextmanager

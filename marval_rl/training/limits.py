@@ -55,7 +55,7 @@ class LimitArguments:
         at. Called by a class that has `eval_strategy` and `beta` too."""
         if self.max_frechet_ratio is not None and self.max_frechet_ratio < 1:
             raise ValueError(
-                f"max_frechet_ratio is a ratio to the run's start, at least 1, not {self.max_frechet_ratio}"
+                f"max_frechet_ratio is a ratio to the run's first evaluation, at least 1, not {self.max_frechet_ratio}"
             )
         for name in ("min_diversity", "min_mode_coverage"):
             share = getattr(self, name)

@@ -76,7 +76,7 @@ def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
 
 def earlier_run(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
-    names = ("checkpoint-*", "superseded-*", "metrics.jsonl", "final", "best", "best.unfinished", "samples")
+    names = ("checkpoint-*", "superseded-*", UNFINISHED, "metrics.jsonl", "final", "best", "best.unfinished", "samples")
     return [path for name in names for path in output_dir.glob(name)]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
-from marval_rl.commands.planning.memory import saved_bytes
+from marval_rl.commands.planning.memory import adapted_on_meta, saved_bytes
 from marval_rl.losses.policy import action_log_prob, policy_loss
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.mar import new_head
@@ -31,11 +32,13 @@ def pretrain_bytes(config: MARConfig, args: Any) -> int:
     return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
 
 
-def gsim_bytes(student: MARConfig, teacher: MARConfig, args: Any, batch_size: int) -> int:
+def gsim_bytes(
+    student: MARConfig, teacher: MARConfig, args: Any, batch_size: int, peft_config: LoraConfig | None = None
+) -> int:
     """The student's and the auxiliary network's loss with all tokens masked."""
 
     def networks() -> list[Any]:
-        return [StudentNetworks(_trained(student, args), new_head(student)), MARModel(teacher).eval()]
+        return [StudentNetworks(_trained(student, args, peft_config), new_head(student)), MARModel(teacher).eval()]
 
     def run(networks: StudentNetworks, teacher: MARModel) -> Any:
         timestep_range = (args.min_timestep, args.max_timestep)
@@ -47,7 +50,7 @@ def gsim_bytes(student: MARConfig, teacher: MARConfig, args: Any, batch_size: in
     return saved_bytes(networks, run, student, args.bf16)
 
 
-def grpo_bytes(config: MARConfig, args: Any) -> int:
+def grpo_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> int:
     """The policy loss over the trained unmasking steps."""
     pairs = unmasking_steps(config.num_tokens, args.num_unmasking_steps)
 
@@ -61,10 +64,10 @@ def grpo_bytes(config: MARConfig, args: Any) -> int:
         log_prob = torch.stack(log_probs, dim=1)
         return policy_loss(log_prob, torch.zeros_like(log_prob), torch.zeros(len(tokens)))
 
-    return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
+    return saved_bytes(lambda: [_trained(config, args, peft_config)], run, config, args.bf16)
 
 
-def reward_backprop_bytes(config: MARConfig, args: Any) -> int:
+def reward_backprop_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> int:
     """One unmasking step, the largest, as each is checkpointed; the decoder and the reward come on top."""
 
     def run(student: MARModel) -> Any:
@@ -72,11 +75,17 @@ def reward_backprop_bytes(config: MARConfig, args: Any) -> int:
         kept = unmasking_steps(config.num_tokens, args.num_unmasking_steps)[-1][1]
         return student.one_step(tokens, labels, order, config.num_tokens, kept, torch.randn_like(tokens))
 
-    return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
+    return saved_bytes(lambda: [_trained(config, args, peft_config)], run, config, args.bf16)
 
 
-def _trained(config: MARConfig, args: Any) -> MARModel:
-    model = MARModel(config).train()
+def _trained(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> MARModel:
+    if peft_config is None:
+        model = MARModel(config)
+    else:
+        model = adapted_on_meta(config, peft_config)
+        state = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}  # fake tensors
+        model.load_state_dict(state, assign=True)
+    model.train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
     return model

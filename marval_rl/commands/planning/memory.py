@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.diffusion import make_schedule
 from marval_rl.models.mar import new_head
+from marval_rl.trainers.lora import add_lora
 
 FLOAT32 = 4
 COLUMNS = ("weights", "gradients", "optimizer", "average", "frozen", "activations", "total")
@@ -24,13 +26,15 @@ class Footprint:
     """Parameters by what training keeps for them, and the activations of a micro-batch.
 
     trained: parameters that are updated. averaged: parameters of the weight average. frozen: name -> parameters of the
-    networks that are only looked at. activations: bytes that a micro-batch keeps for its backward pass.
+    networks that are only looked at. activations: bytes that a micro-batch keeps for its backward pass. held:
+    parameters of the trained networks that stay as they are: the student's own, with adapters.
     """
 
     trained: int
     averaged: int
     frozen: dict[str, int]
     activations: int
+    held: int = 0
 
 
 def memory_table(footprint: Footprint, bf16: bool, num_gpus: int) -> list[str]:
@@ -38,7 +42,8 @@ def memory_table(footprint: Footprint, bf16: bool, num_gpus: int) -> list[str]:
 
     DDP keeps weights, gradients and Adam's two moments in float32 (16 bytes a parameter). DeepSpeed with bf16 keeps
     2 + 2 bytes of weights and gradients and 12 of optimizer state (float32 weights and moments). Stage 1 shards the
-    optimizer, 2 the gradients too, 3 the weights too. Frozen networks and the weight average are float32, on each GPU.
+    optimizer, 2 the gradients too, 3 the weights too; weights that are held have neither gradients nor optimizer.
+    Frozen networks and the weight average are float32, on each GPU.
     """
     average = FLOAT32 * footprint.averaged
     frozen = FLOAT32 * sum(footprint.frozen.values())
@@ -46,7 +51,8 @@ def memory_table(footprint: Footprint, bf16: bool, num_gpus: int) -> list[str]:
     for stage, name in enumerate(STAGES):
         widths = (2, 2, 12) if bf16 and stage > 0 else (4, 4, 8)
         shares = [num_gpus if stage >= first else 1 for first in (3, 2, 1)]  # weights, gradients, optimizer
-        parts = [footprint.trained * width / share for width, share in zip(widths, shares, strict=True)]
+        kept = (footprint.trained + footprint.held, footprint.trained, footprint.trained)
+        parts = [count * width / share for count, width, share in zip(kept, widths, shares, strict=True)]
         parts += [average, frozen, footprint.activations]
         rows.append((name, [*parts, sum(parts)]))
     unit, size = ("GiB", 2**30) if rows[0][1][-1] >= 2**30 else ("MiB", 2**20)
@@ -66,6 +72,20 @@ def mar_parameters(config: MARConfig) -> int:
 
 def head_parameters(config: MARConfig) -> int:
     return count_parameters(lambda: new_head(config))
+
+
+def adapter_parameters(config: MARConfig, peft_config: LoraConfig) -> int:
+    """Parameters of the adapters alone."""
+    student = adapted_on_meta(config, peft_config)
+    return sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+
+
+def adapted_on_meta(config: MARConfig, peft_config: LoraConfig) -> MARModel:
+    """A student with adapters on the meta device."""
+    with unset_fake_temporarily(), torch.device("meta"):  # peft moves adapters, which fake tensors do not allow
+        student = MARModel(config)
+        add_lora(student, peft_config, seed=0)
+    return student
 
 
 def saved_bytes(

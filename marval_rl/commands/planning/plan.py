@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import LoraConfig
 from torch.utils.data import Dataset
 
 from marval_rl.commands.networks import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.commands.planning.activations import grpo_bytes, gsim_bytes, pretrain_bytes, reward_backprop_bytes
-from marval_rl.commands.planning.memory import Footprint, head_parameters, mar_parameters
+from marval_rl.commands.planning.memory import Footprint, adapter_parameters, head_parameters, mar_parameters
 from marval_rl.commands.sources import DataArguments
 from marval_rl.errors import MarvalError
 from marval_rl.models import MARConfig
@@ -81,7 +82,11 @@ def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any
 
 
 def plan_reward_training(
-    data: DataArguments, rewarded: RewardArguments, source: TeacherArguments, config: Any
+    data: DataArguments,
+    rewarded: RewardArguments,
+    source: TeacherArguments,
+    peft_config: LoraConfig | None,
+    config: Any,
 ) -> TrainingPlan:
     plan = TrainingPlan()
     anchored = config.anchor_weight > 0
@@ -99,18 +104,24 @@ def plan_reward_training(
         return plan
     plan.rows = student.num_classes * rewarded.prompts_per_class
     student = student_config(student, student.one_step_timestep or 0)
-    trained = {"student": mar_parameters(student)}
+    engine = {"student": mar_parameters(student)}
+    trained = averaged = engine["student"]
+    if peft_config is not None:
+        engine["adapters"] = trained = adapter_parameters(student, peft_config)
+        averaged += trained
     frozen = _named("VAE", _vae(plan, student.vae))
     if anchored:
-        trained["auxiliary network"] = head_parameters(student)
+        engine["auxiliary network"] = head_parameters(student)
+        trained += engine["auxiliary network"]
         frozen["teacher"] = mar_parameters(teacher)
-    if rewarded.method == "grpo" and config.beta > 0:
-        frozen["reference model"] = trained["student"]
-    plan.networks = trained | frozen
-    activations = (grpo_bytes if rewarded.method == "grpo" else reward_backprop_bytes)(student, config)
+    if config.beta > 0 and peft_config is None:  # with adapters it is the student without them
+        frozen["reference model"] = engine["student"]
+    plan.networks = engine | frozen
+    count = grpo_bytes if rewarded.method == "grpo" else reward_backprop_bytes
+    activations = count(student, config, peft_config)
     if anchored:
-        activations += gsim_bytes(student, teacher, config, config.anchor_batch_size)
-    plan.footprint = Footprint(sum(trained.values()), trained["student"], frozen, activations)
+        activations += gsim_bytes(student, teacher, config, config.anchor_batch_size, peft_config)
+    plan.footprint = Footprint(trained, averaged, frozen, activations, held=sum(engine.values()) - trained)
     return plan
 
 

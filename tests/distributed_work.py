@@ -1,0 +1,169 @@
+"""What torchrun runs for the tests of several processes: all four trainers, tiny, one after another.
+
+    torchrun --nproc_per_node 2 tests/distributed_work.py STAGE FOLDER
+
+STAGE is one of STAGES. Each trainer leaves in FOLDER: `<trainer>.safetensors` (the weights it ends with, by network),
+`<trainer>_<rank>.json` (metrics, what moved in each step, seconds, bytes), and its run folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny_models import tiny_model
+from tiny_trainers import ANCHOR, backprop_trainer, distiller, grey_student, grpo_trainer, pretrainer
+from torch import Tensor
+from transformers import TrainerCallback
+
+from marval_rl.training.base import MARTrainer
+from marval_rl.training.distributed import whole_in_chunks
+
+# ZeRO-3 leaves parameters of less than 100,000 numbers whole by default, so all of a tiny model.
+ZERO = {1: {}, 2: {}, 3: {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 500}}
+STAGES = ("ddp", "zero1", "zero2", "zero3")
+MICRO_BATCHES = 2  # of a step, over all processes
+# Momentum goes on moving weights that get no gradient, unless they are kept from it; and they must notice the steps.
+SETTINGS = {"max_steps": 7, "adam_beta1": 0.9, "weight_decay": 0.01, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
+ANCHORED = {**SETTINGS, **ANCHOR, "auxiliary_warmup_steps": 1}
+
+TRAINERS: dict[str, Callable[..., MARTrainer]] = {
+    "pretrain": lambda folder, **settings: pretrainer(folder, tiny_model(0), **{**SETTINGS, **settings}),
+    "distill": lambda folder, **settings: distiller(
+        folder, tiny_model(0), **{**SETTINGS, "auxiliary_warmup_steps": 1, **settings}
+    ),
+    "grpo": lambda folder, **settings: grpo_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
+    "reward_backprop": lambda folder, **settings: backprop_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
+}
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """The presets' settings for this stage; buckets are as large as the tiny models."""
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000, **ZERO[stage]},
+    }
+
+
+def networks_of(trainer: MARTrainer) -> dict[str, torch.nn.Module]:
+    """The networks that the optimizer trains, and the average."""
+    if trainer.model is trainer.mar:
+        return {"model": trainer.mar, "average": trainer.ema.module}
+    return {"model": trainer.model.student, "auxiliary": trainer.model.auxiliary, "average": trainer.ema.module}
+
+
+def whole_state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """All parameters, whole."""
+    names = iter([name for name, _ in module.named_parameters()])
+    return {
+        next(names): parameter.detach().clone() for chunk in whole_in_chunks(module.parameters()) for parameter in chunk
+    }
+
+
+def optimizer_state(trainer: MARTrainer, network: str) -> list[Tensor]:
+    """Copies of the optimizer's tensors of a network, those of this process."""
+    optimizer = trainer.optimizer.optimizer  # accelerate's wrapper holds it
+    if isinstance(optimizer, torch.optim.Optimizer):
+        groups = [group["params"] for group in optimizer.param_groups]
+        base = optimizer
+    else:
+        base = optimizer.optimizer
+        groups = [list(group["params"]) for group in base.param_groups]
+        if optimizer.__class__.__name__ == "DeepSpeedZeroOptimizer_Stage3":  # the groups are filled during a step only
+            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                groups[optimizer.sub_group_to_group_id[index]].append(flat)
+    return [
+        value.clone()
+        for group, parameters in zip(base.param_groups, groups, strict=True)
+        if group["network"] == network
+        for parameter in parameters
+        for value in base.state[parameter].values()
+    ]
+
+
+class Watch(TrainerCallback):
+    """Notes in each step which networks moved, and whether the optimizer's state of the model did."""
+
+    def __init__(self, trainer: MARTrainer):
+        self.trainer = trainer
+        self.moved: list[dict[str, bool]] = []
+
+    def look(self) -> dict[str, list[Tensor]]:
+        seen = {name: list(whole_state(module).values()) for name, module in networks_of(self.trainer).items()}
+        return {**seen, "optimizer": optimizer_state(self.trainer, "model")}
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.before = self.look()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        after = self.look()
+        self.moved.append({name: not equal(values, after[name]) for name, values in self.before.items()})
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def run(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """Trains; returns {metrics, moved, seconds, peak_bytes} and leaves the weights in `<name>.safetensors`."""
+    settings = {"gradient_accumulation_steps": MICRO_BATCHES // world_size(), **settings}
+    trainer = TRAINERS[name](folder / name, **settings)
+    watch = Watch(trainer)
+    trainer.add_callback(watch)
+    reset_peak()
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    peak = peak_bytes()
+    states = {network: whole_state(module) for network, module in networks_of(trainer).items()}
+    if trainer.args.process_index == 0:
+        flat = {f"{network}.{key}": value for network, state in states.items() for key, value in state.items()}
+        save_file(flat, folder / f"{name}.safetensors")
+    metrics = [
+        {key: value for key, value in line.items() if key != "epoch"}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
+    return {"metrics": metrics, "moved": watch.moved, "seconds": seconds, "peak_bytes": peak}
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def reset_peak() -> None:
+    """Let the peak of this process's memory begin at what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The peak of this process's resident memory."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def main() -> None:
+    stage, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    settings = {"deepspeed": deepspeed_config(int(stage[-1]))} if stage.startswith("zero") else {}
+    for name in TRAINERS:
+        report = run(name, folder, **settings)
+        (folder / f"{name}_{torch.distributed.get_rank()}.json").write_text(json.dumps(report))
+        gc.collect()  # the engine and its trainer refer to each other
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

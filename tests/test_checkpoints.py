@@ -1,0 +1,196 @@
+"""Checkpoints are whole or not there: how they are sealed, what is found wrong with them, and a disk that fills."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model
+from tiny_trainers import distiller
+
+from marval_rl.errors import CheckpointError
+from marval_rl.trainers.distill import DistillTrainer
+from marval_rl.training.base import MARTrainer
+from marval_rl.training.checkpoints import (
+    MANIFEST,
+    STATE_FILE,
+    UNFINISHED,
+    CheckpointWriter,
+    Layout,
+    checkpoints_in,
+    damage,
+    layout_of,
+    whole_checkpoints,
+)
+from marval_rl.training.resume import find_checkpoint
+
+
+def saving_trainer(folder: Path, **settings: object) -> DistillTrainer:
+    return distiller(folder, tiny_model(), **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **settings})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that kept its checkpoints 4 and 6."""
+    folder = tmp_path_factory.mktemp("run")
+    saving_trainer(folder, save_total_limit=2).train()
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_the_newest_are_kept_and_nothing_unfinished(run):
+    assert [folder.name for folder in checkpoints_in(run)] == ["checkpoint-4", "checkpoint-6"]
+    assert not (run / UNFINISHED).exists()
+    assert [damage(folder) for folder in checkpoints_in(run)] == [None, None]
+
+
+def test_the_manifest_lists_every_file_and_who_wrote_it(run):
+    folder = run / "checkpoint-6"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["step"] == 6 and layout_of(folder) == Layout(world_size=1, zero_stage=None)
+    assert manifest["files"].keys() == {path.name for path in folder.iterdir()} - {MANIFEST}
+    assert manifest["versions"]["torch"] is not None
+
+
+def test_a_reader_sees_no_checkpoint_before_it_is_whole(tmp_path, monkeypatch):
+    """At each call that writes a file of the checkpoint, the run's folder holds whole ones only."""
+    seen = []
+    original = MARTrainer._save_optimizer_and_scheduler
+
+    def look(self: MARTrainer, output_dir: str) -> None:
+        seen.append(([damage(folder) for folder in checkpoints_in(tmp_path)], Path(output_dir).parent.name))
+        original(self, output_dir)
+
+    monkeypatch.setattr(MARTrainer, "_save_optimizer_and_scheduler", look)
+    saving_trainer(tmp_path, save_total_limit=1).train()
+    assert seen == [([], UNFINISHED), ([None], UNFINISHED), ([None], UNFINISHED)]
+
+
+def truncate(path: Path) -> str:
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"{path.name} has {path.stat().st_size} bytes where {path.stat().st_size + 1} were written"
+
+
+def flip_a_bit(path: Path) -> str:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return f"{path.name} is not what was written"
+
+
+def remove(path: Path) -> str:
+    path.unlink()
+    return f"{path.name} is missing"
+
+
+DAMAGES = [
+    ("optimizer.pt", truncate),
+    ("model.safetensors", flip_a_bit),
+    ("buffer_0.safetensors", remove),
+    (STATE_FILE, truncate),
+]
+
+
+@pytest.mark.parametrize(("file", "harm"), DAMAGES, ids=[f"{file}-{harm.__name__}" for file, harm in DAMAGES])
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(copy, capsys, file, harm):
+    newest = copy / "checkpoint-6"
+    wrong = harm(newest / file)
+    assert find_checkpoint(copy, "latest") == copy / "checkpoint-4"
+    told = capsys.readouterr().out
+    assert told.startswith(f"{newest} is damaged ({wrong}") and told.endswith(f"; resuming from {copy}/checkpoint-4\n")
+    with pytest.raises(CheckpointError, match=f"checkpoint-6 is no whole checkpoint: {wrong}"):
+        find_checkpoint(copy, str(newest))
+
+
+def test_a_damaged_manifest_is_noticed(copy):
+    (copy / "checkpoint-6" / MANIFEST).write_text('{"format": 1, "fil')
+    assert damage(copy / "checkpoint-6") == "manifest.json is damaged"
+
+
+def test_a_checkpoint_of_a_version_without_manifests_can_be_resumed(copy):
+    newest = copy / "checkpoint-6"
+    (newest / MANIFEST).unlink()
+    assert damage(newest) is None and layout_of(newest) is None
+    assert find_checkpoint(copy, "latest") == newest
+    trainer = saving_trainer(copy, max_steps=7)
+    trainer.train(resume_from_checkpoint=str(newest))
+    assert trainer.state.global_step == 7
+
+
+def test_what_a_killed_run_left_unfinished_is_removed_and_never_resumed(copy):
+    torn = copy / UNFINISHED / "checkpoint-8"
+    shutil.copytree(copy / "checkpoint-6", torn)
+    assert find_checkpoint(copy, "latest") == copy / "checkpoint-6"
+    saving_trainer(copy, max_steps=7).train(resume_from_checkpoint=str(copy / "checkpoint-6"))
+    assert not (copy / UNFINISHED).exists()
+
+
+def test_a_torn_checkpoint_of_the_same_step_is_replaced(copy):
+    remove(copy / "checkpoint-6" / "optimizer.pt")
+    saving_trainer(copy).train(resume_from_checkpoint=str(copy / "checkpoint-4"))
+    assert damage(copy / "checkpoint-6") is None
+
+
+def test_the_files_of_each_process_must_be_there(tmp_path):
+    """Machines that do not share the folder would write a checkpoint that none of them can resume."""
+    writer = CheckpointWriter(tmp_path, 3, Layout(world_size=2), save_total_limit=2)
+    writer.begin()
+    (writer.folder / "buffer_0.safetensors").touch()
+    with pytest.raises(CheckpointError, match="the files of process 1 are not there: output_dir must be one folder"):
+        writer.seal()
+    assert checkpoints_in(tmp_path) == []
+
+
+# A disk that fills
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within this context no file of this process can be larger, as on a disk with so much room."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("size", "written"),
+    [(1_000, "{}"), (50_000, "{}/checkpoint-8"), (110_000, "{}/checkpoint-8")],
+    ids=["anything", "the average", "the weights"],
+)
+def test_a_disk_that_fills_stops_the_run_and_takes_nothing_away(copy, size, written):
+    metrics = (copy / "metrics.jsonl").read_text()
+    trainer = saving_trainer(copy, max_steps=9)
+    with largest_file(size), pytest.raises(CheckpointError) as raised:
+        trainer.train(resume_from_checkpoint=str(copy / "checkpoint-6"))
+    told = str(raised.value)
+    assert told.startswith(f"{written.format(copy)} could not be written: ")
+    assert told.endswith(f" GB are free there); {copy / 'checkpoint-6'} is whole, --resume goes on from it")
+    assert [damage(folder) for folder in checkpoints_in(copy)] == [None, None]
+    assert not (copy / UNFINISHED).exists()
+    assert (copy / "metrics.jsonl").read_text().startswith(metrics)
+    saving_trainer(copy, max_steps=9).train(resume_from_checkpoint=str(whole_checkpoints(copy)[-1]))
+    assert (copy / "final" / "model.safetensors").exists()
+
+
+def test_a_disk_that_is_full_from_the_start_says_that_there_is_no_checkpoint(tmp_path):
+    with (
+        largest_file(1_000),
+        pytest.raises(CheckpointError, match=r"; there is no checkpoint yet"),
+    ):
+        saving_trainer(tmp_path).train()

@@ -1,0 +1,306 @@
+"""Starting a run in several processes: how many, where, with which settings, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_recipes import RECIPES, command_line, read_lines
+
+from marval_rl.cli import CommandParser, main
+from marval_rl.commands import launch as launching
+from marval_rl.commands.accelerate_config import read_accelerate_config
+from marval_rl.commands.launch import Launch, add_launch_arguments, plan_launch, run_processes
+from marval_rl.errors import MarvalError, RecipeError
+from marval_rl.training.presets import DEEPSPEED_PRESETS, deepspeed_config
+from marval_rl.training.resume import find_checkpoint
+
+HERE = Launch(2, 1, 0, "127.0.0.1", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def planned(*words: str) -> Launch | None:
+    parser = CommandParser(prog="marval-rl train", add_help=False)
+    add_launch_arguments(parser)
+    return plan_launch(parser.parse_args(words))
+
+
+# How many, and where
+
+
+def test_without_an_option_there_is_no_launch():
+    assert planned() is None
+
+
+def test_processes_are_counted_over_all_machines():
+    words = "--num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 1234"
+    launch = planned(*words.split())
+    assert (launch.local_processes, launch.first_rank) == (4, 4)
+    environment = launch.environment_of(local_rank=3)
+    expected = {"RANK": "7", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    expected |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert {name: environment[name] for name in expected} == expected
+    assert planned("--num_processes", "8", "--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "a") == (
+        Launch(8, 2, 0, "a", 29500)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num_processes 0", "num_processes 0 and num_machines 1 must be at least 1"),
+        ("--num_processes 3 --num_machines 2", "does not divide by num_machines 2"),
+        ("--num_processes 4 --num_machines 2 --machine_rank 2", r"machine_rank 2 is outside 0..1"),
+        ("--num_processes 4 --num_machines 2 --main_process_ip a", "machine_rank is not set: say which of the 2"),
+        ("--num_processes 4 --num_machines 2 --machine_rank 1", "main_process_ip is not set"),
+        ("--num_processes 2 --main_process_port 70000", "main_process_port 70000 is outside"),
+        ("--num_processes two", "invalid int value: 'two'"),
+        ("--accelerate_config zero4", "'zero4' is neither a file nor one of zero1, zero2, zero3"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        planned(*words.split())
+
+
+def test_a_process_that_was_launched_launches_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="started by a launcher"):
+        planned("--num_processes", "2")
+
+
+# accelerate's configurations
+
+
+@pytest.mark.parametrize("name", DEEPSPEED_PRESETS)
+def test_a_preset_is_a_file_of_the_package(name):
+    config = json.loads(Path(deepspeed_config(name)).read_text())
+    assert config["zero_optimization"]["stage"] == int(name[4])
+    assert ("offload_optimizer" in config["zero_optimization"]) == name.endswith("offload")
+    assert planned("--num_processes", "1", "--accelerate_config", name).settings == {"deepspeed": name}
+
+
+def test_what_is_no_preset_stays_as_it_is(tmp_path):
+    file = tmp_path / "mine.json"
+    file.touch()
+    for value in (None, {"a": 1}, '{"a": 1}', str(file)):
+        assert deepspeed_config(value) == value
+    with pytest.raises(ValueError, match="deepspeed 'zero9' is neither a file nor one of zero1"):
+        deepspeed_config("zero9")
+
+
+def write(path: Path, **config: Any) -> str:
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp_path):
+    (tmp_path / "ds.json").write_text("{}")
+    file = write(
+        tmp_path / "a.yaml",
+        compute_environment="LOCAL_MACHINE",
+        distributed_type="DEEPSPEED",
+        mixed_precision="bf16",
+        num_machines=2,
+        num_processes=4,
+        machine_rank=0,
+        main_process_ip="10.0.0.1",
+        main_process_port=29501,
+        gpu_ids="0,1",
+        deepspeed_config={"deepspeed_config_file": str(tmp_path / "ds.json"), "zero3_init_flag": False},
+    )
+    launch = planned("--accelerate_config", file, "--machine_rank", "1")
+    assert (launch.num_processes, launch.num_machines, launch.machine_rank) == (4, 2, 1)
+    assert (launch.main_process_ip, launch.main_process_port) == ("10.0.0.1", 29501)
+    assert launch.settings == {"bf16": "true", "deepspeed": str(tmp_path / "ds.json")}
+    assert launch.environment_of(0)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert launch.with_settings(["r.yaml", "--bf16", "false", "--deepspeed=zero1"]) == [
+        "r.yaml", "--bf16", "false", "--deepspeed=zero1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"distributed_type": "FSDP"}, "distributed_type FSDP is not one of"),
+        ({"fsdp_config": {"a": 1}}, "fsdp_config is not understood here: start with `accelerate launch"),
+        ({"num_processes": "many"}, "num_processes cannot be 'many'"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "no.json"}}, "at no.json"),
+        ({"distributed_type": "DEEPSPEED"}, "no preset fits its deepspeed_config"),
+    ],
+)
+def test_what_only_accelerate_can_do_is_refused(tmp_path, config, message):
+    with pytest.raises(RecipeError, match=message):
+        read_accelerate_config(write(tmp_path / "a.yaml", **config))
+
+
+def test_a_stage_without_a_file_is_the_preset(tmp_path):
+    config = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none"}
+    file = write(tmp_path / "a.yaml", distributed_type="DEEPSPEED", deepspeed_config=config)
+    assert read_accelerate_config(file).settings == {"deepspeed": "zero3_offload"}
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES.parent / "accelerate").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_repositorys_own_configurations_are_understood(file, monkeypatch):
+    monkeypatch.chdir(RECIPES.parents[1])
+    config = read_accelerate_config(str(file))
+    assert config.launch["num_processes"] == {"one_gpu": 1, "two_nodes": 16}.get(file.stem, 8)
+    assert ("deepspeed" in config.settings) == file.stem.startswith("zero")
+
+
+# A dry run
+
+
+def test_a_dry_run_says_what_would_be_launched_and_counts_with_it(tiny_runs, tmp_path, capsys):
+    words = command_line("grpo", tmp_path / "run", "--dry_run", **tiny_runs.models_of("grpo"))
+    launch = "--num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --accelerate_config zero2"
+    assert main([*words, *launch.split()]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "would launch 2 processes here, ranks 2 to 3 of 4, machine 1 of 2, the first process at 10.0.0.1:29500" in told
+    )
+    assert "--dry_run --deepspeed zero2" in told
+    assert "images an update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes" in told
+    assert "generation batch: 128 images = 32 groups of 4" in told
+    assert "memory on each of 4 GPUs" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_needs_a_launch(train, complaint):
+    assert complaint(2, train(deepspeed="zero2")) == (
+        "deepspeed needs processes that are launched: add --num_processes N (1 will do)"
+    )
+
+
+# How processes end: any program will do
+
+
+def start(script: str, launch: Launch = HERE) -> None:
+    run_processes(launch, [], program=[sys.executable, "-c", f"import os, pathlib, signal, sys, time\n{script}"])
+
+
+FAIL = (
+    "def fail(code, text):\n    pathlib.Path(os.environ['MARVAL_RL_ERROR_FILE']).write_text(text)\n    sys.exit(code)\n"
+)
+RANK = "rank = int(os.environ['RANK'])\n"
+
+
+def test_every_process_knows_its_place(tmp_path):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    start(f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(' '.join(os.environ[n] for n in {names}))")
+    places = [(tmp_path / rank).read_text().split() for rank in ("0", "1")]
+    assert [place[:4] for place in places] == [["0", "0", "2", "127.0.0.1"], ["1", "1", "2", "127.0.0.1"]]
+    assert places[0][4] == places[1][4] != "0"
+
+
+def test_what_all_processes_say_is_said_once():
+    with pytest.raises(RecipeError, match=r"^the recipe is wrong$"):
+        start(f"{FAIL}fail(2, 'the recipe is wrong')")
+
+
+def test_a_failure_is_told_in_the_words_of_the_process_that_failed():
+    script = f"{FAIL}{RANK}fail(1, 'disk full' if rank else 'process 1 failed: disk full')"
+    with pytest.raises(MarvalError, match=r"^process 1 of 2: disk full$"):
+        start(script)
+
+
+def test_a_process_that_was_killed_is_named_and_the_others_are_stopped(monkeypatch):
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(MarvalError, match=r"^process 1 of 2: was killed by SIGKILL$"):
+        start(f"{RANK}os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(600)")
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_reaches_every_process_once_as_ctrl_c(tmp_path, number):
+    script = f"""{RANK}
+came = []
+signal.signal(signal.SIGINT, lambda *_: came.append(1))
+pathlib.Path({str(tmp_path)!r}, f"ready-{{rank}}").touch()
+while not came:
+    time.sleep(0.02)
+time.sleep(0.5)  # the checkpoint
+pathlib.Path({str(tmp_path)!r}, f"came-{{rank}}").write_text(str(len(came)))
+sys.exit(130)
+"""
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        start(script)
+    assert [(tmp_path / f"came-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Two machines, both of them this one
+
+PREEMPTION = """
+import os
+import signal
+
+scored = 0
+
+
+def brightness(images, **columns):
+    \"""The launcher of the second machine is told to end when it comes here for the third time.\"""
+    global scored
+    scored += 1
+    if scored == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getppid(), signal.SIGTERM)
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "rewards.py").write_text(PREEMPTION)
+    settings = {
+        "anchor_weight": 0,
+        "steps_per_generation": 1,
+        "max_steps": 1000,
+        "save_steps": 1000,
+        "eval_steps": 1000,
+    }
+    rewards = {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness", "eval_reward_funcs": []}
+    words = command_line("grpo", run, **tiny_runs.models_of("grpo"), **settings, **rewards)
+    words += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.2"]
+    words += ["--main_process_port", str(launching._with_free_port(HERE).main_process_port)]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "marval_rl", *words, "--machine_rank", rank],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    (told, errors), (silent, others) = (machine.communicate(timeout=240) for machine in machines)
+    assert [machine.returncode for machine in machines] == [130, 130], errors + others
+    for text in (errors, others):
+        assert text.splitlines()[-1] == "marval-rl: error: interrupted"
+    assert "images an update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes" in told
+    step = read_lines(run)[-1]["step"]
+    assert f"stopped at step {step}: a checkpoint is kept, --resume goes on from it" in told
+    assert silent == ""
+    assert [folder.name for folder in run.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert find_checkpoint(run, "latest").name == f"checkpoint-{step}"
