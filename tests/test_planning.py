@@ -9,18 +9,27 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from tiny_models import tiny_config
+from tiny_models import tiny_config, tiny_student
 from torch import nn
 
 from marval_rl.cli import main
-from marval_rl.commands.planning.activations import example_batch, gsim_bytes, pretrain_bytes
+from marval_rl.commands.networks import LoraArguments
+from marval_rl.commands.planning.activations import example_batch, grpo_bytes, gsim_bytes, pretrain_bytes
 from marval_rl.commands.planning.dry_run import length
-from marval_rl.commands.planning.memory import Footprint, head_parameters, mar_parameters, memory_table, saved_bytes
+from marval_rl.commands.planning.memory import (
+    Footprint,
+    adapter_parameters,
+    head_parameters,
+    mar_parameters,
+    memory_table,
+    saved_bytes,
+)
 from marval_rl.commands.planning.plan import TrainingPlan
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.trainers.distill import DistillConfig
+from marval_rl.trainers.grpo import MARGRPOConfig
+from marval_rl.trainers.lora import add_lora
 from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
-from marval_rl.training import arguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
@@ -49,6 +58,30 @@ def test_the_table_shards_what_each_stage_shards():
         "ZeRO-3": [0.5, 0.5, 3, 2, 2, 1, 9],
     }
     assert memory_table(footprint, bf16=False, num_gpus=4)[2].split()[1:4] == ["4.00", "4.00", "2.00"]
+
+
+def test_weights_that_are_held_have_neither_gradients_nor_optimizer():
+    gib = 2**30
+    footprint = Footprint(trained=gib // 4, averaged=0, frozen={}, activations=0, held=gib)
+    rows = memory_table(footprint, bf16=True, num_gpus=4)[1:]
+    figures = {line.split()[0]: [float(word) for word in line.split()[1:4]] for line in rows}
+    assert figures["DDP"] == [5, 1, 2]
+    assert figures["ZeRO-2"] == [2.5, 0.12, 0.75]
+    assert figures["ZeRO-3"] == [0.62, 0.12, 0.75]
+
+
+def test_adapters_are_counted_without_memory_and_keep_fewer_activations_in_the_head_alone(tmp_path):
+    config = tiny_config(one_step_timestep=700)
+    settings = {"use_cpu": True, "num_generations": 4, "per_device_train_batch_size": 8, "num_unmasking_steps": 2}
+    args = MARGRPOConfig(str(tmp_path), **settings)
+    everywhere, head = (LoraArguments(use_peft=True, lora_r=4, lora_target=target) for target in ("all", "head"))
+    student = tiny_student()
+    add_lora(student, head.config(), seed=0)
+    real = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    assert adapter_parameters(config, head.config()) == real
+    assert adapter_parameters(config, everywhere.config()) > real
+    whole = grpo_bytes(config, args)
+    assert grpo_bytes(config, args, head.config()) < 0.5 * whole < grpo_bytes(config, args, everywhere.config())
 
 
 def test_saved_bytes_are_those_that_autograd_keeps():
@@ -105,6 +138,17 @@ def test_steps_of_an_epoch_and_of_the_run(tmp_path):
 # The recipes of real size
 
 
+def test_with_adapters_the_reference_is_no_copy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", str(REAL_SIZE["grpo_clip.yaml"]), "--dry_run", "--use_cpu", "--beta", "0.1"]
+    counted = []
+    for adapters in ([], ["--use_peft"]):
+        assert main([*words, *adapters]) == 0
+        counted.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters:")))
+    assert "reference model" in counted[0] and "adapters" not in counted[0]
+    assert "reference model" not in counted[1] and "adapters" in counted[1]
+
+
 @pytest.mark.parametrize("name", REAL_SIZE)
 def test_a_recipe_of_real_size_says_what_it_would_train_and_what_is_missing(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -139,11 +183,3 @@ def test_a_preset_of_accelerate_is_read_by_it(file, monkeypatch):
     if file.stem.startswith("zero"):
         path = Path(preset.deepspeed_config["deepspeed_config_file"])
         assert json.loads(path.read_text())["zero_optimization"]["stage"] == int(file.stem[-1])
-
-
-def test_zero_3_is_refused_with_what_to_use_instead(tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(
-        ValueError, match=r"ZeRO-3 is not supported yet: .* Use ZeRO-2 \(recipes/deepspeed/zero2.json\)"
-    ):
-        PretrainConfig(str(tmp_path), use_cpu=True)

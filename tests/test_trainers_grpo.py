@@ -16,11 +16,14 @@ from tiny_trainers import (
     grey_student,
     grpo_trainer,
     logged,
+    same,
     snapshot,
+    snapshots_by_step,
 )
 from torch import Tensor, nn
 
 from marval_rl.data import class_rows
+from marval_rl.errors import PolicyMismatchError
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
 from marval_rl.models.unmasking import unmasking_steps
@@ -180,3 +183,110 @@ def test_rewards_are_asked_about_finished_images_with_their_prompts_and_columns(
     assert sorted(labels) == [0] * 4 + [2] * 4
     expected = {0: ("a cat!", "cat", "furry"), 2: ("a eel!", "eel", "long")}
     assert list(zip(prompts, names, hints, strict=True)) == [expected[label] for label in labels]
+
+
+def exploration_of(trainer: MARGRPOTrainer, rollout: dict[str, Tensor]) -> list[bool]:
+    """For each unmasking step whether its tokens differ from the student's own."""
+    differs = []
+    for masked, kept in trainer.pairs:
+        with torch.no_grad():
+            actions, means = grpo_module.step_mean(trainer.mar, rollout, masked, kept)
+        differs.append((actions - means).abs().max().item() > 1e-3)
+    return differs
+
+
+@pytest.mark.parametrize(("shift", "windows"), [(0, [0, 0, 0, 0]), (1, [0, 1, 2, 0]), (2, [0, 0, 1, 1])])
+def test_only_the_steps_in_the_window_explore_and_are_trained(tmp_path, monkeypatch, shift, windows):
+    settings = {"num_unmasking_steps": 4, "exploration_window": 2, "exploration_shift": shift, "max_steps": 4}
+    trainer = grpo_trainer(tmp_path, tiny_student(1), **settings, learning_rate=0.0)
+    explored, trained = [], []
+    original = trainer.generate_rollouts
+
+    def generate(rows: list[dict[str, Any]]) -> None:
+        original(rows)
+        explored.append(exploration_of(trainer, trainer.buffer))
+        trained.append(trainer._trained_steps())
+
+    monkeypatch.setattr(trainer, "generate_rollouts", generate)
+    trainer.train()
+    assert trained == [[start, start + 1] for start in windows]
+    assert explored == [[step in steps for step in range(4)] for steps in trained]
+    assert logged(trainer, "ratio") == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("share_order", [False, True])
+@pytest.mark.parametrize("share_noise", [False, True])
+def test_a_group_may_share_its_order_and_its_noise(tmp_path, share_order, share_noise):
+    trainer = grpo_trainer(tmp_path, tiny_student(1), max_steps=1, share_order=share_order, share_noise=share_noise)
+    trainer.train()
+    rollout = trainer.buffer
+    assert len(rollout["order"].unique(dim=0)) == 2 if share_order else len(rollout["order"].unique(dim=0)) > 2
+    assert len(rollout["noise"].unique(dim=0)) == (2 if share_noise else 8)
+    assert len(rollout["tokens"].unique(dim=0)) == 8  # each image explores by itself
+    if share_noise:  # the images of one noise are those of one class: 2 groups of 4
+        for noise in rollout["noise"].unique(dim=0):
+            members = rollout["class_labels"][(rollout["noise"] == noise).all(dim=(1, 2))]
+            assert len(members) == 4 and len(members.unique()) == 1
+
+
+def test_advantages_belong_to_the_images_that_earned_them(tmp_path):
+    trainer = grpo_trainer(tmp_path, tiny_student(1), max_steps=1, scale_rewards="none", share_noise=True)
+    trainer.train()
+    rollout = trainer.buffer
+    rewards = darkness(trainer.decode_tokens(rollout["tokens"]))
+    for noise in rollout["noise"].unique(dim=0):  # a group
+        members = (rollout["noise"] == noise).all(dim=(1, 2))
+        expected = rewards[members] - rewards[members].mean()
+        torch.testing.assert_close(rollout["advantages"][members], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_steps_can_be_those_that_are_trained(tmp_path):
+    settings = {"num_unmasking_steps": 4, "num_trained_steps": 2, "trained_steps": "first", "max_steps": 1}
+    trainer = grpo_trainer(tmp_path, tiny_student(1), **settings)
+    assert trainer._trained_steps() == [0, 1]
+
+
+def test_a_student_that_paints_differently_in_training_is_refused(tmp_path):
+    student = tiny_student(1, projection_dropout=0.3)
+    with pytest.raises(PolicyMismatchError, match=r"differs by .* so ratios would not be 1.*dropout"):
+        grpo_trainer(tmp_path, student, max_steps=1).train()
+
+
+def test_a_mean_log_prob_brings_a_clip_range_of_its_own(tmp_path):
+    summed = grpo_trainer(tmp_path, tiny_student(1), num_unmasking_steps=4)
+    mean = grpo_trainer(tmp_path, tiny_student(1), num_unmasking_steps=4, log_prob_reduction="mean")
+    given = grpo_trainer(tmp_path, tiny_student(1), num_unmasking_steps=4, epsilon=0.1, epsilon_high=0.3)
+    assert (summed.epsilon_low, summed.epsilon_high) == (0.2, 0.2)
+    assert mean.epsilon_low == pytest.approx(0.2 / 4)  # 4 tokens of 4 channels in 4 steps
+    assert (given.epsilon_low, given.epsilon_high) == (0.1, 0.3)
+
+
+def test_the_reference_follows_the_average_when_it_is_told_to(tmp_path):
+    settings = {"max_steps": 3, "learning_rate": 3e-3, "beta": 1e-6, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    trainer = grpo_trainer(tmp_path, tiny_student(1), **settings, ref_model_mixup_alpha=1.0)
+    states = snapshots_by_step(trainer, {"reference": trainer.reference, "ema": trainer.ema.module})
+    assert same(states[1]["reference"], states[0]["reference"])
+    assert same(states[2]["reference"], states[2]["ema"]) and not same(states[2]["ema"], states[1]["ema"])
+    assert same(states[3]["reference"], states[2]["reference"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "dr_grpo"}, 'would be "grpo".*scale_rewards to "none"'),
+        ({"loss_type": "ppo"}, 'loss_type must be one of grpo, cispo, not "ppo"'),
+        ({"importance_sampling_level": "token"}, 'must be one of unmasking_step, image, not "token"'),
+        ({"num_unmasking_steps": 4, "exploration_window": 5}, "exploration_window 5 is outside 1..4"),
+        (
+            {"num_unmasking_steps": 4, "exploration_window": 2, "num_trained_steps": 3},
+            "num_trained_steps 3 is outside 1..2",
+        ),
+        (
+            {"num_generations": 3},
+            "8 images does not divide into groups of num_generations = 3 .* 8 x steps_per_generation 1 x 1 processes",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        grpo_trainer(tmp_path, tiny_student(1), **settings)
