@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 tests/distributed_work.py STAGE FOLDER
 
 STAGE is one of STAGES. Each trainer leaves in FOLDER: `<trainer>.safetensors` (the weights it ends with, by network),
-`<trainer>_<rank>.json` (metrics, what moved in each step, seconds, bytes), and its run folder.
+`<trainer>_<rank>.json` (metrics, what moved in each step, seconds, bytes), and its run folder. `collectives_<rank>.json`
+is what `training/distributed.py` makes of this process's rows, metrics and errors.
 """
 
 from __future__ import annotations
@@ -23,22 +24,24 @@ from tiny_trainers import ANCHOR, backprop_trainer, distiller, grey_student, grp
 from torch import Tensor
 from transformers import TrainerCallback
 
+from marval_rl.errors import DataError
 from marval_rl.training.base import MARTrainer
-from marval_rl.training.distributed import whole_in_chunks
+from marval_rl.training.distributed import failing_together, gather_rows, mean_over_processes, whole_in_chunks
 
 # ZeRO-3 leaves parameters of less than 100,000 numbers whole by default, so all of a tiny model.
 ZERO = {1: {}, 2: {}, 3: {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 500}}
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 MICRO_BATCHES = 2  # of a step, over all processes
-# Momentum goes on moving weights that get no gradient, unless they are kept from it; and they must notice the steps.
-SETTINGS = {"max_steps": 7, "adam_beta1": 0.9, "weight_decay": 0.01, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
-ANCHORED = {**SETTINGS, **ANCHOR, "auxiliary_warmup_steps": 1}
+# Momentum and weight decay move weights that get no gradient, unless they are kept from it. Adam's epsilon is large, for
+# it divides rounding errors by themselves where a gradient is zero but for them, as that of an attention's key bias.
+SETTINGS = {"max_steps": 5, "adam_beta1": 0.9, "adam_epsilon": 1e-4, "weight_decay": 0.01, "learning_rate": 1e-3}
+CYCLE = {"auxiliary_updates": 2, "auxiliary_warmup_steps": 1}
+STUDENT_STEPS = (2, 4)  # that update the student where there is an auxiliary network
+ANCHORED = {**SETTINGS, **ANCHOR, **CYCLE, "num_unmasking_steps": 3}
 
 TRAINERS: dict[str, Callable[..., MARTrainer]] = {
     "pretrain": lambda folder, **settings: pretrainer(folder, tiny_model(0), **{**SETTINGS, **settings}),
-    "distill": lambda folder, **settings: distiller(
-        folder, tiny_model(0), **{**SETTINGS, "auxiliary_warmup_steps": 1, **settings}
-    ),
+    "distill": lambda folder, **settings: distiller(folder, tiny_model(0), **{**SETTINGS, **CYCLE, **settings}),
     "grpo": lambda folder, **settings: grpo_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
     "reward_backprop": lambda folder, **settings: backprop_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
 }
@@ -153,14 +156,37 @@ def peak_bytes() -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
+def collectives(rank: int) -> dict[str, Any]:
+    """Process 0 has two values of `shared` and fails in `own`; process 1 has one, a NaN, and a metric of its own."""
+    nan, values = float("nan"), torch.tensor([1.0, 2.0, 6.0])
+    recorded = (
+        {"shared": list(values[:2])} if rank == 0 else {"shared": [values[2], torch.tensor(nan)], "own": [values[0]]}
+    )
+    errors = {}
+    for name, failing in {"own": rank == 0, "nowhere": False}.items():
+        try:
+            with failing_together(torch.device("cpu"), DataError):
+                if failing:
+                    raise DataError("the disk is gone")
+        except DataError as error:
+            errors[name] = str(error)
+    return {
+        "rows": gather_rows(torch.tensor([[rank], [rank + 10]])).tolist(),
+        "means": mean_over_processes(recorded | {"never": [torch.tensor(nan)]}),
+        "errors": errors,
+    }
+
+
 def main() -> None:
     stage, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     settings = {"deepspeed": deepspeed_config(int(stage[-1]))} if stage.startswith("zero") else {}
+    rank = torch.distributed.get_rank()
+    (folder / f"collectives_{rank}.json").write_text(json.dumps(collectives(rank)))
     for name in TRAINERS:
         report = run(name, folder, **settings)
-        (folder / f"{name}_{torch.distributed.get_rank()}.json").write_text(json.dumps(report))
+        (folder / f"{name}_{rank}.json").write_text(json.dumps(report))
         gc.collect()  # the engine and its trainer refer to each other
     torch.distributed.destroy_process_group()
 

@@ -16,7 +16,7 @@ from marval_rl.models import MARConfig, MARModel
 from marval_rl.trainers import rollout
 
 STEPS = (4, 8, 16, 64)
-BATCH = 32
+BATCH = 16
 
 
 def measure(num_unmasking_steps: int, keep_all: bool) -> None:
@@ -31,10 +31,10 @@ def measure(num_unmasking_steps: int, keep_all: bool) -> None:
         num_classes=10,
         buffer_size=8,
         encoder_hidden_size=256,
-        encoder_num_layers=4,
+        encoder_num_layers=2,
         encoder_num_heads=4,
         decoder_hidden_size=256,
-        decoder_num_layers=4,
+        decoder_num_layers=2,
         decoder_num_heads=4,
         head_hidden_size=256,
         head_num_layers=3,

@@ -278,10 +278,11 @@ def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
         "steps_per_generation": 1,
         "max_steps": 1000,
         "save_steps": 1000,
-        "eval_steps": 1000,
+        "eval_strategy": "no",
+        "eval_on_start": False,
     }
-    rewards = {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness", "eval_reward_funcs": []}
-    words = command_line("grpo", run, **tiny_runs.models_of("grpo"), **settings, **rewards)
+    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness", **tiny_runs.models_of("grpo")}
+    words = command_line("grpo", run, **settings)
     words += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.2"]
     words += ["--main_process_port", str(launching._with_free_port(HERE).main_process_port)]
     machines = [

@@ -177,8 +177,7 @@ def run_processes(launch: Launch, arguments: Sequence[str], program: Sequence[st
         messages = {rank: _message(errors[rank], workers[rank].returncode) for rank in failed}
     if all(workers[rank].returncode in (130, -signal.SIGINT) for rank in failed):
         raise KeyboardInterrupt
-    told = _summary({launch.first_rank + rank: message for rank, message in messages.items()}, launch.num_processes)
-    raise (RecipeError if workers[failed[0]].returncode == 2 else MarvalError)(told)
+    raise (RecipeError if workers[failed[0]].returncode == 2 else MarvalError)(_summary(launch, messages))
 
 
 def _with_free_port(launch: Launch) -> Launch:
@@ -235,13 +234,15 @@ def _message(error: Path, code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _summary(messages: dict[int, str], num_processes: int) -> str:
-    """One message of those of several processes, by rank: each thing said once, without those that only repeat what
-    another process said."""
+def _summary(launch: Launch, messages: dict[int, str]) -> str:
+    """One message of those of several processes, by local rank: each thing said once, without those that only repeat
+    what another process said."""
     distinct: dict[str, int] = {}
     for rank, message in messages.items():
         distinct.setdefault(message, rank)
+    if len(distinct) == 1 and len(messages) == launch.local_processes:
+        return next(iter(distinct))
     own = {text: rank for text, rank in distinct.items() if not any(o in text for o in distinct if o != text)}
-    if len(own) == 1 and num_processes == len(messages):
-        return next(iter(own))
-    return "; ".join(f"process {rank} of {num_processes}: {text}" for text, rank in own.items())
+    return "; ".join(
+        f"process {launch.first_rank + rank} of {launch.num_processes}: {text}" for text, rank in own.items()
+    )

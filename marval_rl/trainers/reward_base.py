@@ -207,13 +207,21 @@ class RewardTrainer(MARTrainer):
     def update_average(self) -> None:
         super().update_average()
         args = self.args
-        if (
-            self.reference is not None
-            and args.sync_ref_model
-            and self.state.global_step % args.ref_model_sync_steps == 0
-        ):
+        due = args.sync_ref_model and self.state.global_step % args.ref_model_sync_steps == 0
+        if due and self.reference is not None:
             averages = [average.detach() for average in self.ema.module.parameters()]
             torch._foreach_lerp_(list(self.reference.parameters()), averages, args.ref_model_mixup_alpha)
+
+    def whole_states(self) -> dict[str, dict[str, Tensor]]:
+        states = super().whole_states()
+        if self.args.sync_ref_model and self.reference is not None:
+            states["reference"] = self.reference.state_dict()
+        return states
+
+    def load_whole_states(self, states: dict[str, dict[str, Tensor]]) -> None:
+        super().load_whole_states(states)
+        if "reference" in states:
+            self.reference.load_state_dict(states["reference"])
 
     def save_final(self, folder: Path) -> None:
         if self.has_adapters:

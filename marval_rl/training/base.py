@@ -132,6 +132,16 @@ class MARTrainer(Trainer):
         """Whether the optimizer step with this index moves the model that is averaged."""
         return True
 
+    def whole_states(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds in <name>.safetensors: states that are whole and alike in all processes."""
+        return {"ema": {**self.ema.module.state_dict(), "num_updates": torch.tensor(self.ema.num_updates)}}
+
+    def load_whole_states(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """Takes over what `whole_states` gave."""
+        average = dict(states["ema"])
+        self.ema.num_updates = int(average.pop("num_updates"))
+        self.ema.module.load_state_dict(average)
+
     def goes_on_with_buffer(self, step: int) -> bool:
         """Whether the step with this index needs what the one before it left in `buffer`."""
         return False
@@ -272,10 +282,10 @@ class MARTrainer(Trainer):
         self._writer = writer
         try:
             if args.should_save:
-                file = writer.folder / "ema.safetensors"
-                state = {**self.ema.module.state_dict(), "num_updates": torch.tensor(self.ema.num_updates)}
-                with writer.attempt(file):
-                    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+                for name, state in self.whole_states().items():
+                    file = writer.folder / f"{name}.safetensors"
+                    with writer.attempt(file):
+                        save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)
             file = writer.folder / buffer_file(args.process_index)
             with writer.attempt(file):
                 save_file(self.buffer, file)
@@ -329,9 +339,9 @@ class MARTrainer(Trainer):
         """The weight average, and what a step left for the next one."""
         # safetensors knows no "cpu:0", which the device is called where there are several processes.
         device = "cpu" if self.args.device.type == "cpu" else str(self.args.device)
-        state = load_file(folder / "ema.safetensors", device=device)
-        self.ema.num_updates = int(state.pop("num_updates"))
-        self.ema.module.load_state_dict(state)
+        self.load_whole_states(
+            {name: load_file(folder / f"{name}.safetensors", device=device) for name in self.whole_states()}
+        )
         written = layout_of(folder) or self.layout
         if written.world_size == self.args.world_size:
             self.buffer = load_file(folder / buffer_file(self.args.process_index), device=device)

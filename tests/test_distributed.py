@@ -1,0 +1,108 @@
+"""All four trainers in two real processes, by plain DDP and by DeepSpeed's ZeRO 1, 2 and 3, against one process that
+accumulates two micro-batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import distributed_work
+import pytest
+import torch
+from distributed_work import STAGES, STUDENT_STEPS, TRAINERS
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Sums of two processes are rounded otherwise; DDP's of two are not.
+TOLERANCE = {"ddp": 0.0, "zero1": 2e-6, "zero2": 2e-6, "zero3": 2e-6}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the four trainers left behind."""
+
+    stage: str
+    folder: Path
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def report(self, name: str, rank: int = 0) -> dict[str, Any]:
+        return json.loads((self.folder / f"{name}_{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("one")
+    for name in TRAINERS:
+        (folder / f"{name}_0.json").write_text(json.dumps(distributed_work.run(name, folder)))
+    return Runs("one", folder)
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """One launch a stage: what the processes import takes longer than the runs."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [*launcher, *address, distributed_work.__file__, request.param, str(folder)]
+    done = subprocess.run(command, env=environment, timeout=280, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return Runs(request.param, folder)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_processes_end_with_the_weights_of_one_that_accumulates(one_process, two_processes, name):
+    expected, weights = one_process.weights(name), two_processes.weights(name)
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=0, atol=TOLERANCE[two_processes.stage], msg=key)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_processes_log_the_metrics_of_one_that_accumulates(one_process, two_processes, name):
+    expected, metrics = one_process.report(name)["metrics"], two_processes.report(name)["metrics"]
+    assert len(metrics) == len(expected) == distributed_work.SETTINGS["max_steps"]
+    for line, reference in zip(metrics, expected, strict=True):
+        assert line == pytest.approx(reference, rel=1e-5, abs=1e-6)
+    assert two_processes.report(name, rank=1)["metrics"] == metrics
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "pretrain"])
+def test_what_gets_no_gradient_in_a_step_does_not_move_in_it(two_processes, name):
+    for rank in (0, 1):
+        moved = two_processes.report(name, rank)["moved"]
+        assert [step for step, which in enumerate(moved) if which["model"]] == list(STUDENT_STEPS)
+        assert [step for step, which in enumerate(moved) if which["optimizer"]] == list(STUDENT_STEPS)
+        assert [step for step, which in enumerate(moved) if which["average"]] == list(STUDENT_STEPS)
+        assert all(which["auxiliary"] for which in moved)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_final_folder_holds_the_whole_average_and_auxiliary_network(two_processes, name):
+    weights, final = two_processes.weights(name), two_processes.folder / name / "final"
+    files = {"average": "model.safetensors", "auxiliary": "auxiliary.safetensors"}
+    for network in ("average",) if name == "pretrain" else files:
+        saved = load_file(final / files[network])
+        assert saved, network
+        for key, value in saved.items():
+            assert torch.equal(value, weights[f"{network}.{key}"]), key
+
+
+def test_rows_metrics_and_errors_reach_all_processes(two_processes):
+    for rank in (0, 1):
+        found = two_processes.report("collectives", rank)
+        assert found["rows"] == [[0], [10], [1], [11]]
+        assert found["means"] == {"shared": 3.0, "own": 1.0}
+        assert found["errors"] == {"own": "the disk is gone" if rank == 0 else "process 0 failed: the disk is gone"}
