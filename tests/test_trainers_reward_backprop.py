@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_student
-from tiny_trainers import backprop_trainer, grey_student, logged
+from tiny_trainers import assert_equal_states, backprop_trainer, grey_student, logged, snapshot
 from torch import Tensor, nn
 
 from marval_rl.models import MARModel
+from marval_rl.models.unmasking import unmasking_steps
+from marval_rl.trainers import reward_backprop as backprop_module
 from marval_rl.trainers import rollout as rollout_module
-from marval_rl.trainers.rollout import differentiable_rollout
+from marval_rl.trainers.reward_backprop import RewardBackpropTrainer
+from marval_rl.trainers.rollout import differentiable_rollout, step_mean
 
 
 def test_reward_backprop_raises_the_reward(tmp_path):
@@ -68,3 +72,99 @@ def test_the_gradient_through_a_rollout_is_the_slope_of_its_objective(monkeypatc
         rollout_module, "checkpoint", lambda reveal, tokens, *args, use_reentrant: reveal(tokens.detach(), *args)
     )
     assert (rollout_gradient(student) @ direction - slope).abs() > 0.01 * slope
+
+
+def steps_with_gradient(trainer: RewardBackpropTrainer, monkeypatch) -> list[list[int]]:
+    """Trains; returns the unmasking steps of each update whose means took a gradient."""
+    seen: list[list[int]] = []
+    original = backprop_module.differentiable_rollout
+
+    def recording(student: MARModel, labels: Tensor, num_steps: int, with_gradient: list[int], *args: Any) -> Any:
+        seen.append(sorted(with_gradient))
+        return original(student, labels, num_steps, with_gradient, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backprop_module, "differentiable_rollout", recording)
+        trainer.train()
+    return seen
+
+
+def test_the_gradient_may_run_through_the_last_or_random_steps(tmp_path, monkeypatch):
+    settings = {"num_unmasking_steps": 4, "max_steps": 8, "learning_rate": 1e-4}
+    chosen = {
+        mode: steps_with_gradient(
+            backprop_trainer(tmp_path / mode, grey_student(), **settings, backprop_steps=mode), monkeypatch
+        )
+        for mode in ("all", "last", "random")
+    }
+    assert chosen["all"] == [[0, 1, 2, 3]] * 8
+    assert chosen["last"] == [[3]] * 8
+    assert {step for (step,) in chosen["random"]} > {0}
+
+
+def test_steps_without_a_gradient_are_constants():
+    """With the last step alone, the gradient is that of its tokens given all the others."""
+    student = grey_student()
+    torch.manual_seed(0)
+    tokens = differentiable_rollout(student, LABELS, 4, with_gradient=[3])["tokens"]
+    (partial,) = torch.autograd.grad(tokens.square().sum(), student.mask_token)
+    torch.manual_seed(0)
+    state = differentiable_rollout(student, LABELS, 4, with_gradient=[])
+    assert not state["tokens"].requires_grad
+    masked, kept = unmasking_steps(4, 4)[3]
+    _, mean = step_mean(student, state, masked, kept)
+    (expected,) = torch.autograd.grad(mean.square().sum(), student.mask_token)
+    torch.testing.assert_close(partial, expected)
+
+
+def test_above_the_threshold_nothing_is_asked_for(tmp_path):
+    student = grey_student()
+    trainer = backprop_trainer(tmp_path, student, reward_threshold=-1.0, max_steps=2, learning_rate=1e-2)
+    start = snapshot(student)
+    trainer.train()
+    assert logged(trainer, "loss") == [0.0, 0.0] and all(reward > -1 for reward in logged(trainer, "reward"))
+    assert_equal_states(start, student.state_dict())
+
+
+def test_below_the_threshold_the_loss_is_the_distance_to_it(tmp_path):
+    trainer = backprop_trainer(tmp_path, grey_student(), reward_threshold=2.0, max_steps=1, learning_rate=1e-3)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(2 - logged(trainer, "reward")[0], abs=1e-4)
+
+
+def test_a_divergence_holds_the_student_near_its_start(tmp_path):
+    settings = {"max_steps": 8, "learning_rate": 3e-3}
+    free = backprop_trainer(tmp_path / "free", grey_student(), **settings, beta=1e-6)
+    held = backprop_trainer(tmp_path / "held", grey_student(), **settings, beta=1.0)
+    for trainer in (free, held):
+        trainer.train()
+        assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < logged(held, "kl")[-1] < 0.5 * logged(free, "kl")[-1]
+
+
+def test_memory_grows_with_a_step_and_not_with_their_number():
+    """What autograd keeps for K unmasking steps: their states, and not the activations of each."""
+
+    def kept_bytes(num_unmasking_steps: int) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        student = tiny_student(1, image_size=16)  # 64 tokens
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = differentiable_rollout(student, LABELS, num_unmasking_steps)
+            total = sum(kept.values())
+        assert result["tokens"].requires_grad
+        return total
+
+    states = len(LABELS) * 64 * (4 * 4 + 3 * 8)  # tokens in float32, and positions as int64 a few times over
+    assert kept_bytes(32) - kept_bytes(4) < 28 * 2 * states
+
+
+def test_a_choice_of_steps_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='must be one of all, last, random, not "first"'):
+        backprop_trainer(tmp_path, grey_student(), backprop_steps="first")
+    with pytest.raises(ValueError, match=r"num_backprop_steps 3 is outside 1\.\.2"):
+        backprop_trainer(tmp_path, grey_student(), backprop_steps="last", num_backprop_steps=3)
