@@ -99,7 +99,7 @@ def test_the_gradient_may_run_through_the_last_or_random_steps(tmp_path, monkeyp
     }
     assert chosen["all"] == [[0, 1, 2, 3]] * 8
     assert chosen["last"] == [[3]] * 8
-    assert {step for (step,) in chosen["random"]} > {0}
+    assert len({step for (step,) in chosen["random"]}) > 1
 
 
 def test_steps_without_a_gradient_are_constants():
