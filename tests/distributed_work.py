@@ -3,14 +3,17 @@
     torchrun --nproc_per_node 2 tests/distributed_work.py STAGE FOLDER
 
 STAGE is one of STAGES. Each trainer leaves in FOLDER: `<trainer>.safetensors` (the weights it ends with, by network),
-`<trainer>_<rank>.json` (metrics, what moved in each step, seconds, bytes), and its run folder. `collectives_<rank>.json`
-is what `training/distributed.py` makes of this process's rows, metrics and errors.
+`<trainer>_<rank>.json` (metrics, what moved in each step, seconds, bytes), and its run folder. What
+`training/distributed.py` makes of this process's rows, metrics and errors is in `collectives_<rank>.json`.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,8 +35,8 @@ from marval_rl.training.distributed import failing_together, gather_rows, mean_o
 ZERO = {1: {}, 2: {}, 3: {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 500}}
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 MICRO_BATCHES = 2  # of a step, over all processes
-# Momentum and weight decay move weights that get no gradient, unless they are kept from it. Adam's epsilon is large, for
-# it divides rounding errors by themselves where a gradient is zero but for them, as that of an attention's key bias.
+# Momentum and weight decay move weights that get no gradient, unless they are kept from it. Adam's epsilon is large, as
+# it would divide rounding errors by themselves where a gradient is nothing else, as that of an attention's key bias.
 SETTINGS = {"max_steps": 5, "adam_beta1": 0.9, "adam_epsilon": 1e-4, "weight_decay": 0.01, "learning_rate": 1e-3}
 CYCLE = {"auxiliary_updates": 2, "auxiliary_warmup_steps": 1}
 STUDENT_STEPS = (2, 4)  # that update the student where there is an auxiliary network
@@ -118,17 +121,22 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def run(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
-    """Trains; returns {metrics, moved, seconds, peak_bytes} and leaves the weights in `<name>.safetensors`."""
+def run(name: str, folder: Path, watched: bool = True, **settings: Any) -> dict[str, Any]:
+    """Trains; returns {metrics, moved, seconds, peak_bytes} and leaves the weights in `<name>.safetensors`.
+
+    peak_bytes is how far the resident memory rose above what it was before. What moved is seen by copying all weights
+    in each step, which takes time and memory: not unless `watched`.
+    """
     settings = {"gradient_accumulation_steps": MICRO_BATCHES // world_size(), **settings}
+    resident = start_peak()
     trainer = TRAINERS[name](folder / name, **settings)
     watch = Watch(trainer)
-    trainer.add_callback(watch)
-    reset_peak()
+    if watched:
+        trainer.add_callback(watch)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    peak = peak_bytes()
+    peak = memory("VmHWM") - resident
     states = {network: whole_state(module) for network, module in networks_of(trainer).items()}
     if trainer.args.process_index == 0:
         flat = {f"{network}.{key}": value for network, state in states.items() for key, value in state.items()}
@@ -145,15 +153,17 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def reset_peak() -> None:
-    """Let the peak of this process's memory begin at what it holds now."""
+def start_peak() -> int:
+    """Let the peak of this process's resident memory begin at what it holds now, and return that in bytes."""
+    gc.collect()  # an engine and its trainer refer to each other
     Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
 
 
-def peak_bytes() -> int:
-    """The peak of this process's resident memory."""
+def memory(name: str) -> int:
+    """VmRSS, the resident memory of this process in bytes, or VmHWM, its peak (see proc(5))."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    return int(status[name].split()[0]) * 1024
 
 
 def collectives(rank: int) -> dict[str, Any]:
@@ -177,19 +187,39 @@ def collectives(rank: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    stage, folder = sys.argv[1], Path(sys.argv[2])
+def run_all(stage: str, folder: Path, **options: Any) -> None:
+    """What one of the processes does; the options are those of `run`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    settings = {"deepspeed": deepspeed_config(int(stage[-1]))} if stage.startswith("zero") else {}
+    if stage.startswith("zero"):
+        options["deepspeed"] = deepspeed_config(int(stage[-1]))
     rank = torch.distributed.get_rank()
     (folder / f"collectives_{rank}.json").write_text(json.dumps(collectives(rank)))
     for name in TRAINERS:
-        report = run(name, folder, **settings)
+        report = run(name, folder, **options)
         (folder / f"{name}_{rank}.json").write_text(json.dumps(report))
-        gc.collect()  # the engine and its trainer refer to each other
     torch.distributed.destroy_process_group()
 
 
+def launch(script: str, *arguments: str, timeout: float) -> None:
+    """Runs a script of this folder in two processes by torchrun; RuntimeError tells what they wrote to stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    command = [*launcher, *address, script, *arguments]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    finally:
+        process.terminate()  # and not kill: torchrun ends its processes first
+        process.wait()
+    if process.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{errors[-5000:]}")
+
+
 if __name__ == "__main__":
-    main()
+    run_all(sys.argv[1], Path(sys.argv[2]))

@@ -4,10 +4,6 @@ accumulates two micro-batches."""
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,8 @@ from distributed_work import STAGES, STUDENT_STEPS, TRAINERS
 from safetensors.torch import load_file
 from torch import Tensor
 
+LONGEST = 600  # seconds a launch; half a minute is usual
+pytestmark = pytest.mark.timeout(LONGEST + 60)
 # Sums of two processes are rounded otherwise; DDP's of two are not.
 TOLERANCE = {"ddp": 0.0, "zero1": 2e-6, "zero2": 2e-6, "zero3": 2e-6}
 
@@ -49,16 +47,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """One launch a stage: what the processes import takes longer than the runs."""
     folder = tmp_path_factory.mktemp(request.param)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    paths = [str(Path(__file__).parent), *sys.path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [*launcher, *address, distributed_work.__file__, request.param, str(folder)]
-    done = subprocess.run(command, env=environment, timeout=280, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
+    distributed_work.launch(distributed_work.__file__, request.param, str(folder), timeout=LONGEST)
     return Runs(request.param, folder)
 
 

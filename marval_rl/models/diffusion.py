@@ -86,6 +86,11 @@ def _on_device(schedule: DiffusionSchedule, name: str, device: torch.device) -> 
     return torch.from_numpy(np.asarray(getattr(schedule, name))).float().to(device)
 
 
+def forget_tensors() -> None:
+    """Drop the tensors that are kept for each schedule and device: those made in a fake mode must not outlive it."""
+    _on_device.cache_clear()
+
+
 @lru_cache(maxsize=32)
 def make_schedule(num_timesteps: int = 1000, num_steps: int | None = None) -> DiffusionSchedule:
     """The cosine process of `num_timesteps`, respaced to `num_steps` (None: all of them)."""

@@ -2,11 +2,14 @@
 
 # No `from __future__ import annotations`: the command-line parser reads the field types.
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import timedelta
 
+import torch
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
@@ -83,6 +86,10 @@ class MARTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.deepspeed = deepspeed_config(self.deepspeed)
+        # On the CPU transformers forgets ddp_timeout where it makes the group: a hanging process would hold up the
+        # others for half an hour.
+        if self.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator

@@ -330,6 +330,19 @@ class MARTrainer(Trainer):
                 (folder / "latest").write_text(tag)
                 torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
+        written = None if resume_from_checkpoint is None else layout_of(Path(resume_from_checkpoint))
+        if not self.is_deepspeed_enabled or written in (None, self.layout):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # DeepSpeed's engine begins with the weights and is given the rest, for it would not take these files.
+        self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_other_layout(Path(resume_from_checkpoint), written, self.model_wrapped, Path(self.args.output_dir))
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        return prepared
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:  # here and not with the weights, which DeepSpeed loads by itself
@@ -365,7 +378,7 @@ class MARTrainer(Trainer):
                 self.args.eval_on_start = False  # the run began long ago, and that step has been evaluated
                 if self._is_finished(resume_from_checkpoint):
                     return None
-                resume_from_checkpoint = str(self._in_this_layout(Path(resume_from_checkpoint)))
+                self._check_layout(Path(resume_from_checkpoint))
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             if self.has_ended(self.state):
                 self.save_final(output_dir / "final")
@@ -386,28 +399,22 @@ class MARTrainer(Trainer):
             if self.peers is not None:
                 self.peers.close()
 
-    def _in_this_layout(self, checkpoint: Path) -> Path:
-        """The checkpoint in a form that this run can load.
-
-        Raises:
-            CheckpointError: If it was written by another number of processes or stage of ZeRO, and cannot be converted.
-        """
+    def _check_layout(self, checkpoint: Path) -> None:
+        """Raises CheckpointError if another number of processes, or stage of ZeRO, left what this run cannot use."""
         written, here = layout_of(checkpoint), self.layout
         if written in (None, here):
-            return checkpoint
+            return
         told = f"{checkpoint} was written by {written}, and this run has {here}"
-        step = step_of(checkpoint)
-        if written.world_size != here.world_size and self.goes_on_with_buffer(step):
+        way = f"Go on with {written}, or begin a new run from its weights"
+        if written.world_size != here.world_size and self.goes_on_with_buffer(self.state.global_step):
             raise CheckpointError(
-                f"{told}: step {step} needs what each of the processes kept for it. Go on with {written}, or from a "
-                "checkpoint of another step, or begin a new run from its weights"
+                f"{told}: step {self.state.global_step} goes on with what each of those processes has kept, as a "
+                f"rollout. {way}; a checkpoint of a step that begins with fresh data fits any number"
             )
         if (written.zero_stage is None) != (here.zero_stage is None):
-            raise CheckpointError(
-                f"{told}: DeepSpeed's states and plain ones cannot be converted into each other. Go on with {written}, "
-                "or begin a new run from its weights"
-            )
-        return checkpoint
+            raise CheckpointError(f"{told}: DeepSpeed's states and plain ones cannot be exchanged. {way}")
+        if self.args.process_index == 0:
+            print(f"{told}: its states are dealt out anew")
 
     def _keep_completed_steps(self) -> str:
         """Write a checkpoint of the steps that were completed, after a reward has failed in the one that followed
@@ -436,10 +443,9 @@ class MARTrainer(Trainer):
 
     def _is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the run's last one; transformers would train one step more. Writes `final` anew."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
-        if not self.has_ended(state):
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+        if not self.has_ended(self.state):
             return False
-        self.state = state
         self._load_from_checkpoint(checkpoint)
         self._load_own_state(Path(checkpoint))
         self.save_final(Path(self.args.output_dir) / "final")

@@ -174,13 +174,13 @@ class CheckpointWriter:
         Raises:
             CheckpointError: In all of them, if one has failed. What was written is removed.
         """
-        failures = _share(self.failure)
+        failures = share(self.failure)
         failed = [f"process {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
         if not failed:
             return
         if self.rank == 0:
             remove_unfinished(self.output_dir)
-        _share(None)  # all hear of it once the room is free again
+        share(None)  # all hear of it once the room is free again
         told = failed[0] if self.layout.world_size > 1 else failed[0].removeprefix("process 0: ")
         raise cannot_write(self.output_dir, self.target, told)
 
@@ -197,7 +197,7 @@ class CheckpointWriter:
             for path in files[self.rank :: self.layout.world_size]:
                 _to_disk(path)
                 entries[str(path.relative_to(self.folder))] = {"size": path.stat().st_size, "crc32": _crc32(path)}
-        shared = _share(entries)
+        shared = share(entries)
         self.agree()
         if self.rank == 0:
             with self.attempt():
@@ -253,7 +253,7 @@ def remove_unfinished(output_dir: Path) -> None:
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
 
 
-def _share(value: Any) -> list[Any]:
+def share(value: Any) -> list[Any]:
     """The value of each process, by rank."""
     if not torch.distributed.is_initialized():
         return [value]

@@ -19,6 +19,8 @@ POLL = 1.0  # seconds between two looks at the store
 SILENT = re.compile(r"tim(ed|e)[ -]?out", re.IGNORECASE)
 GONE = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|end ?of ?file|socket", re.IGNORECASE)
 
+STORE_GONE = "process 0, or the launcher, is gone"  # whichever holds the store
+
 _runs = count()  # every process of a group makes its runs in the same order
 
 
@@ -57,8 +59,9 @@ class Peers:
         try:
             told = self._ask_around("did not answer" if silent else "is gone")
             self.store.set(f"{self.run}/lost", told)
-        except RuntimeError:  # the store itself was in the process that is gone
-            return "process 0, or the launcher, is gone"
+            time.sleep(2 * POLL)  # with this process the store may go, and the others are to read it
+        except RuntimeError:
+            return STORE_GONE
         return told
 
     def close(self) -> None:
@@ -84,13 +87,15 @@ class Peers:
         return self.store.get(key).decode() if self.store.check([key]) else "0, not begun"
 
     def _watch_store(self) -> None:
+        patience = 2 * GRACE
         while not self._over.wait(POLL):
             try:
-                lost = self.store.check([f"{self.run}/lost"])
-            except RuntimeError:
-                return  # the store is gone: the process that held it has ended, which collective operations notice
-            if lost and not self._over.wait(2 * GRACE):
+                if not self.store.check([f"{self.run}/lost"]):
+                    continue
                 told = self.store.get(f"{self.run}/lost").decode()
+            except RuntimeError:
+                told, patience = STORE_GONE, self.timeout  # it may also have ended as it should, a little earlier
+            if not self._over.wait(patience):
                 print(f"marval-rl: error: process {self.rank} ends: another one found that {told}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(1)

@@ -1,0 +1,63 @@
+"""Seconds and peak memory of all four trainers in two processes, by stage; run by hand.
+
+    python tests/distributed_memory.py
+
+The models have about 25 million parameters, so that what they take stands out from what Python and its libraries do.
+Prints a table for each figure: seconds of the steps, and how far the resident memory of each process rose above what it
+was before its models were made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import distributed_work
+import tiny_models
+from distributed_work import STAGES, TRAINERS
+
+WIDE = {
+    "encoder_hidden_size": 384,
+    "encoder_num_layers": 6,
+    "encoder_num_heads": 6,
+    "decoder_hidden_size": 384,
+    "decoder_num_layers": 6,
+    "decoder_num_heads": 6,
+    "head_hidden_size": 384,
+    "head_num_layers": 3,
+}
+
+
+def measure(stage: str, folder: Path) -> None:
+    """What one of the processes does."""
+    tiny_models.tiny_config = partial(tiny_models.tiny_config, **WIDE)
+    distributed_work.run_all(stage, folder, watched=False)
+
+
+def main() -> None:
+    reports = {}
+    for stage in STAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            distributed_work.launch(__file__, stage, folder, timeout=3600)
+            for name in TRAINERS:
+                reports[stage, name] = [
+                    json.loads((Path(folder) / f"{name}_{rank}.json").read_text()) for rank in (0, 1)
+                ]
+    for title, show in (
+        ("seconds", lambda ranks: f"{max(report['seconds'] for report in ranks):.1f}"),
+        ("peak memory, MiB a process", lambda ranks: " / ".join(f"{r['peak_bytes'] / 2**20:.0f}" for r in ranks)),
+    ):
+        print(f"\n| {title} | {' | '.join(TRAINERS)} |\n|---|{'---|' * len(TRAINERS)}")
+        for stage in STAGES:
+            print(f"| {stage} | {' | '.join(show(reports[stage, name]) for name in TRAINERS)} |")
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        measure(sys.argv[1], Path(sys.argv[2]))
+    else:
+        main()
