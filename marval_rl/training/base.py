@@ -32,9 +32,9 @@ from marval_rl.training.checkpoints import (
     damage,
     layout_of,
     remove_unfinished,
-    step_of,
     way_on,
 )
+from marval_rl.training.conversion import load_other_layout
 from marval_rl.training.distributed import (
     failing_together,
     forget_gradients,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from marval_rl.models import MARConfig, MARModel
-from marval_rl.models.diffusion import make_schedule
+from marval_rl.models.diffusion import forget_tensors, make_schedule
 from marval_rl.models.mar import new_head
 from marval_rl.trainers.lora import add_lora
 
@@ -98,20 +98,23 @@ def saved_bytes(
     """
     make_schedule(config.num_train_timesteps)  # cached: it must be made before the fake mode, not in it
     kept: dict[int, torch.UntypedStorage] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        networks = list(make_networks())
-        parameters = {_key(p) for network in networks for p in network.parameters()}
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            networks = list(make_networks())
+            parameters = {_key(p) for network in networks for p in network.parameters()}
 
-        def keep(tensor: Tensor) -> Tensor:
-            if _key(tensor) not in parameters:
-                kept[_key(tensor)] = tensor.untyped_storage()  # held, so that no key is given to another
-            return tensor
+            def keep(tensor: Tensor) -> Tensor:
+                if _key(tensor) not in parameters:
+                    kept[_key(tensor)] = tensor.untyped_storage()  # held, so that no key is given to another
+                return tensor
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            result = run(*networks)  # held while we count: its graph owns the saved tensors
-            total = sum(storage.nbytes() for storage in kept.values())
-        del result
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                result = run(*networks)  # held while we count: its graph owns the saved tensors
+                total = sum(storage.nbytes() for storage in kept.values())
+            del result
+    finally:
+        forget_tensors()
     return total
 
 
