@@ -1,9 +1,10 @@
 """What the tests of checkpoints in several processes run: tiny distillations, one after another.
 
-    python tests/layout_work.py write|resume FOLDER LAYOUT...
+    layout_work.py write FOLDER LAYOUT...                 FOLDER/<layout> is a run, FOLDER/<layout>.safetensors its end
+    layout_work.py resume FOLDER WRITTEN:LAYOUT...        goes on from its checkpoint under another layout
 
-A layout is ddp, zero1, zero2 or zero3; `write` trains FOLDER/<layout> for 3 steps under each, and `resume` goes on with a
-copy of FOLDER/<first layout> under each of the others, to step 4. What they find is left in FOLDER as JSON.
+A layout is ddp, zero1, zero2 or zero3, under as many processes as torchrun starts. What each process found is left in
+FOLDER as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from distributed_work import deepspeed_config, whole_state
+from distributed_work import deepspeed_config, equal, optimizer_state, whole_state
 from safetensors.torch import save_file
 from tiny_models import tiny_model
 from tiny_trainers import distiller
@@ -31,69 +32,38 @@ from marval_rl.trainers.distill import DistillTrainer
 from marval_rl.training.checkpoints import checkpoints_in, damage
 
 STEP = 3  # one that draws fresh contexts: any number of processes can go on from it
-SETTINGS = {"adam_beta1": 0.9, "learning_rate": 1e-3, "auxiliary_warmup_steps": 0, "weight_decay": 0.01}
+SETTINGS = {
+    "max_steps": STEP + 2,
+    "adam_beta1": 0.9,
+    "adam_epsilon": 1e-4,  # else the last digits of a gradient near zero decide where Adam goes
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "linear",
+    "auxiliary_warmup_steps": 0,
+    "save_strategy": "steps",
+    "save_steps": STEP,
+    "save_total_limit": None,
+    "ddp_timeout": 120,
+}
 
 
 def trainer_for(folder: Path, layout: str, **settings: Any) -> DistillTrainer:
     AcceleratorState._reset_state()  # else accelerate keeps the engine's settings of the trainer before
     engine = {} if layout == "ddp" else {"deepspeed": deepspeed_config(int(layout[-1]))}
-    settings = {"save_strategy": "steps", "save_steps": STEP, "lr_scheduler_type": "linear", **SETTINGS, **settings}
-    return distiller(folder, tiny_model(), **settings, **engine, ddp_timeout=60)
+    return distiller(folder, tiny_model(), **{**SETTINGS, **engine, **settings})
 
 
-def optimizer_states(trainer: DistillTrainer) -> dict[str, Tensor]:
-    """Adam's two averages of each trained parameter, whole, and the steps by parameter group."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    found = {}
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad:
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key).detach().clone()
-    return found
-
-
-class AtStart(TrainerCallback):
-    """Keeps what a resumed run begins with."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        optimizer = self.trainer.optimizer
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
-        self.states = whole_state(self.trainer.model)
-        base = optimizer.optimizer.optimizer
-        self.states |= optimizer_states(self.trainer)
-        self.steps = sorted(float(state["step"]) for state in base.state.values())
-
-
-def write(folder: Path, layout: str) -> dict[str, Any]:
-    """Checkpoints 3, and one at which the disk is full; and what a loss that is NaN in process 1 does."""
-    run = folder / layout
-    trainer = trainer_for(run, layout, max_steps=STEP)
+def write(folder: Path, layout: str) -> None:
+    """A checkpoint, and the end of the run."""
+    trainer = trainer_for(folder / layout, layout)
     trainer.train()
-    if trainer.args.process_index == 0:
-        states = whole_state(trainer.model) if layout != "zero3" else {}
-    else:
-        states = {}
-    if layout == "zero3":
-        states = whole_state(trainer.model)
-    report: dict[str, Any] = {"rates": [group["lr"] for group in trainer.optimizer.param_groups]}
-    if layout != "ddp":
-        states |= optimizer_states(trainer)
-        base = trainer.optimizer.optimizer.optimizer
-        report["steps"] = sorted(float(state["step"]) for state in base.state.values())
-    if trainer.args.process_index == 0:
-        save_file({name: value.contiguous() for name, value in states.items()}, folder / f"{layout}.safetensors")
-    return report
+    save_states(trainer, folder / f"{layout}.safetensors")
 
 
 def fill_disk(folder: Path, layout: str) -> str:
     """Go on in a copy, where process 1 cannot write its checkpoint; what the error says."""
     run = copy_of(folder / layout, folder / f"{layout}_full")
-    trainer = trainer_for(run, layout, max_steps=STEP + 1)
+    trainer = trainer_for(run, layout)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     # Process 0 writes larger files, so process 1 has to have less room for one of its own to fail.
@@ -123,46 +93,55 @@ def spoil(folder: Path, layout: str) -> dict[str, Any]:
 
     class Watch(TrainerCallback):
         def look(self) -> list[Tensor]:
-            states = [*whole_state(trainer.model).values(), *whole_state(trainer.ema.module).values()]
-            return states if layout == "ddp" else [*states, *optimizer_states(trainer).values()]
+            states = optimizer_state(trainer, "model") + optimizer_state(trainer, "auxiliary")
+            return [*states, *whole_state(trainer.model).values(), *whole_state(trainer.ema.module).values()]
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.before = self.look()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            moved.append(not all(map(torch.equal, self.before, self.look())))
+            moved.append(not equal(self.before, self.look()))
 
     trainer.add_callback(Watch())
     trainer.train()
     return {"moved": moved, "skipped": [line.get("skipped_steps") for line in trainer.state.log_history[:3]]}
 
 
-def resume(folder: Path, written: str, layout: str) -> dict[str, Any]:
-    """Go on under another layout by a step: what it begins with, or why it cannot."""
-    run = copy_of(folder / written, folder / f"{written}_to_{layout}_{torch.distributed.get_world_size()}")
-    trainer = trainer_for(run, layout, max_steps=STEP + 1)
-    start = AtStart(trainer)
-    if layout != "ddp":
-        trainer.add_callback(start)
+def resume(folder: Path, written: str, layout: str) -> str | None:
+    """Go on under another layout to the end; why it cannot, or None."""
+    target = folder / f"{written}_to_{layout}_{world_size()}"
+    run = copy_of(folder / written, target)
+    # All draw and read the same, however many processes there are.
+    trainer = trainer_for(run, layout, gradient_accumulation_steps=2 // world_size())
     try:
         trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{STEP}"))
     except MarvalError as error:
-        return {"refused": str(error)}
-    if layout == "ddp":
-        return {"steps": trainer.state.global_step}
-    save_file({name: value.contiguous() for name, value in start.states.items()}, run / "begins_with.safetensors")
-    return {"run": str(run), "rates": start.rates, "steps": start.steps, "decays": start.decays}
+        return str(error)
+    save_states(trainer, target.with_suffix(".safetensors"))
+    return None
+
+
+def save_states(trainer: DistillTrainer, path: Path) -> None:
+    states = {"model": whole_state(trainer.model), "average": whole_state(trainer.ema.module)}
+    if rank() == 0:
+        flat = {f"{part}.{name}": value for part, state in states.items() for name, value in state.items()}
+        save_file({name: value.contiguous() for name, value in flat.items()}, path)
 
 
 def copy_of(run: Path, target: Path) -> Path:
+    """The run as it was when it had written the checkpoint."""
     if rank() == 0:
-        shutil.copytree(run, target)
+        shutil.copytree(run / f"checkpoint-{STEP}", target / f"checkpoint-{STEP}")
     torch.distributed.barrier()
     return target
 
 
 def rank() -> int:
     return torch.distributed.get_rank()
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size()
 
 
 def main() -> None:
@@ -172,15 +151,17 @@ def main() -> None:
     reports: dict[str, Any] = {}
     for layout in layouts:
         if what == "write":
-            reports[layout] = write(folder, layout)
+            write(folder, layout)
+            gc.collect()  # the engine and its trainer refer to each other
+            reports[layout] = {"full": fill_disk(folder, layout)}
             gc.collect()
-            reports[layout]["full"] = fill_disk(folder, layout)
-            gc.collect()
-            reports[layout]["spoilt"] = spoil(folder, layout)
-        elif layout != layouts[0]:
-            reports[layout] = resume(folder, layouts[0], layout)
-        gc.collect()  # the engine and its trainer refer to each other
-    (folder / f"{what}_{layouts[0]}_{rank()}.json").write_text(json.dumps(reports))
+            reports[layout] |= spoil(folder, layout)
+        else:
+            written, here = layout.split(":")
+            reports[layout] = resume(folder, written, here)
+        gc.collect()
+    (folder / f"{what}_{world_size()}_{rank()}.json").write_text(json.dumps(reports))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -208,3 +208,12 @@ def test_modules_that_the_student_lacks_are_refused():
 def test_grpo_refuses_dropout_in_the_adapters(train, tmp_path: Path, complaint):
     told = complaint(2, train(use_peft=True, lora_dropout=0.1))
     assert told == "grpo needs lora_dropout 0, not 0.1: its ratios must begin at 1"
+
+
+def test_a_dry_run_counts_the_adapters_and_no_copy_for_the_reference(train, capsys):
+    counted = []
+    for adapters in ({}, {"use_peft": True}):
+        assert train("--dry_run", beta=0.1, **adapters) == 0
+        counted.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters:")))
+    assert "reference model" in counted[0] and "adapters" not in counted[0]
+    assert "reference model" not in counted[1] and "adapters" in counted[1]

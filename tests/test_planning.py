@@ -138,17 +138,6 @@ def test_steps_of_an_epoch_and_of_the_run(tmp_path):
 # The recipes of real size
 
 
-def test_with_adapters_the_reference_is_no_copy(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["train", str(REAL_SIZE["grpo_clip.yaml"]), "--dry_run", "--use_cpu", "--beta", "0.1"]
-    counted = []
-    for adapters in ([], ["--use_peft"]):
-        assert main([*words, *adapters]) == 0
-        counted.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters:")))
-    assert "reference model" in counted[0] and "adapters" not in counted[0]
-    assert "reference model" not in counted[1] and "adapters" in counted[1]
-
-
 @pytest.mark.parametrize("name", REAL_SIZE)
 def test_a_recipe_of_real_size_says_what_it_would_train_and_what_is_missing(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ def load_other_layout(checkpoint: Path, written: Layout, engine: Any, output_dir
 
     The first process joins the partitions with DeepSpeed's own converter (`ds_to_universal`), one file a parameter and
     state, in a folder that is deleted again. DeepSpeed would read them back between its stages 1 and 2 only, and would
-    take the first parameter group's settings for all; here each process takes its part by DeepSpeed's functions for
-    debugging, and all that stays as the run was set up is the groups' settings.
+    take the first parameter group's settings for all; here each process fills its own part.
 
     Args:
         checkpoint: A whole checkpoint of the run.
@@ -77,43 +77,43 @@ def _join(partitions: Path, zero_stage: int, folder: Path) -> None:
 
 
 def _deal_out(folder: Path, engine: Any) -> None:
+    """Fill this process's flat float32 tensors, one a group, and the optimizer's states of them."""
+    zero3 = engine.zero_optimization_stage() == 3
     optimizer = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    whole_weights = engine.zero_optimization_stage() < 3
-    groups = optimizer.bit16_groups if whole_weights else optimizer.fp16_groups
-    flats = optimizer.single_partition_of_fp32_groups if whole_weights else optimizer.fp32_partitioned_groups_flat
+    groups = optimizer.fp16_groups if zero3 else optimizer.bit16_groups
+    flats = optimizer.fp32_partitioned_groups_flat if zero3 else optimizer.single_partition_of_fp32_groups
     for group, flat in zip(groups, flats, strict=True):
-        for parameter in group:
-            parts = {key: _tensor(folder / names[parameter] / f"{key}.pt") for key in ("fp32", *ADAM)}
-            (_set_whole if whole_weights else _set_own_part)(parameter, parts)
-        state = optimizer.optimizer.state[flat]
-        state["step"] = torch.as_tensor(_load(folder / names[group[0]] / "step.pt")).to(state["step"])
+        state = {key: torch.zeros_like(flat.data) for key in ADAM}
+        own_parts = _zero3_parts(group) if zero3 else _fragments(group)
+        for parameter, first, start, size in own_parts:
+            for key, own in (("fp32", flat.data), *state.items()):
+                whole = _tensor(folder / names[parameter] / f"{key}.pt").flatten()
+                own[start : start + size] = whole[first : first + size]
+        step = _load(folder / names[group[0]] / "step.pt")
+        optimizer.optimizer.state[flat] = {"step": torch.as_tensor(step, dtype=torch.float32), **state}
 
 
-def _set_whole(parameter: nn.Parameter, parts: dict[str, Tensor]) -> None:
-    """ZeRO-1 and 2 take what belongs to this process from the whole."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    safe_set_full_fp32_param(parameter, parts["fp32"])
-    for key in ADAM:
-        safe_set_full_optimizer_state(parameter, parts[key], key)
+# Both yield (parameter, first number of it that this process has, its place in the flat tensor, how many numbers).
 
 
-def _set_own_part(parameter: nn.Parameter, parts: dict[str, Tensor]) -> None:
-    """ZeRO-3 cuts each parameter into equal parts and fills up the last; its function for whole ones does not."""
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+def _fragments(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+    """ZeRO-1 and 2 lay a group's parameters end to end, and cut what comes of it into equal parts."""
+    for parameter in group:
+        mapping = parameter._hp_mapping
+        if mapping is not None:  # else it lies in another process
+            inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield parameter, inside.start, flat.start, flat.numel
 
-    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
 
-    def own(whole: Tensor) -> Tensor:
-        filled = torch.zeros(size, dtype=whole.dtype)
-        part = whole.flatten()[rank * size : (rank + 1) * size]
-        filled[: len(part)] = part
-        return filled
-
-    safe_set_local_fp32_param(parameter, own(parts["fp32"]))
-    for key in ADAM:
-        safe_set_local_optimizer_state(parameter, own(parts[key]), key)
+def _zero3_parts(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+    """ZeRO-3 cuts each parameter into equal parts, the last one filled up, and lays a process's parts end to end."""
+    start = 0
+    for parameter in group:
+        size = parameter.ds_tensor.numel()
+        first = size * torch.distributed.get_rank()
+        yield parameter, first, start, max(0, min(size, parameter.ds_numel - first))
+        start += size
 
 
 def _tensor(path: Path) -> Tensor:
