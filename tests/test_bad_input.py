@@ -287,4 +287,4 @@ def test_an_earlier_run_outlives_a_new_one_that_cannot_begin(train, tmp_path, co
 
 def test_nothing_to_resume(train, tmp_path, complaint):
     line = complaint(1, train("--resume"))
-    assert line == f"{tmp_path / 'run'} holds no complete checkpoint to resume from; start without --resume"
+    assert line == f"{tmp_path / 'run'} holds no whole checkpoint to resume from; start without --resume"

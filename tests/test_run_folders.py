@@ -14,7 +14,7 @@ from tiny_recipes import COMMANDS, RECIPES, command_line, comparable_lines, is_f
 from tiny_trainers import assert_equal_states
 
 from marval_rl.cli import main
-from marval_rl.commands.networks import ModelArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.networks import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.commands.sources import DataArguments
 from marval_rl.models.checkpoints import load_model
 from marval_rl.recipes import parse_recipe
@@ -106,8 +106,8 @@ def test_the_metrics_have_the_promised_names(runs, recipe):
 CONFIGS = {
     "teacher": (DataArguments, ModelArguments, PretrainConfig),
     "distill": (DataArguments, TeacherArguments, DistillConfig),
-    "grpo": (DataArguments, RewardArguments, TeacherArguments, MARGRPOConfig),
-    "reward_backprop": (DataArguments, RewardArguments, TeacherArguments, RewardBackpropConfig),
+    "grpo": (DataArguments, RewardArguments, TeacherArguments, LoraArguments, MARGRPOConfig),
+    "reward_backprop": (DataArguments, RewardArguments, TeacherArguments, LoraArguments, RewardBackpropConfig),
 }
 
 

@@ -52,7 +52,7 @@ def test_only_the_networks_whose_turn_it_is_move(tmp_path, kind):
         make = {"grpo": grpo_trainer, "reward_backprop": backprop_trainer}[kind]
         extra = {"beta": 0.1, "num_iterations": 2} if kind == "grpo" else {}
         trainer = make(tmp_path, tiny_student(1), **ANCHOR, **settings, **extra)
-        teacher = trainer.matcher.teacher
+        teacher = trainer.anchor.matcher.teacher
     modules = {"student": trainer.mar, "auxiliary": trainer.model.auxiliary, "average": trainer.ema.module}
     modules["teacher"] = teacher
     if kind == "grpo":
@@ -77,7 +77,7 @@ def test_only_the_networks_whose_turn_it_is_move(tmp_path, kind):
 @pytest.mark.parametrize("make", [grpo_trainer, backprop_trainer])
 def test_without_an_anchor_there_is_no_auxiliary_network_and_each_step_moves_the_student(tmp_path, make):
     trainer = make(tmp_path, tiny_student(1), max_steps=3, learning_rate=1e-3, auxiliary_updates=3)
-    assert trainer.model.auxiliary is None and trainer.matcher is None
+    assert trainer.model.auxiliary is None and trainer.anchor is None
     states = snapshots_by_step(trainer, {"student": trainer.mar})
     assert len(states) == 4
     assert not any(same(a["student"], b["student"]) for a, b in pairwise(states))

@@ -8,6 +8,8 @@ import torch
 
 from marval_rl.models import MARConfig, MARModel
 
+DISTURBANCE = 0.2  # deviation of what is added to each weight of a new model
+
 
 def tiny_config(**changes: Any) -> MARConfig:
     """Images of 1 x 4 x 4 pixels, 4 tokens of 4 channels, 3 classes; no dropout."""
@@ -41,7 +43,7 @@ def tiny_model(seed: int = 0, **changes: Any) -> MARModel:
         model = MARModel(tiny_config(**changes)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter += DISTURBANCE * torch.randn_like(parameter)
     return model
 
 
