@@ -1,8 +1,8 @@
 """Seconds and peak memory of all four trainers in two processes, by stage; run by hand.
 
-    python tests/distributed_memory.py
+    python tests/distributed_memory.py [STAGE ...]
 
-The models have about 25 million parameters, so that what they take stands out from what Python and its libraries do.
+Each is launched by itself, as what an earlier one has freed would hide what a later one takes. The models have about 25 million parameters, so that what they take stands out from what Python and its libraries do.
 Prints a table for each figure: seconds of the steps, and how far the resident memory of each process rose above what it
 was before its models were made.
 """
@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import distributed_work
@@ -32,35 +33,33 @@ WIDE = {
 }
 
 
-def measure(stage: str, folder: Path) -> None:
+def measure(stage: str, folder: Path, name: str) -> None:
     """What one of the processes does."""
     tiny_models.tiny_config = partial(tiny_models.tiny_config, **WIDE)
     tiny_models.DISTURBANCE = (
         0.02  # more than that explodes in a wide model, and a step that is skipped measures nothing
     )
-    distributed_work.run_all(stage, folder, watched=False)
+    distributed_work.run_all(stage, folder, [name], watched=False)
 
 
-def main() -> None:
+def main(stages: list[str]) -> None:
     reports = {}
-    for stage in STAGES:
+    for stage, name in product(stages, TRAINERS):
         with tempfile.TemporaryDirectory() as folder:
-            distributed_work.launch(__file__, stage, folder, timeout=3600)
-            for name in TRAINERS:
-                reports[stage, name] = [
-                    json.loads((Path(folder) / f"{name}_{rank}.json").read_text()) for rank in (0, 1)
-                ]
+            distributed_work.launch(__file__, stage, folder, name, timeout=3600)
+            files = [Path(folder) / f"{name}_{rank}.json" for rank in (0, 1)]
+            reports[stage, name] = [json.loads(file.read_text()) for file in files]
     for title, show in (
         ("seconds", lambda ranks: f"{max(report['seconds'] for report in ranks):.1f}"),
         ("peak memory, MiB a process", lambda ranks: " / ".join(f"{r['peak_bytes'] / 2**20:.0f}" for r in ranks)),
     ):
         print(f"\n| {title} | {' | '.join(TRAINERS)} |\n|---|{'---|' * len(TRAINERS)}")
-        for stage in STAGES:
+        for stage in stages:
             print(f"| {stage} | {' | '.join(show(reports[stage, name]) for name in TRAINERS)} |")
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        measure(sys.argv[1], Path(sys.argv[2]))
+        measure(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
     else:
-        main()
+        main(sys.argv[1:] or list(STAGES))

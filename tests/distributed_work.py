@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def collectives(rank: int) -> dict[str, Any]:
     }
 
 
-def run_all(stage: str, folder: Path, **options: Any) -> None:
+def run_all(stage: str, folder: Path, names: Iterable[str] = TRAINERS, **options: Any) -> None:
     """What one of the processes does; the options are those of `run`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
@@ -195,7 +195,7 @@ def run_all(stage: str, folder: Path, **options: Any) -> None:
         options["deepspeed"] = deepspeed_config(int(stage[-1]))
     rank = torch.distributed.get_rank()
     (folder / f"collectives_{rank}.json").write_text(json.dumps(collectives(rank)))
-    for name in TRAINERS:
+    for name in names:
         report = run(name, folder, **options)
         (folder / f"{name}_{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()

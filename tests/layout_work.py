@@ -1,10 +1,11 @@
 """What the tests of checkpoints in several processes run: tiny distillations, one after another.
 
-    layout_work.py write FOLDER LAYOUT...                 FOLDER/<layout> is a run, FOLDER/<layout>.safetensors its end
-    layout_work.py resume FOLDER WRITTEN:LAYOUT...        goes on from its checkpoint under another layout
+    torchrun --nproc_per_node N tests/layout_work.py FOLDER TASK...
 
-A layout is ddp, zero1, zero2 or zero3, under as many processes as torchrun starts. What each process found is left in
-FOLDER as JSON.
+A layout is ddp, zero1, zero2 or zero3, under as many processes as torchrun starts. The task LAYOUT trains a run in
+FOLDER/<layout>, with its end in FOLDER/<layout>.safetensors, and then tries a full disk and a loss that is NaN. The
+task WRITTEN:LAYOUT goes on from the checkpoint of FOLDER/<written> under another layout. What each process found is
+left in FOLDER/found_<processes>_<rank>.json, by task.
 """
 
 from __future__ import annotations
@@ -145,22 +146,21 @@ def world_size() -> int:
 
 
 def main() -> None:
-    what, folder, layouts = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    folder, tasks = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    reports: dict[str, Any] = {}
-    for layout in layouts:
-        if what == "write":
-            write(folder, layout)
-            gc.collect()  # the engine and its trainer refer to each other
-            reports[layout] = {"full": fill_disk(folder, layout)}
-            gc.collect()
-            reports[layout] |= spoil(folder, layout)
+    found: dict[str, Any] = {}
+    for task in tasks:
+        if ":" in task:
+            found[task] = resume(folder, *task.split(":"))
         else:
-            written, here = layout.split(":")
-            reports[layout] = resume(folder, written, here)
+            write(folder, task)
+            gc.collect()  # the engine and its trainer refer to each other
+            found[task] = {"full": fill_disk(folder, task)}
+            gc.collect()
+            found[task] |= spoil(folder, task)
         gc.collect()
-    (folder / f"{what}_{world_size()}_{rank()}.json").write_text(json.dumps(reports))
+    (folder / f"found_{world_size()}_{rank()}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

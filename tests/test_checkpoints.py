@@ -194,3 +194,29 @@ def test_a_disk_that_is_full_from_the_start_says_that_there_is_no_checkpoint(tmp
         pytest.raises(CheckpointError, match=r"; there is no checkpoint yet"),
     ):
         saving_trainer(tmp_path).train()
+
+
+# Another number of processes
+
+
+def written_by_two(checkpoint: Path) -> str:
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["layout"]["world_size"] = 2
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    return str(checkpoint)
+
+
+def test_a_step_that_needs_what_other_processes_kept_is_refused(copy):
+    """The auxiliary network's steps 4 and 5 learn from the sample that each process drew in step 3."""
+    checkpoint = written_by_two(copy / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=r"written by 2 processes, and this run has 1 process: step 4 goes on"):
+        saving_trainer(copy).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_step_that_draws_afresh_fits_any_number_of_processes(copy, capsys):
+    trainer = saving_trainer(copy, max_steps=7)
+    trainer.train(resume_from_checkpoint=written_by_two(copy / "checkpoint-6"))
+    assert trainer.state.global_step == 7
+    assert "was written by 2 processes, and this run has 1 process: its states are dealt out anew" in (
+        capsys.readouterr().out
+    )

@@ -23,8 +23,7 @@ TARGET_GAIN, TARGET_FD = 3.0, 1.05
 def main() -> None:
     runs = json.loads((FOLDER / "results.json").read_text())["runs"]
     top = max(run["fd_ratio"] for run in runs) * 1.08
-    most = max(run["gain"] for run in runs) + 0.6
-    panels = [panel(name, [run for run in runs if run["labelling"] == name], most, top) for name in LABELLINGS]
+    panels = [panel(name, [run for run in runs if run["labelling"] == name], top) for name in LABELLINGS]
     body = "".join(f'<g transform="translate({index * WIDTH} 0)">{text}</g>' for index, text in enumerate(panels))
     (FOLDER / "frontier.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT + 28}" '
@@ -33,9 +32,9 @@ def main() -> None:
     )
 
 
-def panel(labelling: str, runs: list[dict[str, Any]], most: float, top: float) -> str:
+def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
     """One labelling: the judge's gain to the right, the Frechet distance upwards (on a log scale)."""
-    low, least = 0.9, -0.5
+    low, least, most = 0.9, -0.5, max(run["gain"] for run in runs) + 0.6
 
     def x(gain: float) -> float:
         return LEFT + (gain - least) / (most - least) * (WIDTH - LEFT - RIGHT)
@@ -63,7 +62,7 @@ def panel(labelling: str, runs: list[dict[str, Any]], most: float, top: float) -
     parts.append(f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">FD / start</text>')
     parts.append(f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="#888"/>')
     parts.append(f'<circle cx="{x(0):.1f}" cy="{y(1):.1f}" r="4" fill="#333"/>')
-    parts.append(f'<text x="{x(0) - 7:.1f}" y="{y(1) + 4:.1f}" text-anchor="end">start</text>')
+    parts.append(f'<text x="{x(0):.1f}" y="{y(1) - 8:.1f}" text-anchor="middle">start</text>')
     parts += [mark(run, x(run["gain"]), y(run["fd_ratio"])) for run in runs]
     return "".join(parts)
 

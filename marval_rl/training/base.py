@@ -85,6 +85,10 @@ class MARTrainer(Trainer):
         # transformers asks for an evaluation set although evaluation here generates its own images.
         super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
         unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
+        if self.is_deepspeed_enabled and self.layout.zero_stage == 3:
+            # Whole weights belong to each checkpoint: a run of another layout, or one that has ended, begins with them.
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
         self.mar = model
         self.codec = codec_for(model.config).to(args.device)
         config = model.config
