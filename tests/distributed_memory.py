@@ -2,9 +2,10 @@
 
     python tests/distributed_memory.py [STAGE ...]
 
-Each is launched by itself, as what an earlier one has freed would hide what a later one takes. The models have about 25 million parameters, so that what they take stands out from what Python and its libraries do.
-Prints a table for each figure: seconds of the steps, and how far the resident memory of each process rose above what it
-was before its models were made.
+Each trainer is launched by itself, as what an earlier one has freed would hide what it takes. The models have 24
+million parameters, so that what they take stands out from what Python and its libraries do. Prints a table for each
+figure: seconds of the steps, and how far the resident memory of each process rose above what it was before its models
+were made.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ WIDE = {
 def measure(stage: str, folder: Path, name: str) -> None:
     """What one of the processes does."""
     tiny_models.tiny_config = partial(tiny_models.tiny_config, **WIDE)
-    tiny_models.DISTURBANCE = (
-        0.02  # more than that explodes in a wide model, and a step that is skipped measures nothing
-    )
+    tiny_models.DISTURBANCE = 0.02  # more of it explodes in a wide model, and a skipped step measures nothing
     distributed_work.run_all(stage, folder, [name], watched=False)
 
 
