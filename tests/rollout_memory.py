@@ -1,7 +1,7 @@
 """Memory of reward back-propagation against the number of unmasking steps K, measured; run by hand:
 
-    python tests/rollout_memory.py                       # one process a K, prints a table
-    python tests/rollout_memory.py --no_checkpointing    # as it would be if all steps' activations were kept
+python tests/rollout_memory.py                       # one process a K, prints a table
+python tests/rollout_memory.py --no_checkpointing    # as it would be if all steps' activations were kept
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from kill_stress import free_port
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the processes of all
+
 WRITTEN = ("ddp", "zero2", "zero3")
 AMONG_TWO = ("zero2:zero1", "zero2:zero3", "zero3:zero2")
 IN_ONE = ("zero2:ddp", "ddp:ddp", "zero2:zero2", "zero3:zero3")
