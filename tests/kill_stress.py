@@ -5,8 +5,7 @@
 Two processes distil a tiny model under ZeRO-2 on the CPU and write a checkpoint every third step. From the first step
 on one process (either, in turns) or both are killed by SIGKILL after a random time; then the run is resumed and killed
 again, until all kills are spent and it may end. The final weights, their average and the last checkpoint's state must
-equal those of the undisturbed run bit for bit. A kill costs the start of two processes, about 15 seconds on two
-cores. tests/test_kill.py does the same with two kills.
+equal those of the undisturbed run bit for bit. A kill costs a few seconds. tests/test_kill.py does the same with two kills.
 """
 
 from __future__ import annotations
@@ -15,80 +14,31 @@ import argparse
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from forked_processes import Processes, start
 
 RANKS = (0, 1)
 SAVE_STEPS = 3
 ALONE = 60.0  # seconds within which a process whose peer was killed must have ended by itself
 
 
-@dataclass
-class Launch:
-    """Two running processes of one training."""
-
-    folder: Path
-    processes: list[subprocess.Popen]
-
-    def wait_for_step(self, timeout: float = 240.0) -> None:
-        """Return once this launch has completed a step."""
-        deadline = time.monotonic() + timeout
-        while not (self.folder / "stepped").exists():
-            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
-                raise RuntimeError(f"no step was taken:\n{self.output()}")
-            time.sleep(0.02)
-
-    def kill(self, ranks: tuple[int, ...]) -> bool:
-        """SIGKILL; whether the training was still running."""
-        running = all(process.poll() is None for process in self.processes)
-        for rank in ranks:
-            self.processes[rank].kill()
-        return running
-
-    def wait(self, timeout: float) -> list[int]:
-        """The exit codes; the processes are ended and TimeoutExpired is raised if they take longer."""
-        try:
-            deadline = time.monotonic() + timeout
-            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
-
-    def output(self) -> str:
-        return "\n".join((self.folder / f"output_{rank}.txt").read_text() for rank in RANKS)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def launch(folder: Path, steps: int, stage: str, *flags: str) -> Launch:
-    """Start or resume the training in `folder`, without a launcher that would end the processes for us."""
-    folder.mkdir(parents=True, exist_ok=True)
+def launch(folder: Path, steps: int, stage: str, timeout: int = 120, hang: int | None = None) -> Processes:
+    """Start or resume the training in `folder`; process 1 hangs in step `hang`. timeout: ddp_timeout."""
     (folder / "stepped").unlink(missing_ok=True)
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
-    for rank in RANKS:
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        with (folder / f"output_{rank}.txt").open("w") as output:
-            command = [sys.executable, __file__, "--worker", "--folder", str(folder), "--steps", str(steps)]
-            processes.append(
-                subprocess.Popen(
-                    [*command, "--stage", stage, *flags],
-                    env={**os.environ, **shared, **own},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return Launch(folder, processes)
+    return start(folder, len(RANKS), work, folder, steps, stage, timeout, hang)
+
+
+def wait_for_step(run: Processes, timeout: float = 240.0) -> None:
+    """Return once the launch has completed a step."""
+    deadline = time.monotonic() + timeout
+    while not (run.folder / "stepped").exists():
+        if time.monotonic() > deadline or not run.alive():
+            raise RuntimeError(f"no step was taken:\n{run.output()}")
+        time.sleep(0.02)
 
 
 def finish(folder: Path, steps: int, stage: str) -> None:
@@ -133,13 +83,14 @@ def same(one: object, other: object) -> bool:
     return True
 
 
-def kill_and_resume(folder: Path, steps: int, stage: str, ranks: tuple[int, ...], delay: float) -> list[int]:
+def kill_and_resume(folder: Path, steps: int, stage: str, ranks: tuple[int, ...], delay: float) -> list[int | None]:
     """Start or resume, kill these ranks so many seconds after the first step, and return the exit codes."""
     run = launch(folder, steps, stage)
-    run.wait_for_step()
+    wait_for_step(run)
     time.sleep(delay)
-    if not run.kill(ranks):
+    if not run.alive():
         raise RuntimeError(f"the training was over before it could be killed: take more --steps\n{run.output()}")
+    run.kill(*ranks)
     codes = run.wait(timeout=ALONE)
     survivors = [code for rank, code in enumerate(codes) if rank not in ranks]
     if any(codes[rank] != -signal.SIGKILL for rank in ranks) or any(code != 1 for code in survivors):
@@ -150,9 +101,8 @@ def kill_and_resume(folder: Path, steps: int, stage: str, ranks: tuple[int, ...]
     return codes
 
 
-def work(args: argparse.Namespace) -> None:
+def work(folder: Path, steps: int, stage: str, timeout: int, hang: int | None) -> None:
     """One of the two processes."""
-    import torch
     from distributed_work import deepspeed_config
     from tiny_models import tiny_model
     from tiny_trainers import distiller
@@ -162,33 +112,30 @@ def work(args: argparse.Namespace) -> None:
     from marval_rl.training.checkpoints import checkpoints_in
     from marval_rl.training.resume import find_checkpoint
 
-    torch.set_num_threads(1)
-    hangs_in = args.hang
-
     class Signals(TrainerCallback):
         """Tells the parent that a step was taken; and hangs in a step, for a test."""
 
         def on_step_end(self, *_: object, **__: object) -> None:
-            (args.folder / "stepped").touch()
+            (folder / "stepped").touch()
 
         def on_step_begin(self, _: object, state: object, *__: object, **___: object) -> None:
-            if state.global_step == hangs_in and os.environ["RANK"] == "1":
+            if state.global_step == hang and os.environ["RANK"] == "1":
                 time.sleep(600)
 
     trainer = distiller(
-        args.folder,
+        folder,
         tiny_model(),
-        max_steps=args.steps,
+        max_steps=steps,
         adam_beta1=0.9,
         save_strategy="steps",
         save_steps=SAVE_STEPS,
         logging_steps=50,
         disable_tqdm=True,
-        ddp_timeout=args.timeout,
-        **({} if args.stage == "ddp" else {"deepspeed": deepspeed_config(int(args.stage))}),
+        ddp_timeout=timeout,
+        **({} if stage == "ddp" else {"deepspeed": deepspeed_config(int(stage))}),
     )
     trainer.add_callback(Signals())
-    resume = str(find_checkpoint(args.folder, "latest")) if checkpoints_in(args.folder) else None
+    resume = str(find_checkpoint(folder, "latest")) if checkpoints_in(folder) else None
     try:
         trainer.train(resume_from_checkpoint=resume)
     except MarvalError as error:
@@ -203,13 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--delay", type=float, default=4.0, help="seconds from the first step to a kill, at most")
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--timeout", type=int, default=120, help="ddp_timeout")
-    parser.add_argument("--hang", type=int, default=-1, help="the step in which process 1 hangs")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        work(args)
-        return
     folder = args.folder or Path(tempfile.mkdtemp())
     chance = random.Random(args.seed)
     print(f"undisturbed run of {args.steps} steps, ZeRO stage {args.stage}, in {folder}", flush=True)

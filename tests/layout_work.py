@@ -1,8 +1,6 @@
-"""What the tests of checkpoints in several processes run: tiny distillations, one after another.
+"""What the tests of checkpoints do in several processes: tiny distillations, one after another.
 
-    torchrun --nproc_per_node N tests/layout_work.py FOLDER TASK...
-
-A layout is ddp, zero1, zero2 or zero3, under as many processes as torchrun starts. The task LAYOUT trains a run in
+A layout is ddp, zero1, zero2 or zero3, under as many processes as there are. The task LAYOUT trains a run in
 FOLDER/<layout>, with its end in FOLDER/<layout>.safetensors, and then tries a full disk and a loss that is NaN. The
 task WRITTEN:LAYOUT goes on from the checkpoint of FOLDER/<written> under another layout. What each process found is
 left in FOLDER/found_<processes>_<rank>.json, by task.
@@ -15,7 +13,6 @@ import json
 import resource
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +142,8 @@ def world_size() -> int:
     return torch.distributed.get_world_size()
 
 
-def main() -> None:
-    folder, tasks = Path(sys.argv[1]), sys.argv[2:]
-    torch.set_num_threads(1)
+def work(folder: Path, tasks: tuple[str, ...]) -> None:
+    """One of the processes; each task in its turn."""
     torch.distributed.init_process_group("gloo")
     found: dict[str, Any] = {}
     for task in tasks:
@@ -162,7 +158,3 @@ def main() -> None:
         gc.collect()
     (folder / f"found_{world_size()}_{rank()}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import re
 import time
 
 import pytest
-from kill_stress import RANKS, differences, finish, kill_and_resume, launch
+from kill_stress import RANKS, differences, finish, kill_and_resume, launch, wait_for_step
 
 from marval_rl.training.checkpoints import checkpoints_in, damage
 
@@ -15,7 +15,7 @@ STEPS = 30  # with a checkpoint every third: they take longer than the longest d
 SEED = 20260
 
 
-@pytest.mark.timeout(900)  # four starts of two processes, where several share a core
+@pytest.mark.timeout(900)  # where many share a core
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_path):
     """ZeRO-2; one process is killed once, then both. More of this: kill_stress.py."""
     chance = random.Random(SEED)
@@ -31,8 +31,8 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_pat
 def test_a_process_that_hangs_ends_the_run_with_a_message(tmp_path):
     """Process 1 goes to sleep in step 4, like a reward that never answers. The other gives up after ddp_timeout and
     says why; the sleeping one, which no error reaches, is ended too."""
-    run = launch(tmp_path, 9, "ddp", "--hang", "4", "--timeout", "10")
-    run.wait_for_step()
+    run = launch(tmp_path, 9, "ddp", timeout=10, hang=4)
+    wait_for_step(run)
     start = time.monotonic()
     assert run.wait(timeout=60) == [1, 1], run.output()
     assert time.monotonic() - start < 60

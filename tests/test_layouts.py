@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_stress import free_port
+from forked_processes import start
+from layout_work import work
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -25,16 +23,9 @@ TOLERANCE = 1e-6
 
 def run(folder: Path, processes: int, *tasks: str) -> list[dict[str, Any]]:
     """What each process found."""
-    launcher = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launcher, Path(__file__).with_name("layout_work.py")]
-        + [folder, *tasks],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stderr
+    launched = start(folder, processes, work, folder, tasks)
+    codes = launched.wait(timeout=840)
+    assert codes == [0] * processes, launched.output()
     return [json.loads((folder / f"found_{processes}_{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -1,0 +1,90 @@
+"""Processes of one training for the tests, forked from a server that has imported the libraries: the import takes eight
+seconds a process, a fork less than one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ["marval_rl.trainers.distill", "marval_rl.trainers.grpo", "deepspeed"]
+
+
+@dataclass
+class Processes:
+    """They run, and what process N prints stands in folder/output_N.txt."""
+
+    folder: Path
+    running: list[ForkServerProcess]
+
+    def output(self) -> str:
+        return "\n".join((self.folder / f"output_{rank}.txt").read_text() for rank in range(len(self.running)))
+
+    def alive(self) -> bool:
+        """Whether all of them are."""
+        return all(process.is_alive() for process in self.running)
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL."""
+        for rank in ranks:
+            self.running[rank].kill()
+
+    def wait(self, timeout: float) -> list[int | None]:
+        """Exit codes; those that take longer are killed, and have None."""
+        deadline = time.monotonic() + timeout
+        for process in self.running:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.running]
+        for process in self.running:
+            process.kill()
+            process.join()
+        return codes
+
+
+def start(folder: Path, world_size: int, function: Callable[..., None], *args: Any) -> Processes:
+    """Run function(*args) in so many processes that find each other as torchrun's do, but that nobody else ends."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before the server imports DeepSpeed
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    running = []
+    for rank in range(world_size):
+        process = context.Process(target=_enter, args=(folder, rank, world_size, port, function, args), daemon=True)
+        process.start()
+        running.append(process)
+    return Processes(folder, running)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _enter(folder: Path, rank: int, world_size: int, port: int, function: Callable[..., None], args: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    output = (folder / f"output_{rank}.txt").open("w", buffering=1)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(output.fileno(), stream.fileno())
+    sys.stdout = sys.stderr = output
+
+    import torch
+
+    torch.set_num_threads(1)
+    function(*args)
