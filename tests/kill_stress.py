@@ -5,7 +5,7 @@
 Two processes distil a tiny model under ZeRO-2 on the CPU and write a checkpoint every third step. From the first step
 on one process (either, in turns) or both are killed by SIGKILL after a random time; then the run is resumed and killed
 again, until all kills are spent and it may end. The final weights, their average and the last checkpoint's state must
-equal those of the undisturbed run bit for bit. A kill costs a few seconds. tests/test_kill.py does the same with two kills.
+equal those of the undisturbed run bit for bit. A kill costs a few seconds; tests/test_kill.py does the same with two.
 """
 
 from __future__ import annotations
