@@ -3,6 +3,7 @@ seconds a process, a fork less than one."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import socket
@@ -36,16 +37,23 @@ class Processes:
         for rank in ranks:
             self.running[rank].kill()
 
-    def wait(self, timeout: float) -> list[int | None]:
-        """Exit codes; those that take longer are killed, and have None."""
+    def wait(self, timeout: float, alone: float = 60.0) -> list[int | None]:
+        """Exit codes; None of those that had to be killed because they took longer, or stayed so many seconds after
+        another had failed."""
         deadline = time.monotonic() + timeout
-        for process in self.running:
-            process.join(max(0.0, deadline - time.monotonic()))
+        while self._unfinished() and time.monotonic() < deadline:
+            if any(process.exitcode for process in self.running):
+                deadline = min(deadline, time.monotonic() + alone)
+                alone = math.inf
+            time.sleep(0.05)
         codes = [process.exitcode for process in self.running]
         for process in self.running:
             process.kill()
             process.join()
         return codes
+
+    def _unfinished(self) -> bool:
+        return any(process.exitcode is None for process in self.running)
 
 
 def start(folder: Path, world_size: int, function: Callable[..., None], *args: Any) -> Processes:
