@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,13 @@ def classifier_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         if "MARVAL_RL_CACHE" not in os.environ:
             patch.setenv("MARVAL_RL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield Path(os.environ["MARVAL_RL_CACHE"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """A shell starts what runs in its background with SIGINT ignored; tests that send it must not wait for ever."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
