@@ -180,7 +180,9 @@ def test_a_disk_that_fills_stops_the_run_and_takes_nothing_away(copy, size, writ
         trainer.train(resume_from_checkpoint=str(copy / "checkpoint-6"))
     told = str(raised.value)
     assert told.startswith(f"{written.format(copy)} could not be written: ")
-    assert told.endswith(f" GB are free there, make room first); {copy / 'checkpoint-6'} is whole, --resume goes on from it")
+    assert told.endswith(
+        f" GB are free there, make room first); {copy / 'checkpoint-6'} is whole, --resume goes on from it"
+    )
     assert [damage(folder) for folder in checkpoints_in(copy)] == [None, None]
     assert not (copy / UNFINISHED).exists()
     assert (copy / "metrics.jsonl").read_text().startswith(metrics)

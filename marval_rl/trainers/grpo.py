@@ -235,8 +235,8 @@ class MARGRPOTrainer(RewardTrainer):
         exploring = args.explored(self._rollout_index(), len(self.pairs))
         parts = []
         self.mar.eval()
-        with whole_weights(self.mar):
-            # In the portions that training will take, so that the same kernels find the same log-probabilities.
+        with whole_weights(self.mar), self.accelerator.autocast():
+            # In the precision and the portions of training, so that the same kernels find the same log-probabilities.
             for part, part_labels in zip(mine.split(size), labels.split(size), strict=True):
                 chance = {name: values[part] for name, values in chances.items()}
                 steps, sigma, reduction = args.num_unmasking_steps, args.sigma, args.log_prob_reduction

@@ -111,7 +111,8 @@ def cannot_write(output_dir: Path, target: Path, told: str) -> CheckpointError:
     """The error of a file or folder of the run that cannot be written; `told` says why."""
     free = shutil.disk_usage(output_dir).free
     return CheckpointError(
-        f"{target} could not be written: {told} ({free / 1e9:.1f} GB are free there, make room first); {way_on(output_dir)}"
+        f"{target} could not be written: {told} ({free / 1e9:.1f} GB are free there, make room first); "
+        f"{way_on(output_dir)}"
     )
 
 
