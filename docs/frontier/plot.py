@@ -34,7 +34,7 @@ def main() -> None:
 
 def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
     """One labelling: the judge's gain to the right, the Frechet distance upwards (on a log scale)."""
-    low, least, most = 0.9, -0.5, max(run["gain"] for run in runs) + 0.6
+    low, least, most = 0.8, -0.5, max(run["gain"] for run in runs) + 0.6
 
     def x(gain: float) -> float:
         return LEFT + (gain - least) / (most - least) * (WIDTH - LEFT - RIGHT)
@@ -49,7 +49,7 @@ def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
         f'<rect x="{corner[0]}" y="{corner[1]}" width="{WIDTH - RIGHT - x(TARGET_GAIN):.1f}" '
         f'height="{HEIGHT - BOTTOM - y(TARGET_FD):.1f}" fill="#e7f3e4"/>'
     )
-    for ratio in [tick for tick in (0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0) if tick <= top]:
+    for ratio in [tick for tick in (0.8, 1.0, 1.2, 1.5, 2.0, 3.0) if tick <= top]:
         parts.append(f'<path d="M{LEFT} {y(ratio):.1f}H{WIDTH - RIGHT}" stroke="#e3e3e3"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(ratio) + 4:.1f}" text-anchor="end">{ratio:g}</text>')
     for gain in range(0, int(most) + 1, 2):
@@ -79,7 +79,8 @@ def mark(run: dict[str, Any], x: float, y: float) -> str:
     point = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="1.6">{title}</circle>'
     )
-    if run["hold"] != "anchor" or run["seed"] != 0:
+    other = {"guidance_scale", "reward_funcs"} & run["settings"].keys() or float(run["settings"].get("beta", 0)) > 0
+    if run["hold"] != "anchor" or run["seed"] != 0 or other:
         return point
     return point + f'<text x="{x + 7:.1f}" y="{y - 4:.1f}" fill="{colour}">{run["strength"]:g}</text>'
 
@@ -90,7 +91,12 @@ def legend() -> str:
         parts.append(f'<rect x="{x}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{x + 15}" y="{y + 1}">{NAMES[method]}</text>')
         x += 130
-    texts = ("hollow: no anchor", "triangle: KL", "filled: GSIM anchor, its weight beside seed 0", "green: the target")
+    texts = (
+        "hollow: no anchor",
+        "triangle: KL",
+        "filled: GSIM anchor, its weight beside seed 0 of plain runs",
+        "green: the target",
+    )
     parts.append(f'<text x="{x}" y="{y + 1}">{" · ".join(texts)}</text>')
     return "".join(parts)
 
