@@ -57,8 +57,8 @@ class LimitArguments:
             raise ValueError(
                 f"max_frechet_ratio is a ratio to the run's first evaluation, at least 1, not {self.max_frechet_ratio}"
             )
-        for name in ("min_diversity", "min_mode_coverage"):
-            share = getattr(self, name)
+        shares = {"min_diversity": self.min_diversity, "min_mode_coverage": self.min_mode_coverage}
+        for name, share in shares.items():
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} is a share of the run's first evaluation, in (0, 1], not {share}")
         if self.max_kl is not None and self.max_kl <= 0:
