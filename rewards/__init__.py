@@ -1,1 +1,1 @@
-"""The rewards that ship with marval_rl, registered through the same entry points as anyone else's."""
+"""The rewards that ship with marval_rl, as marval_rl.rewards; their entry points are like anyone else's."""

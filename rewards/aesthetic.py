@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marval_rl.errors import CheckpointError
-from rewards.clip import SCHEMAS, load_clip
-from rewards.network_reward import NetworkReward
-from rewards.sharing import network_on
-from rewards.weights import load_strictly, read_tensors
+
+from .clip import SCHEMAS, load_clip
+from .network_reward import NetworkReward
+from .sharing import network_on
+from .weights import load_strictly, read_tensors
 
 PREFIX = "layers."  # of every name in the published file
 

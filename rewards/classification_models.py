@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from marval_rl.errors import CheckpointError, RewardError, first_line
-from rewards.preprocessing import FILTERS, Preprocessing
-from rewards.sharing import shared_network, weights_identity
-from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_pretrained, load_strictly, read_tensors
+
+from .preprocessing import FILTERS, Preprocessing
+from .sharing import shared_network, weights_identity
+from .weights import LOADING_ERRORS, check_exists_if_local, load_pretrained, load_strictly, read_tensors
 
 TIMM = "timm:"
 

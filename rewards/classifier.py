@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marval_rl.data.digits import DIGIT_GROUPS
-from rewards.digit_networks import ConvolutionalNetwork, DigitNetwork, PerceptronNetwork, load_digit_network
+
+from .digit_networks import ConvolutionalNetwork, DigitNetwork, PerceptronNetwork, load_digit_network
 
 SCORES = ("log_probability", "accuracy", "confidence")
 IMAGE_SIZE = 8

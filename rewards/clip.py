@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from marval_rl.errors import CheckpointError, RewardError, first_line
-from rewards.cosine_reward import CosineReward
-from rewards.preprocessing import FILTERS, Preprocessing
-from rewards.sharing import shared_network, weights_identity
-from rewards.weights import LOADING_ERRORS, check_finite
+
+from .cosine_reward import CosineReward
+from .preprocessing import FILTERS, Preprocessing
+from .sharing import shared_network, weights_identity
+from .weights import LOADING_ERRORS, check_finite
 
 SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip: a folder or repository with the configuration and the weights
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewards.network_reward import NetworkReward
-from rewards.preprocessing import Preprocessing
+from .network_reward import NetworkReward
+from .preprocessing import Preprocessing
 
 KEPT_PROMPTS = 10_000
 

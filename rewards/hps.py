@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marval_rl.errors import CheckpointError
-from rewards.clip import Clip
-from rewards.preprocessing import Preprocessing, resize
+
+from .clip import Clip
+from .preprocessing import Preprocessing, resize
 
 MODEL = "ViT-H-14"
 

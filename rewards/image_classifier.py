@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rewards.classification_models import load_classification_model
-from rewards.network_reward import NetworkReward
+from .classification_models import load_classification_model
+from .network_reward import NetworkReward
 
 SCORES = ("log_probability", "margin", "accuracy")
 BY_NAMES = "names"

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from marval_rl.errors import CheckpointError, first_line
-from rewards.blip import MED_CONFIG, SCORE_MEAN, SCORE_STD, ImageRewardNetwork, network_configs, rename_weights
-from rewards.network_reward import NetworkReward
-from rewards.preprocessing import Preprocessing
-from rewards.sharing import shared_network, weights_identity
-from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_strictly, read_tensors
+
+from .blip import MED_CONFIG, SCORE_MEAN, SCORE_STD, ImageRewardNetwork, network_configs, rename_weights
+from .network_reward import NetworkReward
+from .preprocessing import Preprocessing
+from .sharing import shared_network, weights_identity
+from .weights import LOADING_ERRORS, check_exists_if_local, load_strictly, read_tensors
 
 MAX_TOKENS = 35
 MARKERS = 2  # [DEC] and [ENC], which the published model appends to BERT's vocabulary and never uses here

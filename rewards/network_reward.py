@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rewards.preprocessing import Preprocessing
-from rewards.sharing import network_on
+from .preprocessing import Preprocessing
+from .sharing import network_on
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class NetworkReward(ABC):
     """A differentiable reward by a frozen network in evaluation mode, which follows the images to their device.
 
-    network           the pretrained network; where others share it (`rewards.sharing`), all wish for one dtype
+    network           the pretrained network; where others share it (`sharing`), all use one dtype
     preprocessing     images in 0..1 of any size -> what the network takes
     dtype             of the weights and activations, "float32" or "bfloat16". Scores are float32 either way, and
                       autocast is left aside: this argument alone decides.

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from marval_rl.errors import CheckpointError, first_line
-from rewards.cosine_reward import CosineReward
-from rewards.preprocessing import Preprocessing
-from rewards.sharing import shared_network, weights_identity
-from rewards.weights import LOADING_ERRORS, check_exists_if_local, load_pretrained
+
+from .cosine_reward import CosineReward
+from .preprocessing import Preprocessing
+from .sharing import shared_network, weights_identity
+from .weights import LOADING_ERRORS, check_exists_if_local, load_pretrained
 
 
 class PickScore(CosineReward):

@@ -310,7 +310,7 @@ def test_rewards_list_shows_those_we_ship(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["name", "target"]
     assert [line.split()[:2] for line in lines if line.startswith("held_out")] == [
-        ["held_out_classifier", "rewards.classifier:HeldOutClassifier"]
+        ["held_out_classifier", "marval_rl.rewards.classifier:HeldOutClassifier"]
     ]
 
 

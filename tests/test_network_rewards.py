@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marval_rl.rewards import blip
+from marval_rl.rewards.clip import Clip
+from marval_rl.rewards.image_reward import ImageReward
+from marval_rl.rewards.pick_score import PickScore
 from tiny_rewards import image_reward_arguments, noise_images, write_clip, write_image_reward, write_pick_score
 
 from marval_rl.rewarding import RewardSet
-from rewards import blip
-from rewards.clip import Clip
-from rewards.image_reward import ImageReward
-from rewards.pick_score import PickScore
 
 PROMPTS = ["two red cats", "an umbrella", "two red cats"]
 

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from marval_rl.rewards.remote import Remote
 from remote_rewards import arguments, brightness, expected, number
 from remote_servers import ServerProcess, batch_for, free_url, thread_server
 
@@ -17,7 +18,6 @@ from marval_rl.errors import RewardError
 from marval_rl.remote import client as client_module
 from marval_rl.remote.protocol import Limits
 from marval_rl.rewarding import RewardSet
-from rewards.remote import Remote
 
 IMAGES = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 BYTES = (IMAGES * 255).round() / 255

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marval_rl.rewards.remote import Remote
 from remote_servers import ServerProcess
 from safetensors.torch import load_file
 from tiny_models import tiny_student
@@ -20,7 +21,6 @@ from marval_rl.remote import client as client_module
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.training.resume import find_checkpoint
-from rewards.remote import Remote
 
 STEPS = 6
 DIES_IN = (3, 3)  # step, micro-batch: after 3 steps neither a line nor a checkpoint is due

@@ -53,9 +53,9 @@ def test_an_entry_point_by_its_name(monkeypatch):
 
 def test_the_shipped_rewards_are_registered():
     listing = {name: (target, description) for name, target, description in list_rewards()}
-    assert listing["classifier"][0] == "rewards.classifier:Classifier"
+    assert listing["classifier"][0] == "marval_rl.rewards.classifier:Classifier"
     assert listing["classifier"][1].startswith("How well the image shows its class")
-    assert listing["held_out_classifier"][0] == "rewards.classifier:HeldOutClassifier"
+    assert listing["held_out_classifier"][0] == "marval_rl.rewards.classifier:HeldOutClassifier"
 
 
 def test_the_list_survives_a_plug_in_that_cannot_be_imported(monkeypatch):

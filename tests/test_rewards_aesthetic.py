@@ -7,13 +7,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from marval_rl.rewards.aesthetic import Aesthetic
 from safetensors.torch import save_file
 from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_pictures, to_tensor, write_aesthetic, write_clip
 from torch import Tensor, nn
 
 from marval_rl.errors import CheckpointError
 from marval_rl.rewarding import RewardSet
-from rewards.aesthetic import Aesthetic
 
 WIDTH = CLIP_CONFIG["embed_dim"]
 
@@ -72,7 +72,7 @@ def test_images_of_any_size(clip, weights):
 
 def test_the_prompt_does_not_matter(clip, weights):
     kwargs = {"Aesthetic": {"weights": str(weights), "model": clip}}
-    rewards, images = RewardSet(["rewards.aesthetic:Aesthetic"], None, kwargs), noise_images(2, 40, 40)
+    rewards, images = RewardSet(["marval_rl.rewards.aesthetic:Aesthetic"], None, kwargs), noise_images(2, 40, 40)
     batch = {"prompts": ["a cat", ""], "class_labels": torch.zeros(2), "class_names": ["cat", "dog"]}
     alone = Aesthetic(weights, clip)(images=images)
     torch.testing.assert_close(rewards.score(images, **batch).total, alone)
@@ -121,7 +121,7 @@ def test_everything_is_frozen_even_after_inference_mode(clip, weights):
 
 def test_openais_clip_is_the_default(weights, monkeypatch):
     asked = []
-    monkeypatch.setattr("rewards.aesthetic.load_clip", lambda *arguments: asked.append(arguments) or 1 / 0)
+    monkeypatch.setattr("marval_rl.rewards.aesthetic.load_clip", lambda *arguments: asked.append(arguments) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Aesthetic(weights)
     assert asked == [("ViT-L-14-quickgelu", "openai", "float32")]

@@ -6,15 +6,15 @@ import warnings
 
 import pytest
 import torch
+from marval_rl.rewards import digit_networks
+from marval_rl.rewards.classifier import Classifier, HeldOutClassifier
+from marval_rl.rewards.digit_networks import ConvolutionalNetwork, PerceptronNetwork, cache_path
 from safetensors.torch import load_file, save_file
 
 from marval_rl.data import load_image_dataset
 from marval_rl.errors import CheckpointError
 from marval_rl.evaluation import ImageEvaluator
 from marval_rl.rewarding import RewardSet, load_reward
-from rewards import digit_networks
-from rewards.classifier import Classifier, HeldOutClassifier
-from rewards.digit_networks import ConvolutionalNetwork, PerceptronNetwork, cache_path
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from marval_rl.rewards import cosine_reward
+from marval_rl.rewards.clip import Clip, _warn_of_gelu
 from safetensors.torch import load_file, save_file
 from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_pictures, to_tensor, write_clip
 from torch import Tensor
 
 from marval_rl.errors import CheckpointError, RewardError
-from rewards import cosine_reward
-from rewards.clip import Clip, _warn_of_gelu
 
 PROMPTS = ["a photo of the digit seven", "two red cats", "an umbrella"]
 SQUASHED = {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7]}

@@ -7,13 +7,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from marval_rl.rewards.hps import MODEL, Hps
 from PIL import Image
 from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_pictures, to_tensor, write_clip, write_hps
 from torch import Tensor
 
 from marval_rl.errors import CheckpointError
 from marval_rl.rewarding import RewardSet
-from rewards.hps import MODEL, Hps
 
 PROMPTS = ["a photo of the digit seven", "two red cats", "an umbrella"]
 SIZE = CLIP_CONFIG["vision_cfg"]["image_size"]
@@ -107,7 +107,7 @@ def test_scores_do_not_depend_on_the_batch(weights):
 
 def test_used_by_a_recipe_with_gradients_and_a_template(weights):
     kwargs = {"weights": str(weights), "prompt_template": "a photo of a {name}"}
-    rewards = RewardSet(["rewards.hps:Hps"], None, {"Hps": kwargs})
+    rewards = RewardSet(["marval_rl.rewards.hps:Hps"], None, {"Hps": kwargs})
     images = noise_images(2, 32, 32).requires_grad_()
     batch = {"prompts": ["", ""], "class_labels": torch.zeros(2), "class_names": ["cat", "dog"]}
     total = rewards.score(images, **batch, with_grad=True).total

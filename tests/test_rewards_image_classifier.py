@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from marval_rl.rewards.image_classifier import ImageClassifier
 from safetensors.torch import load_file, save_file
 from tiny_rewards import (
     TIMM_NAME,
@@ -33,7 +34,6 @@ from transformers import (
 
 from marval_rl.errors import CheckpointError, RewardError
 from marval_rl.rewarding import RewardSet
-from rewards.image_classifier import ImageClassifier
 
 LABELS = torch.tensor([0, 2, 4])
 NAMES = ["fish", "cat", "bird"]
@@ -203,7 +203,7 @@ def test_bfloat16_and_micro_batches_with_gradients(make):
 def test_used_by_a_recipe(folder):
     def rewards(kind: str) -> RewardSet:
         kwargs = {"ImageClassifier": {"model": str(folder), "score": kind}}
-        return RewardSet(["rewards.image_classifier:ImageClassifier"], None, kwargs)
+        return RewardSet(["marval_rl.rewards.image_classifier:ImageClassifier"], None, kwargs)
 
     images = noise_images(3, 40, 40).requires_grad_()
     batch = {"prompts": NAMES, "class_labels": LABELS, "class_names": NAMES}

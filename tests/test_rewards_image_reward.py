@@ -7,16 +7,16 @@ import shutil
 
 import pytest
 import torch
+from marval_rl.rewards import blip
+from marval_rl.rewards.blip import MED_CONFIG, ImageRewardNetwork, network_configs, rename_weights
+from marval_rl.rewards.image_reward import ImageReward
+from marval_rl.rewards.preprocessing import Preprocessing
 from safetensors.torch import load_file, save_file
 from tiny_rewards import FIGURES, GOLDEN, golden_image, image_reward_arguments, to_tensor, write_image_reward
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from marval_rl.errors import CheckpointError
-from rewards import blip
-from rewards.blip import MED_CONFIG, ImageRewardNetwork, network_configs, rename_weights
-from rewards.image_reward import ImageReward
-from rewards.preprocessing import Preprocessing
 
 PROMPTS, EXPECTED = FIGURES["prompts"], FIGURES["rules"]["B"]
 TOLERANCE = 1e-5

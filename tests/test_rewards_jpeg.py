@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marval_rl.rewards.jpeg import Jpeg
 from tiny_rewards import golden_image, noise_images, to_pictures, to_tensor
 
 from marval_rl.rewarding import RewardSet
-from rewards.jpeg import Jpeg
 
 
 @pytest.mark.parametrize("quality", [10, 95])
@@ -47,7 +47,7 @@ def test_pixels_are_rounded_and_not_cut_off():
 
 
 def test_used_by_a_recipe_and_never_for_gradients():
-    rewards = RewardSet(["rewards.jpeg:Jpeg"], None, {"Jpeg": {"encourage": "incompressible"}})
+    rewards = RewardSet(["marval_rl.rewards.jpeg:Jpeg"], None, {"Jpeg": {"encourage": "incompressible"}})
     images = noise_images(2, 16, 16).requires_grad_()
     batch = {"prompts": ["", ""], "class_labels": torch.zeros(2), "class_names": ["", ""]}
     scores = rewards.score(images, **batch).total

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from marval_rl.rewards.clip import Clip
+from marval_rl.rewards.pick_score import PickScore
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file
 from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_tensor, write_clip, write_pick_score
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-from rewards.clip import Clip
-from rewards.pick_score import PickScore
 
 PROMPTS = ["a photo of the digit seven", "two red cats", "an umbrella"]
 VISION, TEXT = CLIP_CONFIG["vision_cfg"], CLIP_CONFIG["text_cfg"]

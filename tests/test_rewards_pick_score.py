@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from marval_rl.rewards.pick_score import PickScore
 from safetensors.torch import load_file, save_file
 from tiny_rewards import golden_image, noise_images, to_pictures, to_tensor, write_pick_score
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from marval_rl.errors import CheckpointError
-from rewards.pick_score import PickScore
 
 PROMPTS = ["two red cats", "an umbrella", "a very long prompt with more than sixteen letters"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from marval_rl.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, resize
 from PIL import Image
 from tiny_rewards import golden_image, noise_images, to_tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
-
-from rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, resize
 
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

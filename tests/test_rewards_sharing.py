@@ -11,6 +11,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from marval_rl.rewards.aesthetic import Aesthetic
+from marval_rl.rewards.clip import Clip
+from marval_rl.rewards.hps import MODEL, Hps
+from marval_rl.rewards.image_classifier import ImageClassifier
+from marval_rl.rewards.pick_score import PickScore
+from marval_rl.rewards.sharing import network_on, shared_network, weights_identity
 from safetensors.torch import load_file, save_file
 from tiny_rewards import (
     CLIP_CONFIG,
@@ -24,13 +30,6 @@ from tiny_rewards import (
     write_timm_classifier,
 )
 from torch import nn
-
-from rewards.aesthetic import Aesthetic
-from rewards.clip import Clip
-from rewards.hps import MODEL, Hps
-from rewards.image_classifier import ImageClassifier
-from rewards.pick_score import PickScore
-from rewards.sharing import network_on, shared_network, weights_identity
 
 META = torch.device("meta")  # the one other device that every machine has
 
