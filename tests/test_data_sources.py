@@ -11,9 +11,9 @@ from PIL import Image
 from tiny_images import noise_image, png_bytes, write_folder
 
 from marval_rl.data import load_labelled_images
+from marval_rl.data.decoding import CorruptImageError
 from marval_rl.data.hub_images import HubImages
 from marval_rl.data.image_folder import ImageFolder
-from marval_rl.data.labelled_images import CorruptImageError
 from marval_rl.errors import DataError
 
 

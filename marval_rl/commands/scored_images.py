@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from marval_rl.data.class_folders import is_ignored
+from marval_rl.data.cropped_images import to_pixels
+from marval_rl.data.decoding import IMAGE_ENDINGS, CorruptImageError, decode_image, read_bytes
+
 UNKNOWN_LABEL = -1
 STANDARD_KEYS = ("prompt", "class_name", "class_label")
 
@@ -29,22 +29,20 @@ class Prompt:
 
 def list_images(folder: Path) -> list[Path]:
     """Returns the image files of a folder, sorted by name. Raises ValueError if there is none."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = [file for file in folder.iterdir() if file.name.lower().endswith(IMAGE_ENDINGS)]
+    files = sorted(file for file in files if not is_ignored(file.name))
     if not files:
-        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_ENDINGS)})")
     return files
 
 
 def read_image(file: Path) -> Tensor:
-    """Returns float32 [3, H, W] in 0..1, grey repeated to three channels. Raises ValueError for an unreadable file."""
+    """Returns float32 [3, H, W] in 0..1, decoded as for training. Raises ValueError for a damaged file."""
     try:
-        with Image.open(file) as opened:
-            if opened.mode.startswith(("I", "F")):  # Pillow would clip these to 255
-                raise ValueError(f"it has more than 8 bits a channel (mode {opened.mode}); convert it first")
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad data
-        raise ValueError(f"cannot read the image {file}: {error}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        image = decode_image(read_bytes(file), str(file))
+    except CorruptImageError as error:
+        raise ValueError(f"cannot read the image {file}: {error.reason}") from error
+    return to_pixels(image).float() / 255
 
 
 def read_prompts(file: Path) -> list[Prompt]:

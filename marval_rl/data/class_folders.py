@@ -30,7 +30,7 @@ class ClassFolders:
         self.root = root
         try:
             with os.scandir(root) as entries:
-                found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+                found = sorted(entry.name for entry in entries if entry.is_dir() and not is_ignored(entry.name))
             files = {folder: _files_below(root / folder, endings) for folder in found}
         except OSError as error:
             raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
@@ -60,12 +60,18 @@ class ClassFolders:
         return self.root / self.name(index)
 
 
+def is_ignored(name: str) -> bool:
+    """Hidden files and folders, and those that macOS and Synology leave beside images."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
 def _files_below(folder: Path, endings: tuple[str, ...]) -> list[bytes]:
     """The paths of a class, relative to the folder above it, sorted."""
     paths = []
-    for parent, _, names in os.walk(folder, followlinks=True, onerror=_raise):
+    for parent, inner, names in os.walk(folder, followlinks=True, onerror=_raise):
+        inner[:] = [name for name in inner if not is_ignored(name)]  # os.walk does not enter what is not here
         inside = os.path.relpath(parent, folder.parent)
-        chosen = (name for name in names if name.lower().endswith(endings) and not name.startswith("."))
+        chosen = (name for name in names if name.lower().endswith(endings) and not is_ignored(name))
         paths += [os.fsencode(os.path.join(inside, name)) for name in chosen]
     return sorted(paths)
 

@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from marval_rl.data.crop import center_crop
+from marval_rl.data.decoding import CorruptImageError
 from marval_rl.data.flips import FlippingDataset
-from marval_rl.data.labelled_images import CorruptImageError, LabelledImages
+from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.errors import DataError
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from marval_rl.data.class_names import check_number, read_class_names
+from marval_rl.data.decoding import CorruptImageError, read_bytes
 from marval_rl.data.imagenet import imagenet_names
-from marval_rl.data.labelled_images import CorruptImageError, LabelledImages, decode_image, read_bytes
+from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.errors import DataError
 
 
@@ -55,7 +55,7 @@ class HubImages(LabelledImages):
                 f"the column {image_column!r} of {where} holds no images but {dataset.features[image_column]} "
                 "(--image_column ...)"
             )
-        self.where = where
+        self.dataset_name = where
         self.image_column = image_column
         self._images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         column = f"the column {label_column!r} of {where}"
@@ -68,13 +68,14 @@ class HubImages(LabelledImages):
     def name(self, index: int) -> str:
         return f"row {index}"
 
-    def read(self, index: int) -> Image.Image:
+    def where(self, index: int) -> str:
+        return f"row {index} of {self.dataset_name}"
+
+    def encoded(self, index: int) -> bytes:
         cell = self._images[index][self.image_column]
-        where = f"row {index} of {self.where}"
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            raise CorruptImageError(f"{where} holds no image", "it holds no image")
-        data = cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
-        return decode_image(data, where)
+            raise CorruptImageError(f"{self.where(index)} holds no image", "it holds no image")
+        return cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
 
 
 def _labels_and_names(

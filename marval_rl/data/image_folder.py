@@ -6,15 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from marval_rl.data.class_folders import ClassFolders
 from marval_rl.data.class_names import check_number, read_class_names
+from marval_rl.data.decoding import IMAGE_ENDINGS, read_bytes
 from marval_rl.data.imagenet import imagenet_names
-from marval_rl.data.labelled_images import LabelledImages, decode_image, read_bytes
+from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.errors import DataError
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class ImageFolder(LabelledImages):
@@ -32,7 +29,7 @@ class ImageFolder(LabelledImages):
     """
 
     def __init__(self, root: str | Path, split: str = "train", class_names: Sequence[str] | str | None = None):
-        self.files = ClassFolders(_split_folder(Path(root), split), ENDINGS)
+        self.files = ClassFolders(_split_folder(Path(root), split), IMAGE_ENDINGS)
         self.class_labels = self.files.class_labels
         folders = self.files.folders
         if class_names is not None:
@@ -44,9 +41,11 @@ class ImageFolder(LabelledImages):
     def name(self, index: int) -> str:
         return self.files.name(index)
 
-    def read(self, index: int) -> Image.Image:
-        path = self.files.path(index)
-        return decode_image(read_bytes(path), str(path))
+    def where(self, index: int) -> str:
+        return str(self.files.path(index))
+
+    def encoded(self, index: int) -> bytes:
+        return read_bytes(self.files.path(index))
 
 
 def _split_folder(root: Path, split: str) -> Path:

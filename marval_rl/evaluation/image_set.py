@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from marval_rl.data.decoding import CorruptImageError, decode_image, read_bytes
 from marval_rl.errors import DataError
 from marval_rl.models import LatentCodec, MARModel, generate
 from marval_rl.models.generation import SamplingSettings, balanced_labels
@@ -108,16 +109,15 @@ def read_written_images(folder: Path, indices: Tensor) -> Tensor | None:
     """What `write_images` wrote, uint8 [B, 3, H, W]; None if a file is missing or damaged."""
     try:
         return read_images([image_file(folder, index) for index in indices.tolist()])
-    except (FileNotFoundError, DataError):
+    except DataError:
         return None
 
 
 def read_images(files: Iterable[Path]) -> Tensor:
-    """Image files -> uint8 [B, 3, H, W], grey repeated to three channels.
+    """Image files -> uint8 [B, 3, H, W], decoded as for training.
 
     Raises:
-        FileNotFoundError: If one is missing.
-        DataError: If one cannot be read whole, or they differ in size.
+        DataError: If one is missing or cannot be decoded, or they differ in size.
     """
     files = list(files)
     with ThreadPoolExecutor(IO_THREADS) as pool:
@@ -135,12 +135,9 @@ def read_images(files: Iterable[Path]) -> Tensor:
 
 def _read_image(file: Path) -> np.ndarray:
     try:
-        with Image.open(file) as opened:
-            return np.array(opened.convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {file}: {error}") from error
+        return np.array(decode_image(read_bytes(file), str(file)))
+    except CorruptImageError as error:
+        raise DataError(f"cannot read the image {file}: {error.reason}") from error
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any], what: str, remedy: str) -> None:

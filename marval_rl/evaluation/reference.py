@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from marval_rl.data.class_folders import is_ignored
+from marval_rl.data.decoding import IMAGE_ENDINGS
 from marval_rl.errors import DataError, first_line
 from marval_rl.evaluation.fidelity import Gaussian
 from marval_rl.evaluation.inception import NUM_FEATURES
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # those torch-fidelity reads
 FORMATS = "a folder of images, an .npz with mu and sigma (such as ADM's adm_in256_stats.npz), or torch-fidelity's .pt"
 
 
@@ -47,12 +48,14 @@ def open_reference(path: Path) -> Reference:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder and its sub-folders, sorted. Raises DataError if there is none."""
+    """The image files of a folder and its sub-folders, sorted; hidden ones are left out. Raises DataError if there is
+    none."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder of images")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        raise DataError(f"{folder} is not a folder of images")
+    found = (file for file in folder.rglob("*") if file.name.lower().endswith(IMAGE_ENDINGS))
+    files = sorted(file for file in found if not any(is_ignored(part) for part in file.relative_to(folder).parts))
     if not files:
-        raise DataError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(f"{folder} holds no image ({', '.join(IMAGE_ENDINGS)})")
     return files
 
 

@@ -7,7 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
-from marval_rl.data.labelled_images import CorruptImageError, LabelledImages
+from marval_rl.data.decoding import CorruptImageError
+from marval_rl.data.labelled_images import LabelledImages
 
 SAMPLED_IMAGES = 8
 

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from marval_rl.data.crop import center_crop
 from marval_rl.data.cropped_images import to_pixels
-from marval_rl.data.labelled_images import CorruptImageError, LabelledImages
+from marval_rl.data.decoding import CorruptImageError
+from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.data.moments.files import remove_leftovers, write_atomically, write_json
 from marval_rl.data.moments.manifest import digest, shard_path, sidecar_path
 from marval_rl.errors import DataError
