@@ -163,7 +163,7 @@ def test_whatever_a_decoder_raises_names_the_image(monkeypatch, error):
 
     data = png_bytes(NOISE)
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
-    with pytest.raises(CorruptImageError, match="a.png is corrupt: "):
+    with pytest.raises(CorruptImageError, match=r"a.png is corrupt: "):
         decode_image(data, "a.png")
 
 
@@ -173,7 +173,7 @@ def test_too_little_memory_names_the_image_and_is_not_called_corruption(monkeypa
 
     data = png_bytes(NOISE)
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
-    with pytest.raises(DataError, match="not enough memory to decode a.png") as caught:
+    with pytest.raises(DataError, match=r"not enough memory to decode a.png") as caught:
         decode_image(data, "a.png")
     assert not isinstance(caught.value, CorruptImageError)
 
