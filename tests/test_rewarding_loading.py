@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
+import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
+import torch
 from simple_rewards import BATCH, Scaled, batch, brightness, register
 
 from marval_rl.rewarding import RewardSet, list_rewards, load_reward, loading
@@ -38,6 +42,102 @@ def test_two_files_of_one_name_are_two_rewards(tmp_path):
     scores = rewards.score(**batch())
     assert rewards.names == ["f", "f_2"]
     assert [scores.components[name][0].item() for name in rewards.names] == [1.0, 2.0]
+
+
+def _score(spec: str) -> float:
+    return RewardSet([spec]).score(**batch()).total[0].item()
+
+
+@pytest.mark.parametrize("statement", ["from helpers import value", "from .helpers import value"])
+def test_a_file_imports_what_lies_beside_it(statement, tmp_path, monkeypatch):
+    """Two folders, each with its own helpers; the import path of the process stays as it was."""
+    for folder, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helpers.py").write_text(f"value = {value}\n")
+        (tmp_path / folder / "mine.py").write_text(
+            f"{statement}\ndef f(*, images, **columns): return [value] * len(images)\n"
+        )
+    path, finders = list(sys.path), list(sys.meta_path)
+    rewards = RewardSet([f"{tmp_path}/a/mine.py:f", f"{tmp_path}/b/mine.py:f", f"{tmp_path}/a/mine.py:f"])
+    scores = rewards.score(**batch())
+    assert [scores.components[name][0].item() for name in rewards.names] == [1.0, 2.0, 1.0]
+    assert (sys.path, sys.meta_path) == (path, finders) and "helpers" not in sys.modules
+    monkeypatch.chdir(tmp_path / "a")
+    assert _score("mine.py:f") == 1.0
+
+
+def test_a_module_of_the_current_folder_does_not_lend_its_helpers(tmp_path, monkeypatch):
+    for folder, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "lent_helpers.py").write_text(f"value = {value}\n")
+        (tmp_path / folder / "lending.py").write_text(
+            "from lent_helpers import value\ndef f(*, images, **columns): return [value] * len(images)\n"
+        )
+    monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert _score("lending:f") == 1.0
+    assert _score(f"{tmp_path}/b/lending.py:f") == 2.0
+    assert sys.modules["lent_helpers"].value == 1.0
+
+
+def test_a_class_imports_what_lies_beside_it_when_it_is_made(tmp_path):
+    (tmp_path / "helpers.py").write_text("value = 1.0\n")
+    (tmp_path / "mine.py").write_text(
+        "class Late:\n    def __init__(self):\n        from helpers import value\n        self.value = value\n"
+        "    def __call__(self, *, images, **columns): return [self.value] * len(images)\n"
+    )
+    assert _score(f"{tmp_path}/mine.py:Late") == 1.0
+
+
+@pytest.mark.parametrize("name", ["random", "numpy", "timm", "colorsys"])
+def test_a_file_called_as_an_installed_module_shadows_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    (tmp_path / f"{name}.py").write_text(
+        f"import {name}\ndef f(*, images, **columns): return [float('{tmp_path}' in {name}.__file__)] * len(images)\n"
+    )
+    assert _score(f"{tmp_path}/{name}.py:f") == 0.0
+    assert str(tmp_path) not in importlib.import_module(name).__file__
+
+
+@pytest.mark.parametrize(
+    "source", ["raise SystemExit(2)", "from argparse import *\nArgumentParser().parse_args(['-x'])"]
+)
+def test_a_file_that_ends_the_process_is_refused(source, tmp_path):
+    (tmp_path / "script.py").write_text(source)
+    with pytest.raises(ValueError, match=r"script\.py cannot be imported: SystemExit: 2"):
+        load_reward(f"{tmp_path}/script.py:f")
+
+
+def test_what_a_file_sets_for_the_whole_process_is_undone(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\nos.chdir('/')\n"
+        "def f(*, images, **columns): return images.mean(dim=(1, 2, 3))\n"
+    )
+    before = Path.cwd()
+    assert _score(f"{tmp_path}/script.py:f") == 0.0
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and Path.cwd() == before
+
+
+class _Judge:
+    def helpful(self, **columns):
+        return [0.0] * BATCH
+
+
+@pytest.mark.parametrize(
+    ("callables", "names"),
+    [
+        ([functools.partial(brightness), functools.partial(functools.partial(Scaled(2.0)))], ["brightness", "Scaled"]),
+        ([functools.partial(brightness), brightness], ["brightness", "brightness_2"]),
+        ([lambda **columns: [0.0], lambda **columns: [0.0]], ["lambda", "lambda_2"]),
+        ([_Judge().helpful, _Judge().helpful], ["helpful", "helpful_2"]),
+    ],
+)
+def test_names_of_callables(callables, names):
+    assert RewardSet(callables).names == names
+
+
+def test_a_partial_is_as_differentiable_as_what_it_wraps():
+    assert RewardSet([functools.partial(brightness)]).differentiable
 
 
 def test_a_module_and_its_attribute(tmp_path, monkeypatch):

@@ -97,6 +97,46 @@ def changes_by_numpy(images, **columns):
     return mean(images)
 
 
+def spoils_by_numpy(images, **columns):
+    pixels = images.cpu().numpy()
+    pixels *= 255
+    return pixels.astype("uint8").mean(axis=(1, 2, 3)).tolist()
+
+
+def ends_the_process(images, **columns):
+    raise SystemExit(1)
+
+
+def sets_dtype(images, **columns):
+    torch.set_default_dtype(torch.float64)
+    return mean(images)
+
+
+def moves(images, **columns):
+    import os
+
+    os.chdir("/")
+    return mean(images)
+
+
+def huge(images, **columns):
+    return [10**400] * len(images)
+
+
+def yields(images, **columns):
+    yield from mean(images)
+
+
+def other_device(images, **columns):
+    return torch.zeros(len(images), device="meta")
+
+
+def ends_later(images, **columns):
+    if len(images) != 8:
+        raise SystemExit(1)
+    return mean(images)
+
+
 def ranked(images, **columns):
     return mean(images).argsort().argsort().float()
 
@@ -231,7 +271,15 @@ def test_without_a_gradient_it_tells_what_reward_backprop_would_say(check):
         ("infinite", "scores", "reward 'infinite': the score of sample 5 is inf in float32"),
         ("words", "scores", "reward 'words': the score of sample 0 is 'good' (str), not a number or None"),
         ("changes_in_place", "scores", "reward 'changes_in_place' changed the images in place"),
-        ("changes_by_numpy", "images unchanged", "it changed the images in place"),
+        ("changes_by_numpy", "scores", "reward 'changes_by_numpy' changed the images in place"),
+        ("spoils_by_numpy", "scores", "reward 'spoils_by_numpy' changed the images in place"),
+        ("ends_the_process", "scores", "reward 'ends_the_process' raised SystemExit: 1"),
+        ("ends_later", "batch", "reward 'ends_later' raised SystemExit: 1"),
+        ("sets_dtype", "scores", "reward 'sets_dtype' changed the default dtype of the whole process"),
+        ("moves", "scores", "reward 'moves' changed the working directory of the whole process"),
+        ("huge", "scores", "reward 'huge' returned what cannot be read as scores"),
+        ("yields", "scores", "reward 'yields' returned a generator"),
+        ("other_device", "scores", "reward 'other_device' returned what cannot be read as scores"),
         ("squeezed", "batch", "reward 'squeezed' returned a tensor of the shape [], not [1]"),
         ("ranked", "batch", "a score must not depend on the other images"),
         ("reversed_order", "batch", "a score must not depend on the other images"),
@@ -250,6 +298,7 @@ def test_a_breach_is_found_and_explained(check, reward, failed, detail):
     assert code == 1
     assert rows[failed][0] == "fails" and detail in rows[failed][1], rows
     assert error.startswith(f"marval-rl: error: reward '{reward}' fails ") and failed in error
+    assert f" of {len(rows)} checks" in error
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -16,11 +16,15 @@ from types import ModuleType
 from typing import Any
 
 from marval_rl.errors import MarvalError
+from marval_rl.rewarding.neighbours import folder_package, neighbours_of
+from marval_rl.rewarding.process_state import kept_settings
 
 ENTRY_POINT_GROUP = "marval_rl.rewards"
 
 # What every reward is called with, by keyword; the columns of the data set come on top.
 STANDARD_ARGUMENTS = ("images", "prompts", "completions", "class_labels", "class_names")
+
+IMPORT_ERRORS = (Exception, SystemExit)  # an author's code may raise anything; a script may end itself by sys.exit()
 
 Reward = Callable[..., Any]  # returns B scores, or an awaitable of them
 
@@ -34,15 +38,18 @@ def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
     Raises ValueError for a spec that leads nowhere (unknown names are answered with the nearest ones), for
     something that is no callable with the arguments of a reward, and for kwargs that are not accepted.
     """
-    target = _find(spec) if isinstance(spec, str) else spec
     name = reward_name(spec)
-    if inspect.isclass(target):
-        reward = _instantiate(name, target, kwargs)
-    elif kwargs:
+    with kept_settings(), neighbours_of(spec):
+        target = _find(spec) if isinstance(spec, str) else spec
+        if inspect.isclass(target):
+            return _checked(name, _instantiate(name, target, kwargs), target)
+    if kwargs:
         given = ", ".join(kwargs)
         raise ValueError(f"reward {name!r} is no class, so it takes no reward_kwargs (given: {given}); make it a class")
-    else:
-        reward = target
+    return _checked(name, target, target)
+
+
+def _checked(name: str, reward: Any, target: Any) -> Reward:
     if not callable(reward):
         remedy = "give its class a __call__ method" if inspect.isclass(target) else "it must be a function or a class"
         raise ValueError(f"reward {name!r} is not callable but a {type(reward).__name__}; {remedy}")
@@ -54,20 +61,24 @@ def reward_name(spec: str | Reward) -> str:
     """The name of a reward in metrics and in reward_kwargs.
 
     For a string what was written (the entry point's name, or the attribute after the colon), for a callable its
-    `name`, `__name__`, or the name of its class.
+    `name`, `__name__`, or the name of its class. A functools.partial has the name of what it wraps.
     """
     if isinstance(spec, str):
         return spec.rpartition(":")[2]
     for attribute in ("name", "__name__"):
         name = getattr(spec, attribute, None)  # both are optional in the protocol
         if isinstance(name, str):
-            return name
-    return type(spec).__name__
+            return "lambda" if name == "<lambda>" else name
+    return reward_name(spec.func) if isinstance(spec, functools.partial) else type(spec).__name__
 
 
 def is_differentiable(reward: Reward) -> bool:
-    """Whether gradients reach the images through the reward: its optional attribute `differentiable`."""
-    return bool(getattr(reward, "differentiable", False))
+    """Whether gradients reach the images through the reward: its optional attribute `differentiable`, or that of what
+    a functools.partial wraps."""
+    declared = getattr(reward, "differentiable", None)  # optional in the protocol
+    if declared is None and isinstance(reward, functools.partial):
+        return is_differentiable(reward.func)
+    return bool(declared)
 
 
 def list_rewards() -> list[tuple[str, str, str]]:
@@ -117,25 +128,23 @@ def _find_entry_point(name: str) -> Any:
 def _load_entry_point(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except Exception as error:  # a plug-in may raise anything
-        raise ValueError(f"reward {point.name!r} ({point.value}) cannot be imported: {_describe(error)}") from error
+    except IMPORT_ERRORS as error:
+        raise ValueError(f"reward {point.name!r} ({point.value}) cannot be imported: {describe(error)}") from error
 
 
 def _import_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"reward {spec!r}: the file {str(path)!r} does not exist (looked from {Path.cwd()})")
-    # A name of its own: the file must neither shadow nor be shadowed by an installed module.
-    unique = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    module_name = f"marval_rl_reward_file_{unique}"
+    module_name = f"{folder_package(path.resolve().parent)}.{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     assert module_spec is not None and module_spec.loader is not None  # the suffix is .py
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses and pickle look their module up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything
+    except IMPORT_ERRORS as error:
         del sys.modules[module_name]
-        raise ValueError(f"reward {spec!r}: {path} cannot be imported: {_describe(error)}") from error
+        raise ValueError(f"reward {spec!r}: {path} cannot be imported: {describe(error)}") from error
     return module
 
 
@@ -144,8 +153,8 @@ def _import_module(spec: str, module_name: str) -> ModuleType:
         if "" not in sys.path and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # a console script does not look in the current folder by itself
         return importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
-        raise ValueError(f"reward {spec!r}: {module_name} cannot be imported: {_describe(error)}") from error
+    except IMPORT_ERRORS as error:
+        raise ValueError(f"reward {spec!r}: {module_name} cannot be imported: {describe(error)}") from error
 
 
 def _instantiate(name: str, target: type, kwargs: dict[str, Any]) -> Any:
@@ -158,8 +167,8 @@ def _instantiate(name: str, target: type, kwargs: dict[str, Any]) -> Any:
         return target(**kwargs)
     except MarvalError:
         raise
-    except Exception as error:  # a user's constructor may raise anything
-        raise ValueError(f"reward {name!r} cannot be made with {kwargs or 'no kwargs'}: {_describe(error)}") from error
+    except IMPORT_ERRORS as error:
+        raise ValueError(f"reward {name!r} cannot be made with {kwargs or 'no kwargs'}: {describe(error)}") from error
 
 
 def _check_arguments(name: str, reward: Reward) -> None:
@@ -192,5 +201,6 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
-def _describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
+    """The kind of an error and its text."""
     return f"{type(error).__name__}: {error}"

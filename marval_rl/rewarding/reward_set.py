@@ -15,6 +15,7 @@ from torch import Tensor
 from marval_rl.rewarding.aggregation import weighted_sum
 from marval_rl.rewarding.calling import call_rewards
 from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Reward, is_differentiable, load_reward, reward_name
+from marval_rl.rewarding.process_state import kept_settings
 
 
 @dataclass
@@ -77,7 +78,10 @@ class RewardSet:
         prompts and class_names have length B, class_labels [B]; columns are handed on as further keywords.
         with_grad keeps the graph from the images to the scores; without it nothing is recorded.
 
-        Raises RewardError where a reward raises or returns anything but B finite numbers or Nones; ValueError
+        Each reward is given its own copies of all arguments. Random states are not looked at here.
+
+        Raises RewardError where a reward raises, changes the images or a setting of the whole process (default dtype,
+        gradient mode, working directory), or returns anything but B finite numbers or Nones; ValueError
         for arguments that do not fit, and for with_grad with a reward that is not differentiable.
         """
         images = _check_images(images)
@@ -91,9 +95,8 @@ class RewardSet:
             "class_names": list(class_names),
             **(columns or {}),
         }
-        arguments["completions"] = arguments["images"]  # the word TRL's rewards know
 
-        with torch.set_grad_enabled(with_grad):
+        with kept_settings(), torch.set_grad_enabled(with_grad):
             components = call_rewards(dict(zip(self.names, self.rewards, strict=True)), arguments, with_grad)
             total = weighted_sum(torch.stack(list(components.values()), dim=1), self.weights)
             return RewardScores(total, components)

@@ -30,6 +30,7 @@ from marval_rl.training.base import MARTrainer
 from marval_rl.training.distributed import failing_together
 from marval_rl.training.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
 from marval_rl.training.optimizers import adamw
+from marval_rl.training.randomness import kept_random_state
 from marval_rl.training.sampling import SamplingSettings
 
 
@@ -162,7 +163,7 @@ class RewardTrainer(MARTrainer):
         """Rewards of finished tokens [B, L, C]."""
         names = self.names_of(class_labels)
         images = self.decode_tokens(tokens)
-        with failing_together(self.args.device):
+        with failing_together(self.args.device), kept_random_state(self.args.device):
             return self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
 
     def record_scores(self, scores: Tensor) -> None:

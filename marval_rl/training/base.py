@@ -31,7 +31,7 @@ from marval_rl.training.ema import ExponentialMovingAverage
 from marval_rl.training.guard import GuardCallback, NonFiniteGuard
 from marval_rl.training.optimizers import MODEL, rest
 from marval_rl.training.progress import ProgressBarCallback
-from marval_rl.training.randomness import derive_seed
+from marval_rl.training.randomness import derive_seed, kept_random_state
 from marval_rl.training.resumable import ResumableTrainer
 from marval_rl.training.sampling import SamplingSettings, generate_images, save_image_grid
 
@@ -230,7 +230,7 @@ class MARTrainer(ResumableTrainer):
     def judge(self, images: Tensor, class_labels: Tensor) -> dict[str, float]:
         """The mean of each held-out reward, as `rewards/<name>/mean`; left out where it scored no image."""
         names = self.names_of(class_labels)
-        with failing_together(self.args.device):
+        with failing_together(self.args.device), kept_random_state(self.args.device):
             scores = self.eval_rewards.score(images, self.prompts_for(names), class_labels, names)
         means = {name: values.nanmean().item() for name, values in scores.components.items()}
         return {f"rewards/{name}/mean": mean for name, mean in means.items() if not math.isnan(mean)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,3 +18,10 @@ def derive_seed(*parts: int | str) -> int:
 def derive_generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """A generator on `device` seeded by `derive_seed`."""
     return torch.Generator(device=device).manual_seed(derive_seed(*parts))
+
+
+@contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Restores torch's global random state at the end: what is not ours may draw from it, or seed it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
