@@ -39,6 +39,24 @@ def some_left_out_with_a_slope(images, **columns):
     return [None if index % 3 == 0 else image.mean() for index, image in enumerate(images)]
 
 
+def ink_in_place(images, **columns):
+    pixels = images.cpu().numpy()
+    pixels *= 255
+    return pixels.astype("uint8").mean(axis=(1, 2, 3)).tolist()
+
+
+def seeds(images, **columns):
+    torch.manual_seed(0)
+    return images.mean(dim=(1, 2, 3))
+
+
+def moves_away(images, **columns):
+    import os
+
+    os.chdir("/")
+    return images.mean(dim=(1, 2, 3))
+
+
 cut_off.differentiable = some_left_out_with_a_slope.differentiable = True
 """
 
@@ -57,10 +75,24 @@ def rewards(tmp_path) -> str:
         ("raises", "reward 'raises' raised KeyError: 'no such thing'"),
         ("too_few", "reward 'too_few' returned 31 scores for 32 images"),
         ("not_a_number", "reward 'not_a_number': the score of sample 31 is nan"),
+        ("ink_in_place", "reward 'ink_in_place' changed the images in place"),
+        ("moves_away", "reward 'moves_away' changed the working directory of the whole process"),
     ],
 )
 def test_a_reward_that_breaks_its_contract(train, rewards, complaint, reward, message):
     assert message in complaint(1, train(reward_funcs=f"{rewards}:{reward}"))
+
+
+def test_a_reward_that_seeds_does_not_change_the_training(train, rewards, tmp_path):
+    """The anchor draws its noise after the rewards, from torch's global generator."""
+    weights = []
+    for reward in ("plain", "seeds"):
+        folder = tmp_path / reward
+        settings = {"anchor_weight": 1.0, "auxiliary_warmup_steps": 0, "auxiliary_updates": 1, "eval_strategy": "steps"}
+        judged = {"reward_funcs": f"{rewards}:{reward}", "eval_reward_funcs": f"{rewards}:{reward}", "eval_steps": 1}
+        assert train(output_dir=folder, **settings, **judged) == 0
+        weights.append(load_file(folder / "final" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_reward_may_leave_samples_out(train, rewards, tmp_path):
