@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from marval_rl.data.class_names import label_classes, natural_key
+from marval_rl.data.layout import check_layout
 from marval_rl.errors import DataError
 
 
 class ClassFolders:
-    """The files below `root`/<class>/, at any depth; labels are the order of the class folders by name.
+    """The files below `root`/<class>/, at any depth.
 
     Millions of files are listed without opening or asking about any of them, and kept as one array of bytes, which
-    forked workers share. Hidden folders and files with other endings are left out.
+    forked workers share. Hidden files and folders and files with other endings are left out.
+
+    class_names:  the name of each class, in the order of the labels
+    class_labels: the label of each file; see `label_classes`
 
     Args:
         root: Holds the class folders.
         endings: Lower-case endings of the files that count, each with its dot.
+        class_names: Names to use instead of the folders': a list, "imagenet" or a text file.
 
     Raises:
-        DataError: If there is no such folder, it holds no class folders, or a class folder holds no such file.
+        DataError: If there is no such folder, it holds no class folders, a class folder holds no such file, the folders
+            are splits or hide the class folders, or the names do not fit.
     """
 
-    def __init__(self, root: Path, endings: tuple[str, ...]):
+    def __init__(self, root: Path, endings: tuple[str, ...], class_names: Sequence[str] | str | None = None):
         if not root.is_dir():
             raise DataError(f"no folder at {root}: " + ("it is a file" if root.exists() else "it does not exist"))
         self.root = root
         try:
             with os.scandir(root) as entries:
-                found = sorted(entry.name for entry in entries if entry.is_dir() and not is_ignored(entry.name))
+                found = [entry.name for entry in entries if entry.is_dir() and not is_ignored(entry.name)]
+            found.sort(key=natural_key)
             files = {folder: _files_below(root / folder, endings) for folder in found}
         except OSError as error:
             raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
@@ -39,14 +48,15 @@ class ClassFolders:
             raise DataError(
                 f"{root} holds no class folders: one folder a class is expected, with files ending in {wanted}"
             )
+        check_layout(root, files)
         empty = [folder for folder in files if not files[folder]]
         if empty:
             raise DataError(
                 f"{len(empty)} of the {len(files)} class folders in {root} hold no files ending in {wanted}: "
                 f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; fill or remove them"
             )
-        self.folders = found
-        self.class_labels = [label for label, folder in enumerate(found) for _ in files[folder]]
+        labels, self.class_names = label_classes(found, class_names, str(root))
+        self.class_labels = [label for label, folder in zip(labels, found, strict=True) for _ in files[folder]]
         self._paths = np.array([path for folder in found for path in files[folder]], dtype=np.bytes_)
 
     def __len__(self) -> int:

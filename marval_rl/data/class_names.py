@@ -1,11 +1,13 @@
-"""The names of the classes, as the user gives them."""
+"""Which label a class has, and what it is called: so that no name lands on the images of another class."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES
+from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES, IMAGENET_WNIDS, imagenet_names
 from marval_rl.errors import DataError
 
 IMAGENET = "imagenet"
@@ -36,3 +38,89 @@ def check_number(names: Sequence[str], num_classes: int, where: str) -> None:
     """Raises DataError unless there is one name a class."""
     if len(names) != num_classes:
         raise DataError(f"{len(names)} class_names were given, but {where} has {num_classes} classes")
+
+
+def natural_key(word: str) -> tuple[str, str]:
+    """Sorts "class 2" before "class 10", as timm does; torchvision's order where numbers are equally long."""
+    return re.sub("[0-9]+", lambda number: number[0].zfill(20), word), word
+
+
+def label_classes(
+    words: Sequence[str], given: Sequence[str] | str | None, where: str, are_numbered: bool = False
+) -> tuple[list[int], list[str]]:
+    """The label of each class that the data name, and the names of all classes in the order of the labels.
+
+    Without `given` the labels are 0, 1, ... in the order of `words`, and the names are ImageNet's where all words are
+    its WordNet ids, else the words. Given names go
+      - to the words that they repeat (but for case), whatever their order: then they say the order of the labels;
+      - to WordNet ids, if they are "imagenet";
+      - to the labels that the words spell, if all are whole numbers from 0, or from 1 to the number of names;
+      - to the words in their order otherwise.
+
+    Args:
+        words: The different class folders or text labels, in the order of `natural_key`; or the names of a ClassLabel.
+        given: Class names as `read_class_names` takes them, or None.
+        where: What holds the words, for messages.
+        are_numbered: The data themselves number their classes in the order of `words`.
+
+    Raises:
+        DataError: If two words differ in case only, or names do not fit or would land on another class.
+    """
+    folded = [_fold(word) for word in words]
+    for position, word in enumerate(folded):
+        twin = words[folded.index(word)]
+        if not are_numbered and twin != words[position]:
+            raise DataError(f"{where} has the classes {twin!r} and {words[position]!r}: rename or merge them")
+    positions = list(range(len(words)))
+    if given is None:
+        return positions, imagenet_names(words) or list(words)
+    names = read_class_names(given)
+    known = {_fold(name): label for label, name in enumerate(names)}
+    is_imagenet = given == IMAGENET
+    if is_imagenet and imagenet_names(words) is not None:
+        return [IMAGENET_WNIDS.index(word) for word in words], names
+    if all(word in known for word in folded):
+        return [known[word] for word in folded], names
+    if all(re.fullmatch("[0-9]+", word) for word in words):
+        return _labels_of_numbers(words, names, where), names
+    check_number(names, len(words), where)
+    for position, word in enumerate(folded):
+        if known.get(word, position) != position:
+            raise DataError(
+                f"class_names would call the images of {words[position]!r} {names[position]!r}, and others "
+                f"{names[known[word]]!r}: name every class of {where} as it is, or in the order {_shortened(words)}"
+            )
+    if is_imagenet and not are_numbered:
+        raise DataError(
+            f"class_names imagenet does not tell which of its 1000 names belongs to {words[0]!r} of {where}: call the "
+            "classes by their WordNet ids (n01440764), their labels (0 to 999) or these names, or give a list"
+        )
+    return positions, names
+
+
+def describe_classes(num_images: int, class_names: Sequence[str]) -> str:
+    """ "60 images of 10 classes: zero, one, ... nine"."""
+    plural = "class" if len(class_names) == 1 else "classes"
+    return f"{num_images} images of {len(class_names)} {plural}: {_shortened(class_names)}"
+
+
+def _labels_of_numbers(words: Sequence[str], names: Sequence[str], where: str) -> list[int]:
+    numbers = [int(word) for word in words]
+    if len(set(numbers)) < len(numbers):
+        raise DataError(f"{where} has a class number twice, with other zeros in front: {_shortened(words)}")
+    if max(numbers) < len(names):
+        return numbers
+    if sorted(numbers) == list(range(1, len(names) + 1)):
+        return [number - 1 for number in numbers]
+    raise DataError(
+        f"{len(names)} class_names were given, but the classes of {where} are the numbers {min(numbers)} to "
+        f"{max(numbers)}: give a name for each number from 0 to {max(numbers)}"
+    )
+
+
+def _fold(word: str) -> str:
+    return unicodedata.normalize("NFC", word).casefold().strip()
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, ... {names[-1]}"

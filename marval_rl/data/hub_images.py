@@ -10,9 +10,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from marval_rl.data.class_names import check_number, read_class_names
+from marval_rl.data.class_names import check_number, label_classes, natural_key, read_class_names
 from marval_rl.data.decoding import CorruptImageError, read_bytes
-from marval_rl.data.imagenet import imagenet_names
 from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.errors import DataError
 
@@ -21,7 +20,7 @@ class HubImages(LabelledImages):
     """The rows of a data set with an image and a label column; the labels are read without decoding images.
 
     Labels may be a ClassLabel (which knows its names), whole numbers (named "class 0", "class 1", ... unless
-    `class_names` says better) or text (its different values, sorted, are the classes).
+    `class_names` says better) or text (its different values are the classes, see `label_classes`).
 
     Args:
         dataset: The rows.
@@ -62,8 +61,9 @@ class HubImages(LabelledImages):
         labels = dataset.select_columns([label_column]).with_format("arrow")[:].column(label_column)
         if labels.null_count:
             raise DataError(f"{column} has no label in {labels.null_count} of {len(labels)} rows")
-        names = None if class_names is None else read_class_names(class_names)
-        self.class_labels, self.class_names = _labels_and_names(labels, dataset.features[label_column], names, column)
+        self.class_labels, self.class_names = _labels_and_names(
+            labels, dataset.features[label_column], class_names, column
+        )
 
     def name(self, index: int) -> str:
         return f"row {index}"
@@ -79,29 +79,34 @@ class HubImages(LabelledImages):
 
 
 def _labels_and_names(
-    labels: pa.ChunkedArray, feature: datasets.Value | datasets.ClassLabel, names: list[str] | None, column: str
+    labels: pa.ChunkedArray,
+    feature: datasets.Value | datasets.ClassLabel,
+    given: Sequence[str] | str | None,
+    column: str,
 ) -> tuple[list[int], list[str]]:
     """The label of each row, and the names of the classes. Raises DataError; `column` is what it calls the labels."""
     if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type):
-        words, values = np.unique(np.array(labels.to_pylist()), return_inverse=True)
-        found = words.tolist()
-        known = imagenet_names(found) or found
-    elif pa.types.is_integer(labels.type):
-        values = labels.to_numpy()
-        if values.min() < 0:
-            row = int(values.argmin())
-            raise DataError(f"{column} is {values[row]} in row {row}: labels count from 0 (is the split unlabelled?)")
-        if isinstance(feature, datasets.ClassLabel):
-            known = feature.names
-        else:
-            known = [f"class {label}" for label in range(int(values.max()) + 1)]
-            if names is not None and len(names) > len(known):  # the last classes may have no images
-                known = names
-    else:
+        texts = labels.to_pylist()
+        words = sorted(set(texts), key=natural_key)
+        found, names = label_classes(words, given, column)
+        label_of = dict(zip(words, found, strict=True))
+        return [label_of[text] for text in texts], names
+    if not pa.types.is_integer(labels.type):
         raise DataError(f"{column} holds {labels.type}: labels are whole numbers or text (--label_column ...)")
-    if names is not None:
-        check_number(names, len(known), column)
-    return values.tolist(), names or known
+    values = labels.to_numpy()
+    if values.min() < 0:
+        row = int(values.argmin())
+        raise DataError(f"{column} is {values[row]} in row {row}: labels count from 0 (is the split unlabelled?)")
+    if isinstance(feature, datasets.ClassLabel):
+        found, names = label_classes(feature.names, given, column, are_numbered=True)
+        return np.array(found)[values].tolist(), names
+    num_classes = int(values.max()) + 1
+    if given is None:
+        return values.tolist(), [f"class {label}" for label in range(num_classes)]
+    names = read_class_names(given)
+    if len(names) < num_classes:  # the last classes may have no images
+        check_number(names, num_classes, column)
+    return values.tolist(), names
 
 
 def _holds_images(feature: object) -> bool:

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marval_rl.data.class_folders import ClassFolders
-from marval_rl.data.class_names import check_number, read_class_names
 from marval_rl.data.decoding import IMAGE_ENDINGS, read_bytes
-from marval_rl.data.imagenet import imagenet_names
 from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.errors import DataError
 
 
 class ImageFolder(LabelledImages):
-    """Images in `root`/<class>/; labels are the order of the class folders by name, as in torchvision and MAR.
+    """Images in `root`/<class>/; labels are the order of the class folders by name, as in torchvision and MAR,
+    but that 2 comes before 10.
 
     Folders that are all named by ImageNet's WordNet ids get the names of these classes, others keep their own.
 
@@ -29,14 +28,8 @@ class ImageFolder(LabelledImages):
     """
 
     def __init__(self, root: str | Path, split: str = "train", class_names: Sequence[str] | str | None = None):
-        self.files = ClassFolders(_split_folder(Path(root), split), IMAGE_ENDINGS)
-        self.class_labels = self.files.class_labels
-        folders = self.files.folders
-        if class_names is not None:
-            self.class_names = read_class_names(class_names)
-            check_number(self.class_names, len(folders), str(self.files.root))
-        else:
-            self.class_names = imagenet_names(folders) or folders
+        self.files = ClassFolders(_split_folder(Path(root), split), IMAGE_ENDINGS, class_names)
+        self.class_labels, self.class_names = self.files.class_labels, self.files.class_names
 
     def name(self, index: int) -> str:
         return self.files.name(index)

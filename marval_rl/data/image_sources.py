@@ -35,7 +35,13 @@ def load_labelled_images(
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir() and not _is_saved(path) and not _holds_parquet(path, split):
-        return ImageFolder(path, split, class_names)
+        try:
+            return ImageFolder(path, split, class_names)
+        except DataError as error:
+            deeper = next(path.rglob("*.parquet"), None)
+            if deeper is None:
+                raise
+            raise DataError(f"{error}. Parquet files lie in {deeper.parent}: give that path") from error
     from marval_rl.data.hub_images import HubImages  # `datasets` is slow to import, and image folders do without
 
     return HubImages(_load_dataset(str(name_or_path), path, split), image_column, label_column, class_names, str(path))
@@ -79,8 +85,17 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _holds_parquet(folder: Path, split: str) -> bool:
-    """Whether parquet files lie in a folder. Class folders are not searched: ImageNet's hold a million files."""
-    return any(next(place.glob("*.parquet"), None) for place in (folder, folder / "data", folder / split))
+    """Whether parquet files lie in a folder, as they are or as the hub converts: <configuration>/<split>/0000.parquet.
+
+    Class folders are not searched: ImageNet's hold a million files. Raises DataError for several configurations.
+    """
+    if any(next(place.glob("*.parquet"), None) for place in (folder, folder / "data", folder / split)):
+        return True
+    deeper = [file for pattern in (f"*/{split}/*", f"*/{split}-*") for file in folder.glob(f"{pattern}.parquet")]
+    found = sorted({file.relative_to(folder).parts[0] for file in deeper})
+    if len(found) > 1:
+        raise DataError(f"{folder} holds the configurations {', '.join(found)}: give the path of one of them")
+    return bool(found)
 
 
 def _check_parquet(files: list[str]) -> None:

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from marval_rl.data.class_folders import ClassFolders
-from marval_rl.data.class_names import check_number, read_class_names
 from marval_rl.data.flips import FlippingDataset
-from marval_rl.data.imagenet import imagenet_names
 from marval_rl.errors import DataError
 
 ENDING = ".npz"
@@ -24,7 +22,7 @@ class NpzMoments(FlippingDataset):
     """`folder`/<class>/<file>.npz with the arrays `moments` and `moments_flip`, each [2c, h, w].
 
     Items are {"moments": float32 [2c, h, w], "class_labels": int}; half of them, others in each epoch, are those of the
-    flipped image. Labels are the order of the class folders by name.
+    flipped image. Labels are those of `label_classes`.
 
     class_names:   the names of the classes: ImageNet's where the folders are its WordNet ids, else the folders'
     moments_shape: (2c, h, w), of the first file
@@ -44,13 +42,8 @@ class NpzMoments(FlippingDataset):
         self, folder: str | Path, flip: bool = True, seed: int = 0, class_names: Sequence[str] | str | None = None
     ):
         super().__init__(flip, seed)
-        self.files = ClassFolders(Path(folder), (ENDING,))
-        folders = self.files.folders
-        if class_names is not None:
-            self.class_names = read_class_names(class_names)
-            check_number(self.class_names, len(folders), str(folder))
-        else:
-            self.class_names = imagenet_names(folders) or folders
+        self.files = ClassFolders(Path(folder), (ENDING,), class_names)
+        self.class_names = self.files.class_names
         self.moments_shape = tuple(_read(self.files.path(0), "moments").shape)
 
     def __len__(self) -> int:
