@@ -19,6 +19,7 @@ from marval_rl.commands.cache_workers import PARENT, Place, find_place, run_work
 from marval_rl.data import MomentsCache
 from marval_rl.errors import DataError, RecipeError
 
+CLASSES = "60 images of 3 classes: ant, bee, cow"
 DONE = "holds 58 images of 3 classes in 8 shards (0.00 GiB); 2 corrupt ones skipped"
 
 
@@ -62,8 +63,8 @@ def cache(recipe, tmp_path, capsys):
 
 def test_a_recipe_becomes_a_cache_and_skipped_images_are_told(cache, recipe, tmp_path):
     code, out, err = cache()
-    assert code == 0 and out.splitlines()[0] == f"done: {tmp_path / 'cache'} {DONE}"
-    assert out.splitlines()[2] == "  cow/0019.png: not an image format that Pillow knows"
+    assert code == 0 and out.splitlines()[:2] == [CLASSES, f"done: {tmp_path / 'cache'} {DONE}"]
+    assert out.splitlines()[3] == "  cow/0019.png: not an image format that Pillow knows"
     assert err.splitlines()[1] == "skipped cow/0019.png: not an image format that Pillow knows"
     assert len(MomentsCache(tmp_path / "cache")) == 58
     assert not (recipe.parent / "run").exists()  # nothing is trained
@@ -76,7 +77,7 @@ def test_a_recipe_becomes_a_cache_and_skipped_images_are_told(cache, recipe, tmp
 def test_a_dry_run_writes_nothing(cache, tmp_path):
     code, out, _ = cache("--dry_run")
     assert code == 0 and not (tmp_path / "cache").exists()
-    assert "images: 60 of 3 classes\nshards: 8 of 8 images, 0 of them done\ndisk: 0.00 GiB in all" in out
+    assert f"{CLASSES}\nshards: 8 of 8 images, 0 of them done\ndisk: 0.00 GiB in all" in out
     assert "image_size: 16" in out and out.endswith("nothing was encoded (--dry_run)\n")
     code, out, _ = cache("--dry_run", "--vae", "/no/such/vae")
     assert code == 0 and out.splitlines()[-1].startswith("missing: no VAE at /no/such/vae")
@@ -153,8 +154,8 @@ def test_other_settings_than_before_are_refused(cache, tmp_path):
 def test_lines_of_progress_come_now_and_then(cache, monkeypatch):
     monkeypatch.setattr(cache_report, "SECONDS_BETWEEN_LINES", 0)
     out = cache()[1].splitlines()
-    assert len(out) == 15 + 3  # a line a batch, and the summary
-    assert out[2].startswith("1 of 8 shards, ") and out[14].endswith(" images/s, 2 skipped")
+    assert len(out) == 1 + 15 + 3  # the images, a line a batch, and the summary
+    assert out[3].startswith("1 of 8 shards, ") and out[15].endswith(" images/s, 2 skipped")
 
 
 # The processes

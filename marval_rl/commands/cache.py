@@ -17,6 +17,7 @@ from marval_rl.commands.networks import TeacherArguments
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.commands.sources import DataArguments
 from marval_rl.data import LabelledImages
+from marval_rl.data.class_names import describe_classes
 from marval_rl.data.moments.manifest import (
     begin,
     check_settings,
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         return
     place = find_place(cache.num_processes)
     job = prepare(data, source, cache)
+    if place is None or (place.rank == 0 and place.parent is None):
+        print(describe_classes(len(job.source), job.source.class_names), flush=True)
     if place is None and cache.num_processes > 1:
         encode_in_processes(job, ["cache", args.recipe, *extra], cache.num_processes)
         return
@@ -168,7 +171,7 @@ def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArgume
     numbers = (1 + data.flip) * torch.Size(settings["moments_shape"]).numel()
     needed = len(job.source) * numbers * DTYPES[cache.cache_dtype].itemsize
     there = next(folder for folder in (job.folder, *job.folder.resolve().parents) if folder.is_dir())
-    print(f"images: {len(job.source)} of {len(job.source.class_names)} classes")
+    print(describe_classes(len(job.source), job.source.class_names))
     print(f"shards: {total} of {cache.shard_size} images, {done} of them done")
     print(f"disk: {needed / 2**30:.2f} GiB in all, {shutil.disk_usage(there).free / 2**30:.2f} GiB free")
     print("nothing was encoded (--dry_run)")

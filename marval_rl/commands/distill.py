@@ -26,6 +26,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     def make_trainer() -> DistillTrainer:
         teacher = source.load()
         dataset = data.load_training(teacher.config.image_size, config.seed)
+        data.announce(dataset, config.process_index)
         data.fit(teacher.config, source.teacher, dataset)
         return DistillTrainer(teacher, config, train_dataset=dataset, evaluator=data.evaluator())
 

@@ -32,6 +32,7 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     check_fidelity_arguments(args)
     reference = None if args.reference is None else open_reference(args.reference)
     files = list_images(args.images)
+    print(f"{len(files)} images in {args.images}", flush=True)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     inception = Inception(args.inception_weights, device, inception_batch_size(args))
     results = {

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
     def make_trainer() -> PretrainTrainer:
         dataset = data.load_training(None, config.seed)
+        data.announce(dataset, config.process_index)
         torch.manual_seed(config.seed)
         model = MARModel(sizes.config(data.latents(dataset)))
         return PretrainTrainer(model, config, train_dataset=dataset, evaluator=data.evaluator())

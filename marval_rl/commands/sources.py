@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from marval_rl.data import CroppedImages, ImageDataset, load_image_dataset, load_labelled_images, load_moments
+from marval_rl.data.class_names import describe_classes
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
@@ -36,6 +37,10 @@ class DataArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Images are cropped to this many pixels (default: the model's)."}
     )
+    image_channels: int | None = field(
+        default=None,
+        metadata={"help": "1 turns images grey, 3 makes grey ones RGB (default: the model's; new ones ask the data)."},
+    )
     flip: bool = field(default=True, metadata={"help": "Mirror half of the images (never the digits)."})
     vae: str | None = field(
         default=None, metadata={"help": "diffusers AutoencoderKL of the latents: folder or hub id (default: none)."}
@@ -51,6 +56,13 @@ class DataArguments:
         default_factory=lambda: list(DIGIT_JUDGES),
         metadata={"help": "Digits: rewards with a method `mode_log_probs`: accuracy, mode coverage."},
     )
+
+    def __post_init__(self):
+        if self.image_channels not in (None, 1, 3):
+            raise ValueError(f"image_channels must be 1 or 3, not {self.image_channels}")
+        if self.image_channels is not None and (self.are_digits or self.vae is not None or self.cache_dir is not None):
+            other = "dataset digits" if self.are_digits else "vae" if self.vae is not None else "cache_dir"
+            raise ValueError(f"image_channels {self.image_channels} cannot count with {other}: leave it out")
 
     @property
     def are_digits(self) -> bool:
@@ -72,7 +84,12 @@ class DataArguments:
         size = self.image_size or image_size
         if size is None:
             raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
-        return CroppedImages(self.load_images(), size, flip=self.flip, seed=seed)
+        return CroppedImages(self.load_images(), size, flip=self.flip, seed=seed, channels=self.image_channels or 3)
+
+    def announce(self, dataset: Dataset, process_index: int) -> None:
+        """Prints what is trained on, once for all processes."""
+        if process_index == 0:
+            print(describe_classes(len(dataset), dataset.class_names), flush=True)
 
     def load_images(self):
         """The images as they are, before they are cropped."""
@@ -102,6 +119,10 @@ class DataArguments:
                 f"{'set --labelling or ' if self.are_digits else ''}choose another model"
             )
         config.class_names = names
+        if isinstance(dataset, CroppedImages):
+            dataset.image_size = self.image_size or config.image_size
+            if self.image_channels is None:
+                dataset.channels, dataset.refuse_colour = config.image_channels, config.image_channels == 1
         self._check_shape(config, model, dataset[0])
 
     def _check_shape(self, config: MARConfig, model: str, row: dict[str, Any]) -> None:
@@ -123,6 +144,8 @@ class DataArguments:
         """The fields of a MARConfig that follow from data to pretrain on: image size, latents, classes."""
         classes = {"num_classes": len(dataset.class_names), "class_names": list(dataset.class_names)}
         if self.vae is None:
+            if self.image_channels is None and isinstance(dataset, CroppedImages) and dataset.looks_grey():
+                dataset.channels, dataset.refuse_colour = 1, True
             channels, size, _ = dataset[0]["images"].shape
             # Clipping suits pixels, which lie in -1..1; latents do not.
             pixels = {"latent_stride": 1, "latent_channels": channels, "clip_sample_range": 1.0}

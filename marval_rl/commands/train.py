@@ -53,6 +53,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         student = load_model(rewarded.model, one_step=True)
         anchored = config.anchor_weight > 0
         images = data.load_training(student.config.image_size, config.seed) if anchored or data.are_digits else None
+        if images is not None:
+            data.announce(images, config.process_index)
         data.fit(student.config, rewarded.model, images)
         rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs)
         judges = None

@@ -23,6 +23,8 @@ def print_dry_run(settings: dict[str, Any], config: Any, make_plan: Planner) -> 
     print()
     with offline():
         plan = make_plan()
+    if plan.data is not None:
+        print(plan.data)
     for line in [*batch_arithmetic(config), *length(config, plan), *parameters(plan), *memory(config, plan)]:
         print(line)
     for what in plan.missing:

@@ -14,6 +14,7 @@ from marval_rl.commands.networks import PUBLISHED_SIZES, ModelArguments, RewardA
 from marval_rl.commands.planning.activations import grpo_bytes, gsim_bytes, pretrain_bytes, reward_backprop_bytes
 from marval_rl.commands.planning.memory import Footprint, adapter_parameters, head_parameters, mar_parameters
 from marval_rl.commands.sources import DataArguments
+from marval_rl.data.class_names import describe_classes
 from marval_rl.errors import MarvalError
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
@@ -35,10 +36,11 @@ GET_CACHE = "caching reads the images once: ImageNet's class folders (n01440764,
 class TrainingPlan:
     """What would be trained.
 
-    networks: name -> parameters. footprint: None where no size is known. rows: rows of data an epoch; None if unknown.
-    missing: what is not there, and how to get it.
+    data: what would be trained on, in one line; None if unknown. networks: name -> parameters. footprint: None where no
+    size is known. rows: rows of data an epoch; None if unknown. missing: what is not there, and how to get it.
     """
 
+    data: str | None = None
     networks: dict[str, int] = field(default_factory=dict)
     footprint: Footprint | None = None
     rows: int | None = None
@@ -129,6 +131,7 @@ def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> Dataset | None:
     with plan.needing(GET_CACHE if data.cache_dir is not None else GET_DATA):
         dataset = data.load_training(data.image_size or 256, seed)
         plan.rows = len(dataset)
+        plan.data = describe_classes(len(dataset), dataset.class_names)
         return dataset
     return None
 
