@@ -9,6 +9,7 @@ from typing import Any
 
 from marval_rl.commands.model_arguments import add_sampling_arguments
 from marval_rl.commands.sources import DIGITS
+from marval_rl.data.digits import DIGIT_LABELLINGS
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
 
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
 def paints_digits(config: MARConfig) -> bool:
     """Whether a model's images are like scikit-learn's digits."""
-    return (config.image_channels, config.image_size, config.vae) == (1, 8, None)
+    classes = (None, *DIGIT_LABELLINGS.values())  # other grey images may be as small
+    return (config.image_channels, config.image_size, config.vae) == (1, 8, None) and config.class_names in classes
 
 
 def refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
