@@ -1,12 +1,13 @@
-# make demo | make test | make clean. PYTHON=python3.12 picks the interpreter of the environment.
+# make demo | make test | make test-wheel | make clean. PYTHON=python3.12 picks the interpreter of the environment.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv demo test test-image-reward clean
+.PHONY: help .venv demo test test-wheel test-image-reward clean
 
 help:
 	@echo "make demo    teacher, one-step student and RL on real digits, on the CPU; ends with a table and a report"
 	@echo "make test    ruff and the tests"
+	@echo "make test-wheel   a wheel in a fresh environment and an empty folder: its recipes, its rewards, the demo"
 	@echo "make test-image-reward   ours against the package image-reward, in an environment that it builds (4 GB)"
 	@echo "make .venv   the environment only: .venv, with the versions in constraints.txt"
 	@echo "make clean   remove .venv and the caches (runs/ stays)"
@@ -26,6 +27,9 @@ test: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+test-wheel: .venv
+	$(BIN)/python -m pytest -q -m wheel tests/test_packaging.py
 
 test-image-reward: .venv
 	$(BIN)/python -m pytest -s -m image_reward_environment tests/test_image_reward_environment.py

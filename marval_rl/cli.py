@@ -19,6 +19,7 @@ from pathlib import Path
 
 from marval_rl import __version__
 from marval_rl.errors import MarvalError
+from marval_rl.paths import expand_path
 
 PROGRAM = "marval-rl"
 ERROR_FILE = "MARVAL_RL_ERROR_FILE"  # names the file for the error message of a process that was launched
@@ -65,13 +66,28 @@ class UsageError(ValueError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations and raises UsageError where argparse would print and exit."""
+    """An argument parser that takes no abbreviations and raises UsageError where argparse would print and exit.
+
+    An option of type Path has ~ and $VARIABLE replaced: no shell does it in `--output=~/a.png`. One of type
+    `path_or_id` too, which stays text.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.register("type", Path, lambda text: Path(path_or_id(text)))
 
     def error(self, message: str) -> None:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def path_or_id(text: str) -> str:
+    """The type of an argument that is a path or something else, such as a hub id."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty (an unset variable of the shell?)")
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,6 +140,7 @@ def run_command(argv: Sequence[str], debug: bool = False) -> int:
     args, extra = parser.parse_known_args(arguments)
     if command.takes_recipe:
         _check_recipe(name, args.recipe, arguments, options)
+        args.recipe = _find_recipe(args.recipe)
     elif extra:
         raise UsageError(f"unexpected argument {extra[0]!r} (see {parser.prog} --help)")
     if num_processes is None:
@@ -181,14 +198,27 @@ def _check_options(prog: str, arguments: list[str], options: set[str]) -> None:
 def _check_recipe(name: str, recipe: str | None, arguments: list[str], options: set[str]) -> None:
     """Raises UsageError if the recipe is missing, or may be the value of a setting that was written before it."""
     if recipe is None:
-        from marval_rl.recipes import find_recipes
+        from marval_rl.recipes import find_recipes, shipped_recipes
 
         found = ", ".join(map(str, find_recipes()))
         here = f"; recipes here: {found}" if found else ""
-        raise UsageError(f"{name} needs a recipe: {PROGRAM} {name} RECIPE.yaml [--key value ...]{here}")
+        raise UsageError(
+            f"{name} needs a recipe: {PROGRAM} {name} RECIPE.yaml [--key value ...]{here}; shipped: "
+            f"{', '.join(shipped_recipes())}"
+        )
     for argument in arguments[: arguments.index(recipe)]:
         if argument.startswith("--") and argument.split("=")[0] not in options:
             raise UsageError(f"the recipe comes first: {PROGRAM} {name} RECIPE.yaml {argument} ...")
+
+
+def _find_recipe(given: str) -> str:
+    """The path of the recipe; where it is not as it was written, the first process says which file is read."""
+    from marval_rl.recipes import resolve_recipe
+
+    path = resolve_recipe(given)
+    if path != given and os.environ.get("RANK", "0") == "0":
+        print(f"recipe: {path}")
+    return path
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:

@@ -1,8 +1,7 @@
 """Checks one value of a recipe, or of the command line, against the type that its dataclass field declares.
 
 The parser of transformers takes YAML values over unchecked, so that `max_steps: many` would surface as an error deep
-in training. Strings are read as the command line reads them: YAML takes `1e-4` for a string, and `--max_steps 3`
-always is one.
+in training. Strings are read as the command line reads them: `--max_steps 3` and `max_steps: "3"` are the number.
 """
 
 from __future__ import annotations
@@ -14,10 +13,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-TRUE_WORDS = ("true", "yes", "t", "y", "1")
-FALSE_WORDS = ("false", "no", "f", "n", "0")
+from marval_rl.text import load_yaml, yaml_problem
+
+TRUE_WORDS = ("true", "yes", "on", "t", "y", "1")
+FALSE_WORDS = ("false", "no", "off", "f", "n", "0")
 NULL = "null"
 NONE_WORDS = ("none", NULL)
+WRITTEN = ", written [a, b] or a,b"
+MAPPING = "a mapping, such as '{key: 1}'"
 
 
 class WrongType(Exception):
@@ -44,15 +47,10 @@ def convert(value: Any, hint: Any) -> Any:
         if isinstance(value, bool):
             raise WrongType("text: YAML reads a bare yes, no, on or off as true or false, so write it in quotes")
         if not isinstance(value, str):
-            raise WrongType("text")
+            raise WrongType("text (write it in quotes)" if isinstance(value, (int, float)) else "text")
         return value
     if hint is list or origin is list:
-        if not isinstance(value, list):
-            raise WrongType(describe(hint))
-        try:
-            return [convert(element, arguments[0]) for element in value] if arguments else value
-        except WrongType:
-            raise WrongType(describe(hint)) from None
+        return _convert_list(value, hint)
     if hint is dict or origin is dict:
         return _convert_mapping(value, hint)
     return value
@@ -72,6 +70,45 @@ def describe(hint: Any) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     words |= {list: "a list", dict: "a mapping"}
     return words.get(origin or hint, str(hint))
+
+
+def split_list(text: str) -> list:
+    """The elements of a list that was written in one piece: "[a, b]" as YAML has it, "a, b", or "a" alone.
+
+    Raises:
+        WrongType: For a bracket that is not closed, and an element without text.
+    """
+    elements: Any = [element.strip() for element in text.split(",")]
+    if text.lstrip().startswith("["):
+        try:
+            elements = load_yaml(text)
+        except yaml.YAMLError:
+            elements = None
+    if not isinstance(elements, list) or "" in elements:
+        raise WrongType(f"a list{WRITTEN}; [] is the empty one")
+    return elements
+
+
+def rejoin_list(words: list[str]) -> str | list[str]:
+    """The words that the command line gave for a list, as one text where they are parts of one: `[1, 0.3]` and `1, 0.3`
+    without quotes are two words."""
+    in_one_piece = len(words) == 1 or words[0].startswith("[") or any(word.endswith(",") for word in words)
+    return " ".join(words) if in_one_piece else words
+
+
+def parse_mapping(text: str) -> dict:
+    """The mapping that was written in one piece, as YAML or JSON.
+
+    Raises:
+        WrongType: For anything else; a key that is written twice is named.
+    """
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise WrongType(f"{MAPPING} ({yaml_problem(error)})") from None
+    if not isinstance(value, dict):
+        raise WrongType(MAPPING)
+    return value
 
 
 def pick(value: Any, choices: Iterable[Any]) -> Any:
@@ -100,15 +137,23 @@ def _convert_union(value: Any, hint: Any) -> Any:
     if enums:  # transformers writes `SchedulerType | str` for the names of a SchedulerType
         return convert(value, enums[0])
     if str in members and isinstance(value, str):
-        return None if optional and value == NULL else value  # "none" may be a name: report_to has it
+        if optional and value == NULL:
+            return None
+        written = {"[": list, "{": dict}.get(value.lstrip()[:1])  # `--report_to "[wandb, tensorboard]"`
+        for member in members:
+            if written is not None and written in (member, get_origin(member)):
+                return convert(value, member)
+        return value  # "none" may be a name: report_to has it
     if optional and isinstance(value, str) and value.lower() in NONE_WORDS:
         return None
     for member in members:
         try:
             return convert(value, member)
-        except WrongType:
-            continue
-    raise WrongType(describe(hint))
+        except WrongType as expected:
+            if len(members) == 1 and isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+                raise WrongType(str(expected)) from None  # it says what is wrong in the YAML
+    has_list = any(list in (member, get_origin(member)) for member in members)
+    raise WrongType(f"{describe(hint)}{WRITTEN if has_list else ''}")
 
 
 def _convert_bool(value: Any) -> bool:
@@ -131,14 +176,25 @@ def _convert_number(value: Any, kind: type) -> int | float:
     return value
 
 
+def _convert_list(value: Any, hint: Any) -> list:
+    arguments = get_args(hint)
+    if isinstance(value, str):
+        value = split_list(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value]  # one element needs no brackets
+    if not isinstance(value, list):
+        raise WrongType(describe(hint))
+    try:
+        return [convert(element, arguments[0]) for element in value] if arguments else value
+    except WrongType:
+        raise WrongType(f"{describe(hint)}{WRITTEN}") from None
+
+
 def _convert_mapping(value: Any, hint: Any) -> dict:
     if isinstance(value, str):  # from the command line, as JSON or YAML
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise WrongType('a mapping, such as {"key": 1}') from None
+        value = parse_mapping(value)
     if not isinstance(value, dict):
-        raise WrongType('a mapping, such as {"key": 1}')
+        raise WrongType(MAPPING)
     arguments = get_args(hint)
     if not arguments:
         return value

@@ -24,8 +24,15 @@ import yaml
 from trl import TrlParser
 
 from marval_rl.errors import RecipeError
-from marval_rl.recipe_values import WrongType, convert, pick
+from marval_rl.paths import SHIPPED_RECIPES, expand_path, shipped_recipe
+from marval_rl.recipe_values import WrongType, convert, pick, rejoin_list
+from marval_rl.text import dump_yaml, load_yaml, read_text, yaml_problem
 
+# Settings that are paths, some of them or else a hub id or a name: ~ and $VARIABLE are replaced in them.
+PATH_SETTINGS = (
+    *("cache_dir", "class_names", "dataset", "model", "teacher", "vae"),
+    *("deepspeed", "fsdp_config", "output_dir", "resume_from_checkpoint"),
+)
 COMMAND_OPTIONS = ("dry_run", "resume", "debug", "help")  # not settings, but worth suggesting for `--dryrun`
 SECRET_KEYS = ("hub_token",)  # never written down: run folders are shared
 
@@ -41,8 +48,12 @@ def parse_recipe(path: str | Path | None, overrides: Sequence[str], config_types
 def read_settings(path: str | Path | None, overrides: Sequence[str], config_types: Sequence[type]) -> dict[str, Any]:
     """Returns what the recipe and the command line set, by key, checked and converted; defaults are not in it.
 
-    Also sets the environment variables of the recipe's `env:` block. Raises RecipeError for a file that is missing or
-    no mapping, for an unknown key (with the nearest known ones) and for a value of the wrong type.
+    Paths have ~ and $VARIABLE replaced; relative ones are seen from the current folder. Also sets the environment
+    variables of the recipe's `env:` block, whose values are the text that is written there.
+
+    Raises:
+        RecipeError: For a file that is missing or is not a mapping, for an unknown key (with the nearest known ones),
+            a key that is written twice, and a value of the wrong type.
     """
     hints = {name: hint for config_type in config_types for name, hint in get_type_hints(config_type).items()}
     fields = {f.name: f for config_type in config_types for f in dataclasses.fields(config_type) if f.init}
@@ -54,9 +65,9 @@ def read_settings(path: str | Path | None, overrides: Sequence[str], config_type
             if key not in fields:
                 raise RecipeError(f"{path}: unknown key {str(key)!r}{nearest(str(key), fields)}")
             settings[key] = _checked(value, fields[key], hints[key], f"{path}: {key}")
-        if not isinstance(environment, dict):
+        if not isinstance(environment, dict) or not all(isinstance(value, str) for value in environment.values()):
             raise RecipeError(f"{path}: env: expected a mapping of names to values, got {environment!r}")
-        os.environ.update({str(name): str(value) for name, value in environment.items()})
+        os.environ.update({str(name): value for name, value in environment.items()})
     for key, value in _command_line(overrides, config_types, fields).items():
         settings[key] = _checked(value, fields[key], hints[key], f"--{key}")
     return settings
@@ -114,7 +125,7 @@ def save_recipe(path: str | Path, recipe: dict[str, Any]) -> None:
     """Writes a recipe as YAML, keys in their order; the folder is made if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(dump_yaml(recipe), encoding="utf-8")
 
 
 def find_recipes(folder: str | Path = ".") -> list[Path]:
@@ -123,6 +134,35 @@ def find_recipes(folder: str | Path = ".") -> list[Path]:
     root = folder / "recipes"
     files = root.rglob("*.yaml") if root.is_dir() else folder.glob("*.yaml")
     return sorted(files)
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that ship with the library, such as digits/teacher.yaml; sorted."""
+    names = (file.relative_to(SHIPPED_RECIPES) for file in SHIPPED_RECIPES.rglob("*.yaml"))
+    return sorted(str(name) for name in names if name.parts[0] != "accelerate")  # configurations, not recipes
+
+
+def resolve_recipe(name: str) -> str:
+    """The path of the recipe that is meant: a local file, or else one that ships (digits/teacher.yaml).
+
+    A name that is neither is returned as it is: reading it says what there is.
+    """
+    try:
+        path = expand_path(name)
+    except ValueError as error:
+        raise RecipeError(f"RECIPE: {error}") from error
+    if Path(path).exists() or (shipped := shipped_recipe(path)) is None:
+        return path
+    return str(shipped)
+
+
+def default_output_dir(recipe: str) -> str:
+    """runs/<recipe>: runs/digits/teacher for recipes/digits/teacher.yaml and for digits/teacher.yaml, which ships."""
+    path = Path(recipe).with_suffix("")
+    if path.is_relative_to(SHIPPED_RECIPES):
+        return str(Path("runs", path.relative_to(SHIPPED_RECIPES)))
+    below = next((i for i in range(len(path.parts) - 2, -1, -1) if path.parts[i] == "recipes"), None)
+    return str(Path("runs", *path.parts[below + 1 :])) if below is not None else str(Path("runs", path.name))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -151,32 +191,33 @@ def _command_line(overrides: Sequence[str], config_types: Sequence[type], fields
         raise RecipeError(f"unknown option {unknown[0].split('=')[0]}{nearest(name, [*fields, *COMMAND_OPTIONS])}")
     if unknown:
         raise RecipeError(f"unexpected argument {unknown[0]!r}: settings are given as --key value")
-    return vars(given)
+    return {key: rejoin_list(value) if isinstance(value, list) else value for key, value in vars(given).items()}
 
 
 def _load_yaml(path: str | Path) -> dict[Any, Any]:
     path = Path(path)
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = load_yaml(read_text(path), verbatim=("env",))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}{_recipes_near(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path} is not valid YAML: {yaml_problem(error)}") from error
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of `key: value` lines, this file holds {recipe!r:.60}")
     return recipe
 
 
 def _recipes_near(path: Path) -> str:
-    """The recipes that a wrong path may have meant: those of like name, or else all beside it or under recipes/."""
-    found = {str(file): file for folder in (path.parent, Path(".")) for file in find_recipes(folder)}
-    alike = difflib.get_close_matches(str(path), list(found), n=3, cutoff=0.6)
-    alike += [name for name, file in found.items() if file.stem == path.stem and name not in alike]
+    """The recipes that a wrong path may have meant: those of like name, or else all here and all that ship."""
+    here = [str(file) for folder in (path.parent, Path(".")) for file in find_recipes(folder)]
+    known = list(dict.fromkeys([*here, *shipped_recipes()]))
+    alike = difflib.get_close_matches(str(path), known, n=3, cutoff=0.6)
+    alike += [name for name in known if Path(name).stem == path.stem and name not in alike]
     if alike:
         return f"; did you mean {' or '.join(alike)}?"
-    return f"; recipes here: {', '.join(found)}" if found else ""
+    return (f"; recipes here: {', '.join(here)}" if here else "") + f"; shipped: {', '.join(shipped_recipes())}"
 
 
 def _checked(value: Any, f: dataclasses.Field, hint: Any, where: str) -> Any:
@@ -186,9 +227,16 @@ def _checked(value: Any, f: dataclasses.Field, hint: Any, where: str) -> Any:
         converted = convert(value, hint)
         if "choices" in f.metadata and converted is not None:
             converted = pick(converted, f.metadata["choices"])
+        if isinstance(converted, str) and not converted.strip() and f.default != converted:
+            remedy = "write null to unset it" if f.default is None else "leave it out for the default"
+            raise RecipeError(f"{where}: is empty (an unset variable of the shell?); {remedy}")
+        if f.name in PATH_SETTINGS and isinstance(converted, str) and not converted.startswith("{"):
+            converted = expand_path(converted)
     except WrongType as expected:
         shown = "null" if value is None else repr(value)
         raise RecipeError(f"{where}: expected {expected}, got {shown}") from None
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
     return converted
 
 

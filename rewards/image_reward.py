@@ -83,7 +83,7 @@ def _load_network(weights: Path, med_config: dict) -> ImageRewardNetwork:
 
 def _read_med_config(path: Path) -> dict:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"med_config {str(path)!r} cannot be read: {first_line(error)}") from error
     missing = MED_CONFIG.keys() - set(settings)
@@ -95,7 +95,7 @@ def _read_med_config(path: Path) -> dict:
 def _load_tokenizer(name_or_path: str, vocab_size: int) -> BertTokenizer:
     check_exists_if_local("the tokenizer", name_or_path)
     if Path(name_or_path).is_file():
-        with open(name_or_path, encoding="utf-8") as lines:
+        with open(name_or_path, encoding="utf-8-sig") as lines:
             vocabulary = {line.rstrip("\n"): number for number, line in enumerate(lines)}
         tokenizer = BertTokenizer(vocab=vocabulary, do_lower_case=True)
     else:

@@ -151,11 +151,13 @@ def test_a_missing_recipe_is_answered_with_those_that_there_are(command, capsys,
     monkeypatch.chdir(tmp_path)
     calls = command(takes_recipe=True)
     assert cli.main(["fake"]) == 2
-    assert error_line(capsys).endswith("fake needs a recipe: marval-rl fake RECIPE.yaml [--key value ...]")
+    line = error_line(capsys)
+    assert "fake needs a recipe: marval-rl fake RECIPE.yaml [--key value ...]; shipped: " in line
+    assert "digits/teacher.yaml" in line and "accelerate" not in line
     Path("recipes").mkdir()
     Path("recipes/a.yaml").write_text("max_steps: 3\n")
     assert cli.main(["fake", "--max_steps"]) == 2
-    assert error_line(capsys).endswith("; recipes here: recipes/a.yaml")
+    assert "; recipes here: recipes/a.yaml; shipped: " in error_line(capsys)
     assert not calls
 
 
@@ -355,8 +357,8 @@ def test_a_corrupt_image_is_named(gallery, capsys):
         (["clasifier", "--prompts", "prompts.txt"], 2, "classifier"),
         (["mine.py:Brightness", "--prompts", "long.txt"], 2, "images holds 2 images, but long.txt has 3 lines"),
         (["mine.py:Brightness", "--prompts", "prompts.txt", "--output", "a.txt"], 2, "must end in .csv or .json"),
-        (["mine.py:Brightness", "--prompts", "prompts.txt", "--reward_kwargs", "{"], 2, "is not valid JSON"),
-        (["mine.py:Brightness", "--prompts", "prompts.txt", "--reward_kwargs", "[]"], 2, "must be a JSON object"),
+        (["mine.py:Brightness", "--prompts", "prompts.txt", "--reward_kwargs", "{"], 2, "must be a mapping"),
+        (["mine.py:Brightness", "--prompts", "prompts.txt", "--reward_kwargs", "[]"], 2, "must be a mapping"),
     ],
 )
 def test_score_names_what_is_wrong(gallery, capsys, arguments, code, expected):

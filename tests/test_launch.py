@@ -96,9 +96,13 @@ def test_a_preset_is_a_file_of_the_package(name):
 
 def test_what_is_no_preset_stays_as_it_is(tmp_path):
     file = tmp_path / "mine.json"
-    file.touch()
-    for value in (None, {"a": 1}, '{"a": 1}', str(file)):
+    file.write_text('\ufeff{"a": 1}', encoding="utf-8")  # as editors of Windows save it
+    for value in (None, {"a": 1}, '{"a": 1}'):
         assert deepspeed_config(value) == value
+    assert deepspeed_config(str(file)) == {"a": 1}
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"mine\.json cannot be read as JSON"):
+        deepspeed_config(str(file))
     with pytest.raises(ValueError, match="deepspeed 'zero9' is neither a file nor one of zero1"):
         deepspeed_config("zero9")
 

@@ -149,10 +149,14 @@ def test_an_unknown_key_of_the_recipe_is_reported_with_its_file(write):
         ("bf16: maybe", "bf16: expected true or false, got 'maybe'"),
         ("method: ppo", "method: expected one of grpo, reward_backprop, got 'ppo'"),
         ("level: pixel", "level: expected one of token, step, image, got 'pixel'"),
-        ("reward_funcs: classifier", "reward_funcs: expected a list, each element text, got 'classifier'"),
+        ("reward_funcs: {clip: 1}", "reward_funcs: expected a list, each element text, got {'clip': 1}"),
+        ("reward_funcs: '[clip'", "reward_funcs: expected a list, written [a, b] or a,b; [] is the empty one"),
+        ("reward_funcs: clip,", "reward_funcs: expected a list, written [a, b] or a,b; [] is the empty one"),
+        ("reward_weights: 1 0.3", "a list, each element a number or null, written [a, b] or a,b, got '1 0.3'"),
         ("reward_weights: [1, heavy]", "reward_weights: expected a list, each element a number or null"),
         ("reward_kwargs: [1]", "reward_kwargs: expected a mapping"),
-        ("model: 3", "model: expected text, got 3"),
+        ("model: 3", "model: expected text (write it in quotes), got 3"),
+        ("model: ' '", "model: is empty"),
         ("model: off", "write it in quotes"),
         ("lr_scheduler_type: sideways", "lr_scheduler_type: expected one of linear, cosine"),
     ],
@@ -218,6 +222,15 @@ def test_a_bare_no_is_the_word_where_a_choice_has_it(write):
         (["1", 2], list[int], [1, 2]),
         ("{a: 1}", dict[str, int], {"a": 1}),
         ("a", str | list[str], "a"),
+        ("a", list[str], ["a"]),
+        (1, list[float], [1]),
+        ("1,0.3", list[float], [1.0, 0.3]),
+        ("[1, 0.3]", list[float] | None, [1, 0.3]),
+        ("[]", list[str], []),
+        (["a,b"], list[str], ["a,b"]),  # a file's name may have a comma
+        ("[a, b]", str | list[str] | None, ["a", "b"]),
+        ("{a: 1e-6}", dict | str | None, {"a": 1e-6}),
+        ("on", bool, True),
         (["a"], str | list[str], ["a"]),
         (object, Any, object),
     ],
@@ -229,7 +242,7 @@ def test_convert(value, hint, expected):
 
 @pytest.mark.parametrize(
     ("value", "hint"),
-    [(True, float), (1, bool), ("x", Colour | str), (True, Literal[1]), ({"a": "b"}, dict[str, int]), ("a", list)],
+    [(True, float), (1, bool), ("x", Colour | str), (True, Literal[1]), ({"a": "b"}, dict[str, int]), ({"a": 1}, list)],
 )
 def test_convert_refuses(value, hint):
     with pytest.raises(WrongType):

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from marval_rl.errors import RecipeError
+from marval_rl.paths import expand_path, shipped_recipe
+from marval_rl.text import load_yaml, read_text, yaml_problem
 from marval_rl.training.presets import DEEPSPEED_PRESETS
 
 LAUNCH_KEYS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
@@ -45,13 +47,15 @@ def read_accelerate_config(name: str | None) -> AccelerateConfig:
         return AccelerateConfig()
     if name in DEEPSPEED_PRESETS:
         return AccelerateConfig(settings={"deepspeed": name})
-    path = Path(name)
-    if not path.is_file():
+    path = Path(name) if Path(name).is_file() else shipped_recipe(name)
+    if path is None:
         raise RecipeError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(DEEPSPEED_PRESETS)}")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        config = load_yaml(read_text(path))
+    except (OSError, UnicodeError) as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"cannot read {path}: {yaml_problem(error)}") from error
     if not isinstance(config, dict):
         raise RecipeError(f"{path} is no configuration of accelerate: it holds {config!r:.60}")
     _refuse_unknown(path, config, (*LAUNCH_KEYS, *OTHER_KEYS, *PASSED_OVER))
@@ -88,6 +92,9 @@ def _deepspeed_file(path: Path, config: dict[str, Any]) -> str:
     _refuse_unknown(path, config, DEEPSPEED_KEYS)
     file = config.get("deepspeed_config_file")
     if file is not None:
+        file = expand_path(file)
+        if not Path(file).is_file() and file in {f"marval_rl/presets/{name}.json" for name in DEEPSPEED_PRESETS}:
+            return Path(file).stem  # as the files of recipes/accelerate have it, outside a checkout
         if not Path(file).is_file():
             raise RecipeError(f"{path}: there is no deepspeed_config_file at {file} (seen from {Path.cwd()})")
         return str(file)

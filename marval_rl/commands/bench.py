@@ -10,17 +10,23 @@ from pathlib import Path
 
 import torch
 
+from marval_rl.cli import path_or_id
 from marval_rl.commands.model_arguments import AUTOCAST_DTYPES
 from marval_rl.commands.networks import PUBLISHED_SIZES
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.models import MARModel, generate
 from marval_rl.models.checkpoints import load_model
+from marval_rl.recipe_values import WrongType, convert, rejoin_list
 from marval_rl.trainers.distill import student_from_teacher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("teacher", nargs="?", metavar="TEACHER", help="model folder, run folder or hub id")
-    parser.add_argument("student", nargs="?", metavar="STUDENT", help="the one-step student to compare with it")
+    parser.add_argument(
+        "teacher", type=path_or_id, nargs="?", metavar="TEACHER", help="model folder, run folder or hub id"
+    )
+    parser.add_argument(
+        "student", type=path_or_id, nargs="?", metavar="STUDENT", help="the one-step student to compare with it"
+    )
     parser.add_argument(
         "--model_size",
         choices=PUBLISHED_SIZES,
@@ -30,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=16, metavar="K", help="unmasking steps of both (default: 16)")
     parser.add_argument("--guidance_scale", type=float, default=1.2, help="of the teacher (default: 1.2)")
     parser.add_argument("--diffusion_steps", type=int, default=100, metavar="N", help="of the teacher (default: 100)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 64], metavar="B", help="default: 1 64")
+    parser.add_argument("--batch_sizes", nargs="+", default=[1, 64], metavar="B", help="default: 1 64")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON too")
@@ -48,7 +54,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         num_unmasking_steps=args.steps,
         guidance_scale=args.guidance_scale,
         num_diffusion_steps=args.diffusion_steps,
-        batch_sizes=args.batch_sizes,
+        batch_sizes=batch_sizes(args.batch_sizes),
         repeats=args.repeats,
     )
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -65,6 +71,14 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def batch_sizes(given: list) -> list[int]:
+    """--batch_sizes 1 64, 1,64 or "[1, 64]". Raises ValueError."""
+    try:
+        return convert(rejoin_list(given) if isinstance(given[0], str) else given, list[int])
+    except WrongType as expected:
+        raise ValueError(f"--batch_sizes: expected {expected}, got {' '.join(given)!r}") from None
 
 
 def models(args: argparse.Namespace) -> tuple[MARModel, MARModel]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from marval_rl.commands.cache_report import Reporter, print_summary
 from marval_rl.commands.cache_workers import Place, find_place, run_workers
@@ -32,6 +31,7 @@ from marval_rl.errors import DataError, MarvalError, RecipeError
 from marval_rl.models.checkpoints import load_config
 from marval_rl.models.vae import VAECodec
 from marval_rl.recipes import build_configs, read_settings
+from marval_rl.text import dump_yaml
 from marval_rl.trainers.distill import DistillConfig
 
 
@@ -66,7 +66,12 @@ class Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} RECIPE [--dry_run] [--verify] [--num_processes N] [--key value ...]"
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings; --key value wins over it")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="YAML file of settings, or the name of one that ships; --key value wins",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would be encoded, and encode nothing")
     parser.add_argument("--verify", action="store_true", help="hash what is there again; bad shards are to be rebuilt")
 
@@ -158,7 +163,7 @@ def choose_device(place: Place, use_cpu: bool) -> torch.device:
 
 def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> None:
     """`--dry_run`: settings, images, shards, room on the disk, and what is missing."""
-    print(yaml.safe_dump({**asdict(data), **asdict(source), **asdict(cache)}, sort_keys=False).rstrip() + "\n")
+    print(dump_yaml({**asdict(data), **asdict(source), **asdict(cache)}).rstrip() + "\n")
     try:
         job = prepare(data, source, cache)
         settings = job.settings()

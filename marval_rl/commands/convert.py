@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from marval_rl.cli import path_or_id
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.errors import CheckpointError
 from marval_rl.models import MARModel
@@ -22,6 +23,7 @@ from marval_rl.models.official.reading import check_finite, read_checkpoint
 from marval_rl.models.official.shapes import key_hash
 from marval_rl.models.official.vae_weights import is_vae, read_vae, vae_checkpoint
 from marval_rl.models.vae import load_autoencoder
+from marval_rl.text import read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write; with --to_official the file")
     parser.add_argument("--weights", choices=["ema", "model"], help="MAR: averaged or raw weights (default: ema)")
     parser.add_argument("--num_heads", type=int, metavar="N", help="MAR of unpublished width: its attention heads")
-    parser.add_argument("--vae", metavar="NAME", help="MAR: folder or hub id of its VAE, kept in config.json")
+    parser.add_argument(
+        "--vae", type=path_or_id, metavar="NAME", help="MAR: folder or hub id of its VAE, kept in config.json"
+    )
     parser.add_argument("--to_official", action="store_true", help="SOURCE is a model folder, OUT an official file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
 
@@ -94,7 +98,7 @@ def class_names(num_classes: int) -> list[str] | None:
 def _class_name(folder: Path) -> str | None:
     """The diffusers class of a folder; None for a MAR, which `load_model` checks."""
     try:
-        return json.loads((folder / "config.json").read_text()).get("_class_name")
+        return json.loads(read_text(folder / "config.json")).get("_class_name")
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-import marval_rl
+from marval_rl.paths import SHIPPED_RECIPES
 
 COLUMNS = {  # measure -> head of its column
     "frechet_distance": "FD",
@@ -24,7 +24,7 @@ COLUMNS = {  # measure -> head of its column
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    parser.add_argument("--recipes", type=Path, metavar="DIR", help="default: recipes/digits of this checkout")
+    parser.add_argument("--recipes", type=Path, metavar="DIR", help="default: recipes/digits here, or those that ship")
     parser.add_argument("--quick", action="store_true", help="a few steps of each, to see that all runs; means nothing")
 
 
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
     print_table(rows)
     print("\nspeed:")
-    call("bench", runs["teacher"], runs["distill"], *(["--diffusion_steps", "4"] if args.quick else []))
+    quick_bench = ["--diffusion_steps", "4", "--repeats", "1", "--batch_sizes", "1", "8"]
+    call("bench", runs["teacher"], runs["distill"], *(quick_bench if args.quick else []))
     report = args.output_dir / "report.html"
     call("report", runs["grpo"], runs["reward_backprop"], "--output", report, silent=True)
     print(f"\nreport:  {report}\npicture: {picture}\ntime:    {minutes(start)}")
@@ -88,11 +89,9 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
 
 
 def find_recipes() -> Path:
-    """recipes/digits of the checkout that this package runs from, or of the current folder."""
-    for root in (Path.cwd(), Path(marval_rl.__file__).parents[1]):
-        if (root / "recipes" / "digits").is_dir():
-            return root / "recipes" / "digits"
-    raise ValueError("recipes/digits is not here: run the demo from a checkout, or name the folder with --recipes")
+    """recipes/digits of the current folder, or else the recipes that ship with the library."""
+    local = Path("recipes/digits")
+    return local if local.is_dir() else SHIPPED_RECIPES / "digits"
 
 
 def quick_overrides(name: str) -> list[str]:

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from marval_rl.cli import path_or_id
 from marval_rl.commands.model_arguments import add_sampling_arguments
 from marval_rl.commands.sources import DIGITS
 from marval_rl.data.digits import DIGIT_LABELLINGS
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
+from marval_rl.recipe_values import WrongType, convert
 
 DIGITS_IMAGES, SET_IMAGES = 1000, 50_000
 DIGITS_ONLY = ("redraws", "labelling")
@@ -48,11 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets.add_argument("--inception_weights", type=Path, metavar="FILE", help="torch-fidelity's file")
     sets.add_argument("--inception_batch_size", type=int, metavar="N", help="images at once (default: 50)")
     sets.add_argument("--images_dir", type=Path, metavar="DIR", help="keep the images there, as PNG (default: do not)")
-    sets.add_argument("--rewards", metavar="A,B", help="rewards to score with, comma-separated")
-    sets.add_argument("--reward_kwargs", metavar="JSON", help="reward name -> what its class is made with")
+    sets.add_argument("--rewards", type=reward_list, metavar="A,B", help="rewards to score with")
+    sets.add_argument("--reward_kwargs", metavar="YAML", help="reward name -> what its class is made with")
     sets.add_argument("--prompt_template", help="prompt of a class {name}, for the rewards")
-    sets.add_argument("--class_names", metavar="FILE", help='"imagenet" or a name a line (default: the model\'s)')
+    sets.add_argument(
+        "--class_names", type=path_or_id, metavar="FILE", help='"imagenet" or a name a line (default: the model\'s)'
+    )
     sets.add_argument("--num_processes", type=int, metavar="N", help="processes to start, one a GPU (default: 1)")
+
+
+def reward_list(text: str) -> list[str]:
+    """The type of --rewards: "a,b" or "[a, b]", as reward_funcs of a recipe."""
+    try:
+        return convert(text, list[str])
+    except WrongType as expected:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +20,7 @@ from marval_rl.commands.evaluate_fidelity import (
     print_results,
 )
 from marval_rl.commands.model_arguments import load_for_sampling, sampling_settings
+from marval_rl.commands.reward_arguments import parse_kwargs
 from marval_rl.data.class_names import check_number, read_class_names
 from marval_rl.evaluation.image_run import ImageRun
 from marval_rl.evaluation.image_set import ImagePlan, weights_digest
@@ -127,7 +127,7 @@ def make_run(args: argparse.Namespace, config: MARConfig) -> ImageRun:
     measures = MeasureSettings(
         inception_weights=args.inception_weights,
         inception_batch_size=inception_batch_size(args),
-        rewards=[spec.strip() for spec in args.rewards.split(",")] if args.rewards else [],
+        rewards=args.rewards or [],
         reward_kwargs=parse_reward_kwargs(args.reward_kwargs),
         prompt_template=PROMPT_TEMPLATE if args.prompt_template is None else args.prompt_template,
         class_names=class_names(args, config),
@@ -156,11 +156,8 @@ def class_names(args: argparse.Namespace, config: MARConfig) -> list[str] | None
 
 
 def parse_reward_kwargs(text: str | None) -> dict[str, dict]:
-    """From JSON. Raises ValueError."""
-    try:
-        kwargs = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--reward_kwargs is not valid JSON: {error}") from error
-    if not isinstance(kwargs, dict) or not all(isinstance(value, dict) for value in kwargs.values()):
+    """From YAML or JSON. Raises ValueError."""
+    kwargs = parse_kwargs(text or "{}")
+    if not all(isinstance(value, dict) for value in kwargs.values()):
         raise ValueError(f'--reward_kwargs must look like {{"reward": {{"argument": value}}}}, not {text}')
     return kwargs

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from marval_rl.cli import ERROR_FILE
+from marval_rl.cli import ERROR_FILE, path_or_id
 from marval_rl.commands.accelerate_config import read_accelerate_config
 from marval_rl.errors import MarvalError, RecipeError
 
@@ -99,6 +99,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--main_process_port", type=int, metavar="PORT", help=f"its port (default {DEFAULT_PORT})")
     group.add_argument(
         "--accelerate_config",
+        type=path_or_id,
         metavar="NAME|FILE",
         help="zero1, zero2, zero3, zero2_offload, zero3_offload, or a YAML file of `accelerate config`",
     )

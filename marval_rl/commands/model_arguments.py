@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from marval_rl.cli import path_or_id
 from marval_rl.commands.quiet import is_watched, quiet_libraries
 from marval_rl.models import LatentCodec, MARModel, codec_for
 from marval_rl.models.checkpoints import load_model
@@ -17,9 +18,14 @@ AUTOCAST_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, model_is_optional: bool = False) -> None:
     """Adds MODEL and how to sample it."""
     count = "?" if model_is_optional else None
-    parser.add_argument("model", metavar="MODEL", nargs=count, help="model folder, run folder or hub id")
     parser.add_argument(
-        "--vae", metavar="PATH", help="diffusers AutoencoderKL: folder or hub id (default: the model's)"
+        "model", type=path_or_id, metavar="MODEL", nargs=count, help="model folder, run folder or hub id"
+    )
+    parser.add_argument(
+        "--vae",
+        type=path_or_id,
+        metavar="PATH",
+        help="diffusers AutoencoderKL: folder or hub id (default: the model's)",
     )
     parser.add_argument("--steps", type=int, default=16, metavar="K", help="unmasking steps (default: 16)")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="1.0 is none; for teachers only")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from marval_rl.cli import path_or_id
 from marval_rl.commands.launch import add_launch_arguments
 
 LATEST = "latest"
@@ -17,10 +18,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     The command line launches before the command is run, so here the latter are for the help alone.
     """
     parser.usage = f"{parser.prog} RECIPE [--dry_run] [--resume [CHECKPOINT]] [--num_processes N ...] [--key value ...]"
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings; --key value wins over it")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="YAML file of settings, or the name of one that ships; --key value wins",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would be run, and train nothing")
     parser.add_argument(
         "--resume",
+        type=path_or_id,
         nargs="?",
         const=LATEST,
         metavar="CHECKPOINT",

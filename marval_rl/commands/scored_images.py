@@ -12,6 +12,7 @@ from torch import Tensor
 from marval_rl.data.class_folders import is_ignored
 from marval_rl.data.cropped_images import to_pixels
 from marval_rl.data.decoding import IMAGE_ENDINGS, CorruptImageError, decode_image, read_bytes
+from marval_rl.text import read_text
 
 UNKNOWN_LABEL = -1
 STANDARD_KEYS = ("prompt", "class_name", "class_label")
@@ -52,7 +53,10 @@ def read_prompts(file: Path) -> list[Prompt]:
     integer); other keys go to the reward as columns, so that every line needs the same ones. Raises ValueError with the
     number of the offending line.
     """
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = read_text(file).splitlines()
+    except UnicodeError as error:
+        raise ValueError(f"cannot read the prompts {file}: {error}") from error
     while lines and not lines[-1].strip():
         lines.pop()
     is_json = bool(lines) and lines[0].lstrip().startswith("{")

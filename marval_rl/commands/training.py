@@ -12,16 +12,9 @@ from marval_rl.commands.planning.dry_run import batch_arithmetic, print_dry_run
 from marval_rl.commands.planning.plan import Planner
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.errors import RecipeError
-from marval_rl.recipes import build_configs, read_settings, resolved_recipe, save_recipe
+from marval_rl.recipes import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
 from marval_rl.training.base import MARTrainer
 from marval_rl.training.resume import check_output_dir, find_checkpoint, remove_earlier_run, set_aside_newer
-
-
-def default_output_dir(recipe: str) -> str:
-    """runs/<recipe>: recipes/digits/teacher.yaml -> runs/digits/teacher."""
-    path = Path(recipe).with_suffix("")
-    parts = path.parts[path.parts.index("recipes") + 1 :] if "recipes" in path.parts else (path.name,)
-    return str(Path("runs", *parts))
 
 
 def read_recipe(

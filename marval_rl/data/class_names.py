@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES, IMAGENET_WNIDS, imagenet_names
 from marval_rl.errors import DataError
+from marval_rl.text import read_text
 
 IMAGENET = "imagenet"
 
@@ -23,8 +23,8 @@ def read_class_names(given: Sequence[str] | str) -> list[str]:
     if given == IMAGENET:
         return list(IMAGENET_CLASS_NAMES)
     try:
-        names = [line.strip() for line in Path(given).read_text(encoding="utf-8").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        names = [line.strip() for line in read_text(given).rstrip().splitlines()]
+    except (OSError, UnicodeError) as error:
         raise DataError(
             f"cannot read the class names {given}: {error}; give a list, {IMAGENET!r}, "
             "or a text file with one name a line"

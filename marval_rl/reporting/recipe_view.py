@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-import yaml
-
 from marval_rl.reporting.run_folder import KIND_NAMES, Run
 from marval_rl.reporting.scales import format_number, format_seconds
+from marval_rl.text import dump_yaml
 
 # Settings worth a line at the top, where the recipe has them: key -> words, with {} for the value.
 _HEADLINE = {
@@ -79,5 +78,5 @@ def _short(value: object) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value)
     if isinstance(value, list | dict):
-        return yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).strip()
+        return dump_yaml(value, default_flow_style=True, width=10_000).strip()
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from marval_rl.reporting.metrics import metric_keys, read_metrics, series
+from marval_rl.text import load_yaml, read_text, yaml_problem
 
 METRICS_FILE, RECIPE_FILE, EVALUATION_FILE = "metrics.jsonl", "recipe.yaml", "evaluation.json"
 KIND_NAMES = {
@@ -111,11 +112,12 @@ def _load_run(folder: Path, name: str) -> Run:
 def _read_recipe(path: Path) -> dict:
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
     try:
-        recipe = yaml.safe_load(text)
+        recipe = load_yaml(read_text(path))
+    except UnicodeError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is no YAML: {yaml_problem(error)}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must be a mapping of names to values, but holds {type(recipe).__name__}")
     return recipe
@@ -125,7 +127,7 @@ def _read_evaluation(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}): evaluate the model again") from error
     if not isinstance(evaluation, dict):

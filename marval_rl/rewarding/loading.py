@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from marval_rl.errors import MarvalError
+from marval_rl.paths import expand_path, expand_sure_paths
 from marval_rl.rewarding.neighbours import folder_package, neighbours_of
 from marval_rl.rewarding.process_state import kept_settings
 
@@ -39,10 +40,12 @@ def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
     something that is no callable with the arguments of a reward, and for kwargs that are not accepted.
     """
     name = reward_name(spec)
+    if isinstance(spec, str) and spec.rpartition(":")[0].endswith(".py"):
+        spec = expand_path(spec)
     with kept_settings(), neighbours_of(spec):
         target = _find(spec) if isinstance(spec, str) else spec
         if inspect.isclass(target):
-            return _checked(name, _instantiate(name, target, kwargs), target)
+            return _checked(name, _instantiate(name, target, _with_paths(name, kwargs)), target)
     if kwargs:
         given = ", ".join(kwargs)
         raise ValueError(f"reward {name!r} is no class, so it takes no reward_kwargs (given: {given}); make it a class")
@@ -155,6 +158,14 @@ def _import_module(spec: str, module_name: str) -> ModuleType:
         return importlib.import_module(module_name)
     except IMPORT_ERRORS as error:
         raise ValueError(f"reward {spec!r}: {module_name} cannot be imported: {describe(error)}") from error
+
+
+def _with_paths(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments with ~ and $VARIABLE replaced in what can only be a path ("~/clip.pt")."""
+    try:
+        return {key: expand_sure_paths(value) for key, value in kwargs.items()}
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
 
 
 def _instantiate(name: str, target: type, kwargs: dict[str, Any]) -> Any:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import huggingface_hub.constants
-import yaml
 
 from marval_rl.commands.planning.memory import memory_table
 from marval_rl.commands.planning.plan import Planner, TrainingPlan
+from marval_rl.text import dump_yaml
 from marval_rl.training.batches import rounds_in
 
 USUAL_GPUS = 8  # what memory is shown for where the dry run itself has one process
@@ -19,7 +19,7 @@ IMAGENET_ROWS = 1_281_167
 
 def print_dry_run(settings: dict[str, Any], config: Any, make_plan: Planner) -> None:
     """Prints the resolved recipe, the batch arithmetic, parameter counts, memory and what is missing."""
-    print(yaml.safe_dump(settings, sort_keys=False).rstrip())
+    print(dump_yaml(settings).rstrip())
     print()
     with offline():
         plan = make_plan()

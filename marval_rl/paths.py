@@ -1,0 +1,60 @@
+"""Paths as users write them, and the files that ship with the library."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+
+SHIPPED_RECIPES = Path(str(files("marval_rl.shipped_recipes")))  # recipes/ of a checkout
+
+_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
+# In the arguments of a reward, of which only its author knows which are paths.
+_SURE_PATH = re.compile(r"(?P<scheme>local-dir:)?(?P<path>(?:~[\w.-]*/|\$\w+(?:/|$)|\$\{\w+\}(?:/|$)).*)")
+
+
+def expand_path(path: str) -> str:
+    """Replaces ~, ~user, $VARIABLE and ${VARIABLE} as a shell does; all else, such as a hub id, stays as it is.
+
+    Raises:
+        ValueError: For a user or a variable that does not exist, and for white space that no path should end with.
+    """
+    if path != path.strip() or any(character in path for character in "\n\r\t\0"):
+        raise ValueError(f"the path {path!r} begins or ends with white space, or holds a tab or a line break")
+
+    def value_of(variable: re.Match) -> str:
+        name = variable[1] or variable[2]
+        if not os.environ.get(name):
+            raise ValueError(f"the path {path!r} names the variable {name}, which is not set")
+        return os.environ[name]
+
+    expanded = os.path.expanduser(_VARIABLE.sub(value_of, path))
+    if expanded.startswith("~"):
+        user = expanded[1:].split("/")[0]
+        whose = f"there is no user {user!r}" if user else "no home folder is known"
+        raise ValueError(f"the path {path!r} cannot be expanded: {whose}; write ./{path} for a name with a tilde")
+    return expanded
+
+
+def expand_sure_paths(value: object) -> object:
+    """Expands what can only be a path ("~/clip.pt", "$WEIGHTS/clip.pt", "local-dir:~/clip") in a value or in the values
+    of mappings and lists within it. Raises ValueError as `expand_path` does."""
+    if isinstance(value, dict):
+        return {key: expand_sure_paths(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [expand_sure_paths(element) for element in value]
+    if not isinstance(value, str) or (found := _SURE_PATH.fullmatch(value)) is None:
+        return value
+    return (found["scheme"] or "") + expand_path(found["path"])
+
+
+def shipped_recipe(name: str | Path) -> Path | None:
+    """The file that ships under a name such as digits/teacher.yaml or recipes/digits/teacher.yaml, if there is one."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        return None
+    if path.parts[:1] == ("recipes",):
+        path = path.relative_to("recipes")
+    file = SHIPPED_RECIPES / path
+    return file if file.is_file() and file.suffix == ".yaml" else None
