@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_images import SIZE, contents, tiny_autoencoder, write_partly_corrupt_folder
+from tiny_images import SIZE, contents, noise_image, tiny_autoencoder, write_partly_corrupt_folder
 
 from marval_rl.cli import main
 from marval_rl.commands import cache_report, cache_workers
@@ -81,6 +81,22 @@ def test_a_dry_run_writes_nothing(cache, tmp_path):
     assert "image_size: 16" in out and out.endswith("nothing was encoded (--dry_run)\n")
     code, out, _ = cache("--dry_run", "--vae", "/no/such/vae")
     assert code == 0 and out.splitlines()[-1].startswith("missing: no VAE at /no/such/vae")
+
+
+def test_a_repaired_image_is_found_by_the_same_command(cache, recipe, tmp_path):
+    images = tmp_path / "images"
+    write_partly_corrupt_folder(images)
+    words = ("--dataset", str(images))
+    cache(*words)
+    noise_image(1005).save(images / "bee" / "0005.png")
+    changed = "1 images changed since they were cached (bee/0005.png): 1 shards are encoded anew"
+    before = contents(tmp_path / "cache")
+    code, out, _ = cache(*words, "--dry_run")
+    assert code == 0 and changed in out and "shards: 8 of 8 images, 7 of them done" in out
+    assert contents(tmp_path / "cache") == before
+    code, out, _ = cache(*words)
+    assert code == 0 and out.splitlines()[1] == changed and "holds 59 images" in out and "1 corrupt ones skipped" in out
+    assert "changed" not in cache(*words)[1]
 
 
 def test_processes_that_a_launcher_places_share_the_work(cache, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from PIL import Image
 from tiny_images import SIZE, noise_image, write_folder
 from torch.utils.data import DataLoader
 
+from marval_rl.commands.sources import DataArguments
 from marval_rl.data import CroppedImages
 from marval_rl.data.crop import center_crop
 from marval_rl.data.flips import FlippingDataset
 from marval_rl.data.image_folder import ImageFolder
 from marval_rl.errors import DataError
+from marval_rl.models import MARConfig
 
 FIRST_FLIPS = [2, 5, 6, 7, 9, 14, 15]  # of seed 0 and epoch 0
 
@@ -131,3 +134,61 @@ def test_a_corrupt_image_is_named_with_the_remedy(folder):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=rf"{path} is corrupt: .*: delete it, or train from `marval-rl cache`"):
         CroppedImages(ImageFolder(folder), SIZE)[12]
+
+
+# Grey data
+
+
+def grey_folder(root: Path, in_colour: int | None = None) -> Path:
+    """40 grey images of 2 classes; one may be in colour."""
+    for index in range(40):
+        path = root / ("ant" if index < 20 else "bee") / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = noise_image(index, 8, 8)
+        (image if index == in_colour else image.convert("L")).save(path)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("in_colour", "image_channels", "channels"), [(None, None, 1), (None, 3, 3), (7, None, 3), (7, 1, 1), (7, 3, 3)]
+)
+def test_grey_images_make_a_grey_model_unless_a_setting_says_otherwise(tmp_path, in_colour, image_channels, channels):
+    data = DataArguments(dataset=str(grey_folder(tmp_path, in_colour)), image_size=8, image_channels=image_channels)
+    dataset = data.load_training(None, seed=0)
+    latents = data.latents(dataset)
+    assert (latents["image_channels"], latents["latent_channels"]) == (channels, channels)
+    assert dataset[7]["images"].shape == (channels, 8, 8)
+    expected = np.array(noise_image(8, 8, 8).convert("L"), np.float32) / 255
+    flipped = expected[:, ::-1] if dataset.is_flipped(8) else expected
+    assert np.array_equal(dataset[8]["images"].numpy(), np.stack([flipped] * channels))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_suit_the_model_that_is_given(tmp_path, channels):
+    config = MARConfig(image_size=8, image_channels=channels, num_classes=2, class_names=["ant", "bee"])
+    data = DataArguments(dataset=str(grey_folder(tmp_path, in_colour=7)))
+    dataset = data.load_training(config.image_size, seed=0)
+    data.fit(config, "teacher", dataset)
+    assert dataset[0]["images"].shape == (channels, 8, 8)
+    if channels == 1:
+        with pytest.raises(
+            DataError, match=r"ant/07.png is in colour, but the model generates grey .*--image_channels 1"
+        ):
+            dataset[7]
+        other = DataArguments(dataset=str(tmp_path), image_channels=3)
+        with pytest.raises(ValueError, match="teacher paints images of 1 x 8 x 8, the data's are 3 x 8 x 8"):
+            other.fit(config, "teacher", other.load_training(8, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_channels": 2}, "image_channels must be 1 or 3, not 2"),
+        ({"image_channels": 1, "dataset": "digits"}, "image_channels 1 cannot count with dataset digits"),
+        ({"image_channels": 3, "dataset": "x", "vae": "v"}, "image_channels 3 cannot count with vae"),
+        ({"image_channels": 3, "dataset": "x", "cache_dir": "c"}, "image_channels 3 cannot count with cache_dir"),
+    ],
+)
+def test_image_channels_that_cannot_count_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**settings)

@@ -17,6 +17,7 @@ from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.commands.sources import DataArguments
 from marval_rl.data import LabelledImages
 from marval_rl.data.class_names import describe_classes
+from marval_rl.data.moments.changes import Changes, drop_changed_shards, find_changes
 from marval_rl.data.moments.manifest import (
     begin,
     check_settings,
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         rank=place.rank,
         world_size=place.world_size,
         progress=Reporter(place),
+        report_changes=report_changes,
     )
     if place.parent is not None:
         return  # it tells how all ended
@@ -146,12 +148,18 @@ def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> N
     """Encode in several processes, after what would go wrong in each of them was tried once."""
     settings = job.settings()
     begin(job.folder, settings)
+    report_changes(drop_changed_shards(job.folder, settings, job.source))
     if missing_shards(job.folder, settings):
         run_workers(arguments, num_processes)
     manifest = write_manifest(job.folder, settings, job.source.class_labels)
     if manifest is None:
         raise DataError(f"{job.folder} is unfinished although all processes ended well: run the same command again")
     print_summary(job.folder, manifest)
+
+
+def report_changes(changes: Changes) -> None:
+    if changes.names:
+        print(f"{changes}: {len(changes.shards)} shards are encoded anew", flush=True)
 
 
 def choose_device(place: Place, use_cpu: bool) -> torch.device:
@@ -173,12 +181,15 @@ def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArgume
         return
     total = number_of_shards(settings)
     done = total - len(missing_shards(job.folder, settings))
+    changes = find_changes(job.folder, settings, job.source, range(total))
+    done -= len(changes.shards)
     numbers = (1 + data.flip) * torch.Size(settings["moments_shape"]).numel()
     needed = len(job.source) * numbers * DTYPES[cache.cache_dtype].itemsize
     there = next(folder for folder in (job.folder, *job.folder.resolve().parents) if folder.is_dir())
     print(describe_classes(len(job.source), job.source.class_names))
     print(f"shards: {total} of {cache.shard_size} images, {done} of them done")
     print(f"disk: {needed / 2**30:.2f} GiB in all, {shutil.disk_usage(there).free / 2**30:.2f} GiB free")
+    report_changes(changes)
     print("nothing was encoded (--dry_run)")
 
 

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from marval_rl.data import CroppedImages, ImageDataset, load_image_dataset, load_labelled_images, load_moments
+from marval_rl.data import (
+    CroppedImages,
+    ImageDataset,
+    MomentsCache,
+    load_image_dataset,
+    load_labelled_images,
+    load_moments,
+)
 from marval_rl.data.class_names import describe_classes
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
@@ -89,7 +96,7 @@ class DataArguments:
     def announce(self, dataset: Dataset, process_index: int) -> None:
         """Prints what is trained on, once for all processes."""
         if process_index == 0:
-            print(describe_classes(len(dataset), dataset.class_names), flush=True)
+            print(describe_data(dataset), flush=True)
 
     def load_images(self):
         """The images as they are, before they are cropped."""
@@ -171,6 +178,13 @@ class DataArguments:
         judges = {name: load_reward(name) for name in self.judges}
         features = judges.get(self.feature_extractor) or load_reward(self.feature_extractor)
         return ImageEvaluator(self.load("train"), self.load("test"), features.features, judges)
+
+
+def describe_data(dataset: Dataset) -> str:
+    """How many images of which classes, and what changed since they were cached."""
+    described = describe_classes(len(dataset), dataset.class_names)
+    note = dataset.changes() if isinstance(dataset, MomentsCache) else None
+    return described if note is None else f"{described}\nnote: {note}"
 
 
 def _shape(shape: Any) -> str:

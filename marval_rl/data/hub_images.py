@@ -71,6 +71,9 @@ class HubImages(LabelledImages):
     def where(self, index: int) -> str:
         return f"row {index} of {self.dataset_name}"
 
+    def stamp(self, index: int) -> str:
+        return self._images._fingerprint  # of all rows: `datasets` derives it from the files
+
     def encoded(self, index: int) -> bytes:
         cell = self._images[index][self.image_column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):

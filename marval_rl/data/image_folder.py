@@ -29,6 +29,7 @@ class ImageFolder(LabelledImages):
 
     def __init__(self, root: str | Path, split: str = "train", class_names: Sequence[str] | str | None = None):
         self.files = ClassFolders(_split_folder(Path(root), split), IMAGE_ENDINGS, class_names)
+        self.folder = str(self.files.root.absolute())
         self.class_labels, self.class_names = self.files.class_labels, self.files.class_names
 
     def name(self, index: int) -> str:
@@ -36,6 +37,14 @@ class ImageFolder(LabelledImages):
 
     def where(self, index: int) -> str:
         return str(self.files.path(index))
+
+    def stamp(self, index: int) -> str:
+        path = self.files.path(index)
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        return f"{found.st_size} {found.st_mtime_ns}"
 
     def encoded(self, index: int) -> bytes:
         return read_bytes(self.files.path(index))

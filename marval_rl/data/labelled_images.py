@@ -14,7 +14,10 @@ class LabelledImages(ABC):
 
     class_names:  the name of each class, in the order of the labels
     class_labels: the label of each image, in 0..len(class_names) - 1; known without decoding any image
+    folder:       holds the class folders; None for other sources
     """
+
+    folder: str | None = None
 
     class_names: list[str]
     class_labels: list[int]
@@ -29,6 +32,14 @@ class LabelledImages(ABC):
     @abstractmethod
     def where(self, index: int) -> str:
         """What an image is called where its data set is not known: its path, or its row of which data set."""
+
+    @abstractmethod
+    def stamp(self, index: int) -> str:
+        """What changes, at no cost of reading it, when an image is replaced; it may change for other reasons, too.
+
+        Raises:
+            DataError: If there is no such file any more.
+        """
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:

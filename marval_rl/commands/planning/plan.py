@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from marval_rl.commands.networks import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.commands.planning.activations import grpo_bytes, gsim_bytes, pretrain_bytes, reward_backprop_bytes
 from marval_rl.commands.planning.memory import Footprint, adapter_parameters, head_parameters, mar_parameters
-from marval_rl.commands.sources import DataArguments
-from marval_rl.data.class_names import describe_classes
+from marval_rl.commands.sources import DataArguments, describe_data
 from marval_rl.errors import MarvalError
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
@@ -131,7 +130,7 @@ def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> Dataset | None:
     with plan.needing(GET_CACHE if data.cache_dir is not None else GET_DATA):
         dataset = data.load_training(data.image_size or 256, seed)
         plan.rows = len(dataset)
-        plan.data = describe_classes(len(dataset), dataset.class_names)
+        plan.data = describe_data(dataset)
         return dataset
     return None
 

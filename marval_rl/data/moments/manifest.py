@@ -2,7 +2,8 @@
 
 cache.json             the settings of the cache: what was encoded, by which VAE, how it is stored
 shard-00000.safetensors  moments [n, 2c, h, w], moments_flip (likewise), class_labels [n], indices [n] in the source
-shard-00000.json       written after its shard: size, SHA-256, the images that were skipped and why
+shard-00000.json       written after its shard: size, SHA-256, the images that were skipped and why, and of every image
+                       its stamp (size and time of the file) and the hash of its bytes
 manifest.json          written last: all shards, and how many images each class has
 """
 
@@ -16,16 +17,17 @@ from typing import Any
 from marval_rl.data.moments.files import read_json, remove_leftovers, write_json
 from marval_rl.errors import DataError
 
-FORMAT = 1
+FORMAT = 2  # 1: images as Pillow converts them, and nothing recorded of their content
+READABLE_FORMATS = (1, 2)
 SETTINGS = "cache.json"
 MANIFEST = "manifest.json"
 
 # The settings that decide what a cache holds, as an error message calls them.
 DECISIVE = {
     "format": "format",
-    "source_sha256": "the images (names, labels or sizes)",
-    "source_images": "the number of images",
     "class_names": "class_names",
+    "source_images": "the number of images",
+    "source_sha256": "the images (names or labels)",
     "image_size": "image_size",
     "vae_sha256": "the weights of the VAE",
     "scale": "the latent scale of the VAE",
@@ -63,7 +65,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         if begun.get(name) != settings[name]:
             raise DataError(
                 f"{folder} was begun with another setting: {meaning} was {_short(begun.get(name))} and is now "
-                f"{_short(settings[name])}; set it back, or choose another folder (--cache_dir ...)"
+                f"{_short(settings[name])}; set it back, delete {folder} to encode all images anew, or choose another "
+                "folder (--cache_dir ...)"
             )
 
 
@@ -178,8 +181,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_format(path: Path, content: dict[str, Any]) -> None:
-    if content.get("format") != FORMAT:
-        raise DataError(f"{path} has the format {content.get('format')}, this version reads {FORMAT}")
+    if content.get("format") not in READABLE_FORMATS:
+        raise DataError(f"{path} has the format {content.get('format')}, this version reads {READABLE_FORMATS}")
 
 
 def _sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marval_rl.data.class_names import read_class_names
 from marval_rl.data.flips import FlippingDataset
+from marval_rl.data.moments.changes import changes_since
 from marval_rl.data.moments.manifest import MANIFEST, SETTINGS, read_manifest
 from marval_rl.data.moments.npz import NpzMoments
 from marval_rl.errors import DataError
@@ -56,6 +57,7 @@ class MomentsCache(FlippingDataset):
         self.image_size: int = manifest["image_size"]
         self.vae: str = manifest["vae"]
         self.scale: float = manifest["scale"]
+        self._manifest = manifest
         self._files = [shard["file"] for shard in manifest["shards"]]
         self._ends = list(accumulate(shard["images"] for shard in manifest["shards"]))
         self._open: dict[int, dict[str, Tensor]] = {}
@@ -74,6 +76,10 @@ class MomentsCache(FlippingDataset):
         moments = tensors["moments_flip" if self.is_flipped(index) else "moments"][row]
         # A copy: what is returned must not be a view of the file.
         return {"moments": moments.to(torch.float32, copy=True), "class_labels": int(tensors["class_labels"][row])}
+
+    def changes(self) -> str | None:
+        """What is known to have changed in the images since; see `changes_since`."""
+        return changes_since(self.folder, self._manifest)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}  # maps stay behind when the data set is sent to a worker

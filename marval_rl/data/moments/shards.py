@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from marval_rl.data.crop import center_crop
 from marval_rl.data.cropped_images import to_pixels
-from marval_rl.data.decoding import CorruptImageError
+from marval_rl.data.decoding import CorruptImageError, decode_image
 from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.data.moments.files import remove_leftovers, write_atomically, write_json
+from marval_rl.data.moments.fingerprint import hash_content
 from marval_rl.data.moments.manifest import digest, shard_path, sidecar_path
 from marval_rl.errors import DataError
 
@@ -28,11 +29,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Crop:
-    """A decoded image, pixels uint8 [3, H, W]; or None, and the reason."""
+    """A decoded image, pixels uint8 [3, H, W]; or None, and the reason. record: its stamp and the hash of its bytes."""
 
     index: int
     pixels: Tensor | None
     reason: str = ""
+    record: str = ""
 
 
 class Crops(Dataset):
@@ -46,11 +48,14 @@ class Crops(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Crop:
+        record = f"{self.source.stamp(index)} "  # before it is read: a change in between is noticed later
         try:
-            image = self.source.read(index)
+            data = self.source.encoded(index)
+            record += hash_content(data)
+            image = decode_image(data, self.source.where(index))
         except CorruptImageError as error:
-            return Crop(index, None, error.reason)
-        return Crop(index, to_pixels(center_crop(image, self.image_size)))
+            return Crop(index, None, error.reason, record)
+        return Crop(index, to_pixels(center_crop(image, self.image_size)), record=record)
 
 
 def encode_crops(
@@ -84,9 +89,14 @@ def encode_crops(
 
 
 def write_shard(
-    folder: Path, shard: int, settings: dict[str, Any], parts: list[dict[str, Tensor]], skipped: list[dict[str, Any]]
+    folder: Path,
+    shard: int,
+    settings: dict[str, Any],
+    parts: list[dict[str, Tensor]],
+    skipped: list[dict[str, Any]],
+    records: list[str],
 ) -> None:
-    """First the shard, then its sidecar: without it the shard does not count."""
+    """First the shard, then its sidecar: without it the shard does not count. records: of all its images."""
     path, sidecar = shard_path(folder, shard), sidecar_path(folder, shard)
     remove_leftovers(folder, f"{path.stem}.*")
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -98,6 +108,7 @@ def write_shard(
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "skipped": skipped,
+        "records": records,
         "settings": digest(settings),
     }
     write_json(sidecar, content)

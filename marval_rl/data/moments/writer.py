@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from marval_rl.data.labelled_images import LabelledImages
+from marval_rl.data.moments.changes import Changes, drop_changed_shards
 from marval_rl.data.moments.files import remove_leftovers
 from marval_rl.data.moments.fingerprint import hash_images, hash_weights
 from marval_rl.data.moments.manifest import FORMAT, MANIFEST, begin, missing_shards, write_manifest
@@ -64,6 +65,7 @@ def cache_settings(
         "format": FORMAT,
         "source_sha256": hash_images(source),
         "source_images": len(source),
+        "source_folder": source.folder,
         "class_names": list(source.class_names),
         "image_size": image_size,
         "vae": vae_name,
@@ -92,6 +94,7 @@ def build_cache(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[CacheProgress], None] | None = None,
+    report_changes: Callable[[Changes], None] | None = None,
 ) -> dict[str, Any] | None:
     """Encode what is not there yet of this process's shards: shard s belongs to process s mod world_size.
 
@@ -112,6 +115,7 @@ def build_cache(
         device: Where the VAE runs.
         rank, world_size: This process among those that fill the cache.
         progress: Told how far it is after each batch.
+        report_changes: Told which of this process's images changed since they were encoded; they are encoded anew.
 
     Returns:
         The manifest, which the process that finds all shards complete has written; None while others are at work.
@@ -127,6 +131,9 @@ def build_cache(
         source, codec, image_size, vae_name=vae_name, dtype=dtype, shard_size=shard_size, flip=flip
     )
     begin(folder, settings)
+    changes = drop_changed_shards(folder, settings, source, rank, world_size)
+    if report_changes is not None:
+        report_changes(changes)
     missing = missing_shards(folder, settings)
     if missing:
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -142,7 +149,7 @@ def build_cache(
     decoded = iter(loader)
     start, num_images, num_skipped = time.perf_counter(), 0, 0
     for shards_done, shard in enumerate(mine):
-        parts, skipped = [], []
+        parts, skipped, records = [], [], []
         for _ in batches[shard]:
             crops = next(decoded)
             good = [crop for crop in crops if crop.pixels is not None]
@@ -153,12 +160,13 @@ def build_cache(
             ]
             parts.append(encode_crops(good, source, codec, settings, device))
             skipped += bad
+            records += [crop.record for crop in crops]
             num_images += len(good)
             num_skipped += len(bad)
             if progress is not None:
                 speed = num_images / (time.perf_counter() - start)
                 progress(CacheProgress(shards_done, len(mine), speed, bad, num_skipped))
-        write_shard(folder, shard, settings, parts, skipped)
+        write_shard(folder, shard, settings, parts, skipped, records)
     return write_manifest(folder, settings, source.class_labels)
 
 
