@@ -36,7 +36,7 @@ class Changes:
 def find_changes(folder: Path, settings: dict[str, Any], source: LabelledImages, shards: Iterable[int]) -> Changes:
     """Compares the images of finished shards with what the sidecars say of them.
 
-    An image is read only where its stamp differs (as in a copied folder), or where it was skipped, as it may be readable
+    An image is read only where its stamp differs (as in a copied folder), or where it was skipped: it may be readable
     by now. Nothing is written.
 
     Raises DataError if an image cannot be read.
