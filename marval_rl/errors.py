@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class MarvalError(Exception):
     """Base of the errors that the command line shows as one line."""
@@ -29,6 +31,18 @@ class ProcessLostError(MarvalError):
 
 class DataError(MarvalError):
     """Images, a data set or a cache cannot be read, or are not what they should be."""
+
+
+def check_output(file: Path) -> None:
+    """Raises ValueError if a result could not be written to a file in the end; makes its folder."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {file} cannot be written: {error.strerror}; choose another place") from error
 
 
 def first_line(error: Exception) -> str:

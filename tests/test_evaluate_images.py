@@ -62,7 +62,10 @@ def test_everything_at_once(evaluate, tmp_path, weights):
     assert 0 <= results["precision"] <= 1 and 0 <= results["recall"] <= 1
     assert results["seconds_per_image"] > 0 and results["images_per_second"] > 0
     assert (results["seed"], results["settings"]["num_images"], results["reference_images"]) == (0, 20, 16)
-    assert results["notes"] == ["the Inception weights are not the published ones: the figures compare with no paper's"]
+    assert [note.split(":")[0] for note in results["notes"]] == [
+        "the Inception weights are not the published ones",
+        "FID of 20 against 16 images",
+    ]
     assert "FID" in out and "brightness (reward)" in out
 
     # The folder by itself has the same figures. (Its FID costs seconds; one shows it.)
@@ -213,6 +216,27 @@ def test_what_cannot_be_evaluated(evaluate, arguments, code, message):
 def test_folders_that_cannot_be_evaluated(evaluate, arguments, code, message):
     found, _, err, _ = evaluate(*arguments, model=None)
     assert found == code and message in err
+
+
+def test_few_images_are_measured_as_far_as_they_go(evaluate, tmp_path, weights):
+    images, reference = random_images(tmp_path / "few", 9, seed=0), random_images(tmp_path / "real", 12, seed=1)
+    options = ("--images", images, "--inception_weights", weights)
+    code, out, err, _ = evaluate(*options, model=None)
+    assert code == 2 and f"needs at least 10 images; {images} holds 9" in err
+    code, out, err, results = evaluate(*options, "--reference", reference, model=None)
+    assert (code, err) == (0, "") and results["fid"] > 0 and results["inception_score"] is None
+    assert (
+        "note: FID of 9 against 12 images: below 2048" in out
+        and "images                                        9" in out
+    )
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(student, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in (["evaluate", student, "--num_images", "4"], ["sample", student]):
+        code = main([str(word) for word in (*command, "--device", "cpu", "--output", tmp_path / "file" / "e.json")])
+        out, err = capsys.readouterr()
+        assert code == 2 and not out and "e.json cannot be written: " in err
 
 
 def test_torch_fidelity_is_an_extra(evaluate, tmp_path, weights, monkeypatch):

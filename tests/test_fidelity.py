@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from marval_rl.evaluation.fidelity import (
     gaussian_of,
     inception_score,
     precision_and_recall,
+    too_few_images,
 )
 from marval_rl.evaluation.inception import Inception
 from marval_rl.evaluation.reference import list_images
@@ -134,9 +136,31 @@ def test_precision_counts_generated_images_and_recall_real_ones():
         (lambda: precision_and_recall(torch.zeros(3, 4), torch.zeros(9, 4)), "at least 4 images on each side, not 3"),
     ],
 )
-def test_too_few_images(measure, message):
+def test_a_measure_of_too_few_images(measure, message):
     with pytest.raises(ValueError, match=message):
         measure()
+
+
+@pytest.mark.parametrize(
+    ("counts", "notes"),
+    [
+        ((2048, 2048, False), []),
+        ((2047, None, True), ["FID of 2047 images: below 2048"]),
+        ((50_000, 12, True), []),
+        ((50_000, 12, False), ["FID of 50000 against 12 images"]),
+        ((9, None, False), ["no Inception Score: it needs at least 10 images, not 9"]),
+        ((3, 40, False), ["FID of 3 against 40", "no Inception Score", "no precision and recall: .* not 3 and 40"]),
+    ],
+)
+def test_what_few_images_do_is_told(counts, notes):
+    found = too_few_images(*counts)
+    assert len(found) == len(notes) and all(map(re.search, notes, found))
+
+
+@pytest.mark.parametrize("counts", [(1, None, True), (1, 20, False), (20, 1, False)])
+def test_fid_of_one_image_is_refused(counts):
+    with pytest.raises(ValueError, match="FID needs at least 2 images on each side, not "):
+        too_few_images(*counts)
 
 
 # The file of weights

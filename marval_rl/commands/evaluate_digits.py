@@ -12,6 +12,7 @@ import torch
 from marval_rl.commands.evaluate import default_output, write_results
 from marval_rl.commands.model_arguments import load_for_sampling, sampling_settings
 from marval_rl.commands.sources import DIGITS, DataArguments
+from marval_rl.errors import check_output
 from marval_rl.training.sampling import generate_images
 
 
@@ -19,10 +20,16 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     """Writes evaluation.json and prints it as a table."""
     if args.redraws < 1:
         raise ValueError(f"--redraws must be at least 1, not {args.redraws}")
+    check_output(args.output or default_output(Path(args.model)))
     model, codec, device = load_for_sampling(args)
     labelling = args.labelling or ("parity" if model.config.num_classes == 2 else "digit")
     data = DataArguments(labelling=labelling)
     data.fit(model.config, args.model, data.load("test"))
+    if args.num_images < 2 * model.config.num_classes:
+        raise ValueError(
+            f"--num_images must be at least {2 * model.config.num_classes}, not {args.num_images}: diversity compares "
+            f"2 images of each of {model.config.num_classes} classes"
+        )
     settings = sampling_settings(args)
     evaluator = data.evaluator()
     draws, seconds = [], 0.0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from marval_rl import __version__
-from marval_rl.evaluation.fidelity import Gaussian, fidelity_measures, gaussian_of
+from marval_rl.evaluation.fidelity import Gaussian, fidelity_measures, gaussian_of, too_few_images
 from marval_rl.evaluation.inception import (
     PUBLISHED_SHA256,
     Inception,
@@ -42,6 +42,15 @@ def check_fidelity_arguments(args: argparse.Namespace) -> None:
     require_torch_fidelity()
 
 
+def count_notes(args: argparse.Namespace, reference: Reference | None, num_images: int) -> list[str]:
+    """What small numbers of images do to the figures. Raises ValueError if they are too few for FID."""
+    if args.inception_weights is None:
+        return []
+    images = None if reference is None else reference.images
+    has_statistics = reference is not None and reference.gaussian is not None
+    return too_few_images(num_images, None if images is None else len(images), has_statistics)
+
+
 def fidelity_results(
     args: argparse.Namespace,
     features: InceptionFeatures | None,
@@ -71,7 +80,7 @@ def fidelity_results(
         gaussian = reference.gaussian or gaussian_of(single)
     return {
         **fidelity_measures(features, gaussian, single, device),
-        "notes": notes,
+        "notes": [*notes, *count_notes(args, reference, len(features))],
         "reference": None if args.reference is None else str(args.reference),
         "reference_images": None if single is None else len(single),
         "inception_sha256": digest,
@@ -104,6 +113,7 @@ def print_results(results: dict[str, Any]) -> None:
     rewards = {f"{name} (reward)": values["mean"] for name, values in results.get("rewards", {}).items()}
     score = results["inception_score"]
     figures = {
+        "images": results["settings"]["num_images"],
         "FID": results["fid"],
         "Inception Score": None if score is None else score["mean"],
         "precision": results["precision"],
@@ -114,6 +124,6 @@ def print_results(results: dict[str, Any]) -> None:
     }
     for name, value in figures.items():
         if value is not None:
-            print(f"{name:36s} {value:10.4f}")
+            print(f"{name:36s} {value:10{'d' if isinstance(value, int) else '.4f'}}")
     for note in results["notes"]:
         print(f"note: {note}")

@@ -10,11 +10,14 @@ import torch
 from marval_rl.commands.evaluate import refuse, write_results
 from marval_rl.commands.evaluate_fidelity import (
     check_fidelity_arguments,
+    count_notes,
     environment,
     fidelity_results,
     inception_batch_size,
     print_results,
 )
+from marval_rl.errors import check_output
+from marval_rl.evaluation.fidelity import SCORE_SPLITS
 from marval_rl.evaluation.inception import Inception
 from marval_rl.evaluation.reference import list_images, open_reference
 
@@ -33,6 +36,14 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     reference = None if args.reference is None else open_reference(args.reference)
     files = list_images(args.images)
     print(f"{len(files)} images in {args.images}", flush=True)
+    count_notes(args, reference, len(files))  # raises if they are too few, before any is read
+    if reference is None and len(files) < SCORE_SPLITS:
+        raise ValueError(
+            f"without a reference only the Inception Score is measured, and it needs at least {SCORE_SPLITS} images; "
+            f"{args.images} holds {len(files)}: add images, or give a --reference for FID"
+        )
+    output = args.output or Path("evaluation.json")
+    check_output(output)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     inception = Inception(args.inception_weights, device, inception_batch_size(args))
     results = {
@@ -42,4 +53,4 @@ def evaluate_folder(args: argparse.Namespace) -> None:
         **environment(device),
     }
     print_results(results)
-    write_results(results, args.output or Path("evaluation.json"))
+    write_results(results, output)

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from marval_rl.commands.evaluate import default_output, write_results
 from marval_rl.commands.evaluate_fidelity import (
     check_fidelity_arguments,
+    count_notes,
     environment,
     fidelity_results,
     inception_batch_size,
@@ -22,6 +23,7 @@ from marval_rl.commands.evaluate_fidelity import (
 from marval_rl.commands.model_arguments import load_for_sampling, sampling_settings
 from marval_rl.commands.reward_arguments import parse_kwargs
 from marval_rl.data.class_names import check_number, read_class_names
+from marval_rl.errors import check_output
 from marval_rl.evaluation.image_run import ImageRun
 from marval_rl.evaluation.image_set import ImagePlan, weights_digest
 from marval_rl.evaluation.measures import MeasureSettings, features_of, reward_statistics
@@ -79,6 +81,8 @@ def evaluate_images(args: argparse.Namespace) -> None:
     reference = None
     if world.rank == 0:
         reference = None if args.reference is None else open_reference(args.reference)
+        count_notes(args, reference, args.num_images)  # raises if they are too few, before any is generated
+        check_output(output_file(args))
         image_run.claim({"model": args.model, "vae": model.config.vae, "weights_sha256": weights_digest(model)})
     world.wait()
     if num_processes == 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marval_rl.commands.reward_arguments import PROMPTS_HELP, add_reward_arguments, parse_kwargs
-from marval_rl.errors import RewardError
+from marval_rl.errors import RewardError, check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,8 @@ def score(args: argparse.Namespace) -> None:
     """Scores every image and prints the table. Raises ValueError for bad input, RewardError for a bad reward."""
     if args.output is not None and args.output.suffix not in (".csv", ".json"):
         raise ValueError(f"--output {args.output}: the name must end in .csv or .json")
+    if args.output is not None:
+        check_output(args.output)
     kwargs = parse_kwargs(args.reward_kwargs)
 
     from marval_rl.commands.scored_images import list_images, read_prompts

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from marval_rl.commands.model_arguments import add_sampling_arguments, load_for_sampling, sampling_settings
+from marval_rl.errors import check_output
 from marval_rl.training.sampling import generate_images, save_image_grid
 
 
@@ -22,6 +23,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     """Writes a grid, one row a class. Raises ValueError for a class the model does not know."""
     if args.per_class < 1:
         raise ValueError(f"--per_class must be at least 1, not {args.per_class}")
+    check_output(args.output)
     model, codec, device = load_for_sampling(args)
     labels = parse_classes(args.classes, model.config.class_names, model.config.num_classes)
     images, labels = generate_images(
@@ -35,7 +37,6 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         class_labels=torch.tensor(labels).repeat_interleave(args.per_class),
         progress=args.progress,
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     save_image_grid(images, labels, args.output, args.per_class, min_height=64)
     print(f"{len(images)} images: {args.output}")
 

@@ -8,10 +8,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marval_rl.evaluation.inception import InceptionFeatures
+from marval_rl.evaluation.inception import NUM_FEATURES, InceptionFeatures
 
 SCORE_SPLITS = 10  # of the Inception Score, as published
 NEIGHBOURS = 3  # of precision and recall, as published (ADM, arXiv 2105.05233, uses 3 as well)
+
+
+def too_few_images(num_generated: int, num_reference: int | None, has_statistics: bool) -> list[str]:
+    """What small numbers of images do to the figures, a note each; known before any work is done.
+
+    Args:
+        num_generated: Images that are evaluated.
+        num_reference: Single real images; None where there are none.
+        has_statistics: Whether the reference's mean and covariance are stored.
+
+    Raises:
+        ValueError: If the FID that was asked for cannot be had.
+    """
+    notes = []
+    counts = [num_generated] if num_reference is None else [num_generated, num_reference]
+    of_fid = [num_generated] if has_statistics else counts
+    if has_statistics or num_reference is not None:
+        if min(of_fid) < 2:
+            raise ValueError(f"FID needs at least 2 images on each side, not {' and '.join(map(str, of_fid))}")
+        if min(of_fid) < NUM_FEATURES:
+            notes.append(
+                f"FID of {' against '.join(map(str, of_fid))} images: below {NUM_FEATURES} the covariance is singular "
+                "and FID is biased upwards; compare it only with figures of equally many images"
+            )
+    if num_generated < SCORE_SPLITS:
+        notes.append(f"no Inception Score: it needs at least {SCORE_SPLITS} images, not {num_generated}")
+    if num_reference is not None and min(counts) <= NEIGHBOURS:
+        notes.append(
+            f"no precision and recall: they need at least {NEIGHBOURS + 1} images on each side, not {num_generated} "
+            f"and {num_reference}"
+        )
+    return notes
 
 
 @dataclass(frozen=True)
@@ -81,21 +113,21 @@ def fidelity_measures(
     reference_features: Tensor | None,
     device: torch.device | str,
 ) -> dict[str, float | dict[str, float] | None]:
-    """fid, inception_score {mean, std}, precision and recall; None for what the reference does not allow.
+    """fid, inception_score {mean, std}, precision and recall; None for what the reference or the number of images does
+    not allow, as `too_few_images` says.
 
     Args:
         reference: The real images' Gaussian, for FID.
         reference_features: Features of single real images [M, 2048], for precision and recall.
     """
-    mean, std = inception_score(generated.logits)
-    results: dict[str, float | dict[str, float] | None] = {
-        "fid": None,
-        "inception_score": {"mean": mean, "std": std},
-        "precision": None,
-        "recall": None,
-    }
+    results: dict[str, float | dict[str, float] | None] = dict.fromkeys(
+        ("fid", "inception_score", "precision", "recall")
+    )
+    if len(generated) >= SCORE_SPLITS:
+        mean, std = inception_score(generated.logits)
+        results["inception_score"] = {"mean": mean, "std": std}
     if reference is not None:
         results["fid"] = frechet_inception_distance(gaussian_of(generated.pool), reference)
-    if reference_features is not None:
+    if reference_features is not None and min(len(generated), len(reference_features)) > NEIGHBOURS:
         results["precision"], results["recall"] = precision_and_recall(generated.pool, reference_features, device)
     return results
