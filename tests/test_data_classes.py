@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import datasets
 import numpy as np
 import pytest
 from tiny_images import noise_image, png_bytes, write_folder
 
+from marval_rl.commands.evaluate_images import class_names
 from marval_rl.data import load_labelled_images
 from marval_rl.data.class_names import describe_classes, label_classes, natural_key
 from marval_rl.data.hub_images import HubImages
 from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES, IMAGENET_WNIDS
 from marval_rl.data.moments import NpzMoments
 from marval_rl.errors import DataError
+from marval_rl.models import MARConfig
 
 NUMBERS = [str(k) for k in range(12)]
 ANIMALS = [f"animal {k}" for k in range(12)]
@@ -96,6 +100,20 @@ def test_numbers_mean_the_same_in_every_source(tmp_path):
 )
 def test_the_line_that_runs_print(names, line):
     assert describe_classes(6, names) == line
+
+
+def test_evaluation_does_not_call_the_classes_of_a_model_by_the_names_of_others():
+    sizes = {"image_size": 8, "latent_stride": 1, "image_channels": 1, "latent_channels": 1}
+    config = MARConfig(**sizes, num_classes=2, class_names=["ant", "bee"])
+
+    def evaluated(names: list[str]) -> list[str]:
+        return class_names(Namespace(class_names=names, model="student"), config)
+
+    assert evaluated(["a small ant", "a small bee"]) == ["a small ant", "a small bee"]
+    with pytest.raises(DataError, match="has the names of student in another order"):
+        evaluated(["bee", "ant"])
+    with pytest.raises(DataError, match="would call the images of 'bee' 'fly', and others 'bee'"):
+        evaluated(["bee", "fly"])
 
 
 # Layouts

@@ -22,8 +22,8 @@ from marval_rl.commands.evaluate_fidelity import (
 )
 from marval_rl.commands.model_arguments import load_for_sampling, sampling_settings
 from marval_rl.commands.reward_arguments import parse_kwargs
-from marval_rl.data.class_names import check_number, read_class_names
-from marval_rl.errors import check_output
+from marval_rl.data.class_names import check_number, label_classes, read_class_names
+from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.image_run import ImageRun
 from marval_rl.evaluation.image_set import ImagePlan, weights_digest
 from marval_rl.evaluation.measures import MeasureSettings, features_of, reward_statistics
@@ -156,6 +156,10 @@ def class_names(args: argparse.Namespace, config: MARConfig) -> list[str] | None
         return config.class_names
     names = read_class_names(args.class_names)
     check_number(names, config.num_classes, args.model)
+    if config.class_names is not None:
+        labels, _ = label_classes(config.class_names, args.class_names, args.model, are_numbered=True)
+        if labels != list(range(len(names))):
+            raise DataError(f"--class_names has the names of {args.model} in another order: leave it out")
     return names
 
 
