@@ -19,9 +19,11 @@ from pathlib import Path
 
 from marval_rl import __version__
 from marval_rl.errors import MarvalError
+from marval_rl.launched import check_company, launched_processes
 from marval_rl.paths import expand_path
 
 PROGRAM = "marval-rl"
+READER_GONE = 141  # as shells report a program that SIGPIPE ended
 ERROR_FILE = "MARVAL_RL_ERROR_FILE"  # names the file for the error message of a process that was launched
 
 
@@ -59,6 +61,7 @@ COMMANDS = {
     "bench": Command("marval_rl.commands.bench", "time a student against its teacher"),
     "env": Command("marval_rl.commands.env", "print versions and hardware, for bug reports"),
 }
+ALONE = ("demo", "convert", "sample", "report", "bench")  # several processes would all write the same files
 
 
 class UsageError(ValueError):
@@ -95,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv  # wherever it stands; and known even where parsing fails
     argv = [argument for argument in argv if argument != "--debug"]
+    code = _run_command(argv, debug)
+    return READER_GONE if _reader_has_gone() else code
+
+
+def _run_command(argv: list[str], debug: bool) -> int:
+    """`run_command`, with its errors as one line and an exit code."""
     try:
         return run_command(argv, debug)
     except SystemExit as stop:  # --help and --version
@@ -106,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(2, str(error) or type(error).__name__, debug)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return READER_GONE
         return _fail(1, _describe_os_error(error), debug)
     except Exception as error:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -124,12 +135,14 @@ def run_command(argv: Sequence[str], debug: bool = False) -> int:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}{_nearest(PROGRAM, name, COMMANDS)}")
     command = COMMANDS[name]
-    num_processes = None
+    planned = None
     if command.can_launch:
         left = _launch(name, arguments, debug)
         if left is None:
             return 0
-        arguments, num_processes = left
+        arguments, planned = left
+    elif name in ALONE:
+        check_company(1)
     module = importlib.import_module(command.module)
     parser = CommandParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -143,13 +156,13 @@ def run_command(argv: Sequence[str], debug: bool = False) -> int:
         args.recipe = _find_recipe(args.recipe)
     elif extra:
         raise UsageError(f"unexpected argument {extra[0]!r} (see {parser.prog} --help)")
-    if num_processes is None:
-        module.run(args, extra)
-    else:
+    if command.can_launch and args.dry_run:
         from marval_rl.training.arguments import planned_for
 
-        with planned_for(num_processes):
+        with planned_for(planned or launched_processes()):
             module.run(args, extra)
+    else:
+        module.run(args, extra)
     return 0
 
 
@@ -251,6 +264,17 @@ def _describe_os_error(error: OSError) -> str:
         return str(error) or type(error).__name__
     files = [str(file) for file in (error.filename, error.filename2) if file is not None]
     return f"{' -> '.join(files)}: {error.strerror}" if files else error.strerror
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads our output any more, as behind `| head`; then nothing more is written to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python flushes once more at its end
+        return True
+    return False
 
 
 def _fail(code: int, message: str, debug: bool) -> int:

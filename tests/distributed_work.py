@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from marval_rl.errors import DataError
+from marval_rl.launched import launched_processes
 from marval_rl.training.base import MARTrainer
 from marval_rl.training.distributed import failing_together, gather_rows, mean_over_processes, whole_in_chunks
 
@@ -127,7 +128,7 @@ def run(name: str, folder: Path, watched: bool = True, **settings: Any) -> dict[
     peak_bytes is how far the resident memory rose above what it was before. What moved is seen by copying all weights
     in each step, which takes time and memory: not unless `watched`.
     """
-    settings = {"gradient_accumulation_steps": MICRO_BATCHES // world_size(), **settings}
+    settings = {"gradient_accumulation_steps": MICRO_BATCHES // launched_processes(), **settings}
     resident = start_peak()
     trainer = TRAINERS[name](folder / name, **settings)
     watch = Watch(trainer)
@@ -147,10 +148,6 @@ def run(name: str, folder: Path, watched: bool = True, **settings: Any) -> dict[
         if "loss" in line
     ]
     return {"metrics": metrics, "moved": watch.moved, "seconds": seconds, "peak_bytes": peak}
-
-
-def world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def start_peak() -> int:
@@ -190,14 +187,13 @@ def collectives(rank: int) -> dict[str, Any]:
 def run_all(stage: str, folder: Path, names: Iterable[str] = TRAINERS, **options: Any) -> None:
     """What one of the processes does; the options are those of `run`."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
     if stage.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(stage[-1]))
-    rank = torch.distributed.get_rank()
-    (folder / f"collectives_{rank}.json").write_text(json.dumps(collectives(rank)))
+    rank = int(os.environ["RANK"])
     for name in names:
         report = run(name, folder, **options)
         (folder / f"{name}_{rank}.json").write_text(json.dumps(report))
+    (folder / f"collectives_{rank}.json").write_text(json.dumps(collectives(rank)))
     torch.distributed.destroy_process_group()
 
 
@@ -209,7 +205,7 @@ def launch(script: str, *arguments: str, timeout: float) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [*launcher, *address, script, *arguments]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:

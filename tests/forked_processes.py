@@ -58,7 +58,6 @@ class Processes:
 
 def start(folder: Path, world_size: int, function: Callable[..., None], *args: Any) -> Processes:
     """Run function(*args) in so many processes that find each other as torchrun's do, but that nobody else ends."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # before the server imports DeepSpeed
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +84,6 @@ def _enter(folder: Path, rank: int, world_size: int, port: int, function: Callab
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
     }
     output = (folder / f"output_{rank}.txt").open("w", buffering=1)
     for stream in (sys.stdout, sys.stderr):

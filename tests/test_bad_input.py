@@ -223,7 +223,7 @@ def test_a_damaged_auxiliary_network(train, broken_student, complaint):
     ],
 )
 def test_samples_that_cannot_be_painted(tiny_runs, tmp_path, complaint, arguments, message):
-    code = main(["sample", str(tiny_runs.student), "--device", "cpu", "--output", str(tmp_path / "a.png"), *arguments])
+    code = main(["sample", str(tiny_runs.student), "--output", str(tmp_path / "a.png"), *arguments])
     assert message in complaint(2, code)
     assert not (tmp_path / "a.png").exists()
 
@@ -234,7 +234,7 @@ def test_a_sample_of_a_model_that_is_not_there(tmp_path, complaint):
 
 
 def test_an_evaluation_with_too_few_images(tiny_runs, tmp_path, complaint):
-    arguments = ["--num_images", "12", "--device", "cpu", "--output", str(tmp_path / "evaluation.json")]
+    arguments = ["--num_images", "12", "--output", str(tmp_path / "evaluation.json")]
     line = complaint(2, main(["evaluate", str(tiny_runs.student), *arguments]))
     assert "at least 2 images a class" in line
     assert not (tmp_path / "evaluation.json").exists()
@@ -257,7 +257,7 @@ def test_an_output_folder_that_cannot_be_made(train, tmp_path, complaint):
 
 def test_a_grid_in_a_folder_that_cannot_be_made(tiny_runs, tmp_path, complaint):
     (tmp_path / "file").write_text("")
-    code = main(["sample", str(tiny_runs.student), "--device", "cpu", "--output", str(tmp_path / "file" / "a.png")])
+    code = main(["sample", str(tiny_runs.student), "--output", str(tmp_path / "file" / "a.png")])
     assert str(tmp_path / "file") in complaint(1, code)
 
 

@@ -92,7 +92,6 @@ def test_grpo_reads_rows_where_a_rollout_begins(
 ):
     config = MARGRPOConfig(
         str(tmp_path),
-        use_cpu=True,
         per_device_train_batch_size=4,
         num_generations=4,
         gradient_accumulation_steps=accumulation,

@@ -11,7 +11,7 @@ from marval_rl.cli import main
 from marval_rl.commands import networks
 from marval_rl.models import MARConfig
 
-FAST = ["--steps", "2", "--diffusion_steps", "3", "--repeats", "1", "--device", "cpu"]
+FAST = ["--steps", "2", "--diffusion_steps", "3", "--repeats", "1"]
 
 
 def test_teacher_and_student_are_timed_and_their_ratio_is_given(tmp_path, capsys):

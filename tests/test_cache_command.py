@@ -42,7 +42,6 @@ def recipe(tmp_path_factory) -> Path:
         "image_size": SIZE,
         "shard_size": 8,
         "cache_batch_size": 4,
-        "use_cpu": True,
         "guidance_scale": 1.2,  # the trainer's
         "output_dir": str(root / "run"),
     }

@@ -26,7 +26,7 @@ def networks() -> dict[str, nn.Parameter]:
 @pytest.fixture
 def optimizer(networks: dict[str, nn.Parameter], tmp_path: Path) -> torch.optim.Optimizer:
     groups = [{"params": [parameter], "network": network} for network, parameter in networks.items()]
-    return adamw(groups, TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True))
+    return adamw(groups, TrainingArguments(str(tmp_path), weight_decay=0.1))
 
 
 def step_with(optimizer: torch.optim.Optimizer, networks: dict[str, nn.Parameter], gradient: float) -> None:
@@ -92,6 +92,6 @@ def test_under_zero_3_other_models_are_not_loaded_in_parts(tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, deepspeed=str(file))
     assert is_deepspeed_zero3_enabled()  # so transformers would
     del arguments
-    arguments = MARTrainingArguments(str(tmp_path), use_cpu=True, deepspeed=str(file))
+    arguments = MARTrainingArguments(str(tmp_path), deepspeed=str(file))
     assert arguments.hf_deepspeed_config.is_zero3()
     assert not is_deepspeed_zero3_enabled()

@@ -35,7 +35,7 @@ def evaluate(student, tmp_path, capsys):
     """Runs the command on the tiny student: (exit code, what it printed, what it complained, evaluation.json)."""
 
     def call(*arguments: object, model: object = student):
-        words = ["evaluate", *([] if model is None else [model]), "--device", "cpu", "--output", tmp_path / "e.json"]
+        words = ["evaluate", *([] if model is None else [model]), "--output", tmp_path / "e.json"]
         words += ["--steps", 2, "--batch_size", 8, *arguments]
         code = main([str(word) for word in words])
         out, err = capsys.readouterr()
@@ -157,7 +157,7 @@ def test_latents_are_painted_through_a_vae(evaluate, tmp_path):
 
 def test_samples_in_bfloat16_differ_from_those_in_float32(student, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        words = ["sample", student, "--device", "cpu", "--dtype", dtype, "--output", tmp_path / f"{dtype}.png"]
+        words = ["sample", student, "--dtype", dtype, "--output", tmp_path / f"{dtype}.png"]
         assert main([str(word) for word in words]) == 0
     exact, rough = (np.array(Image.open(tmp_path / f"{dtype}.png")).astype(int) for dtype in ("float32", "bfloat16"))
     assert 0 < np.abs(exact - rough).mean() < 8

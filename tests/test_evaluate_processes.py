@@ -66,7 +66,7 @@ def test_killed_processes_are_gone_on_with_by_torchrun_to_the_images_of_one(tmp_
 
     def arguments(name: str) -> list[str]:
         return [
-            *("evaluate", str(student), "--device", "cpu", "--steps", "2"),
+            *("evaluate", str(student), "--steps", "2"),
             *("--num_images", str(NUM_IMAGES), "--batch_size", str(BATCH_SIZE)),
             *("--images_dir", str(tmp_path / name), "--output", str(tmp_path / f"{name}.json")),
             *("--rewards", f"{tmp_path / 'reward.py'}:Watched"),

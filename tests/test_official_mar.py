@@ -110,7 +110,7 @@ def test_a_converted_model_paints_through_its_converted_vae(checkpoint, tmp_path
     write_vae(tmp_path / "kl16.ckpt", vae_weights((32,) * 5))
     assert main(["convert", str(tmp_path / "kl16.ckpt"), str(tmp_path / "vae")]) == 0
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--vae", str(tmp_path / "vae")]) == 0
-    sampling = ["--per_class", "1", "--steps", "2", "--diffusion_steps", "2", "--device", "cpu"]
+    sampling = ["--per_class", "1", "--steps", "2", "--diffusion_steps", "2"]
     assert main(["sample", str(tmp_path / "out"), "--output", str(tmp_path / "a.png"), *sampling]) == 0
     assert (tmp_path / "a.png").stat().st_size > 0
 
@@ -139,7 +139,7 @@ def test_a_loaded_model_outlives_its_file(checkpoint):
 def test_the_file_itself_paints(tmp_path):
     config = official_config(image_size=4, latent_stride=1, latent_channels=3)
     path = write_mar(tmp_path / "checkpoint-last.pth", config)
-    sampling = ["--per_class", "1", "--steps", "2", "--diffusion_steps", "2", "--device", "cpu"]
+    sampling = ["--per_class", "1", "--steps", "2", "--diffusion_steps", "2"]
     assert main(["sample", str(path), "--output", str(tmp_path / "a.png"), *sampling]) == 0
 
 

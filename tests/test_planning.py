@@ -48,7 +48,7 @@ def test_the_table_shards_what_each_stage_shards():
     gib = 2**30
     frozen = {"teacher": gib // 4, "VAE": gib // 4}
     footprint = Footprint(trained=gib, averaged=gib // 2, frozen=frozen, activations=gib)
-    head, *rows = memory_table(footprint, bf16=True, num_gpus=4)
+    head, *rows = memory_table(footprint, half=True, num_processes=4)
     assert head.split() == ["GiB", "weights", "gradients", "optimizer", "average", "frozen", "activations", "total"]
     figures = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in rows}
     assert figures == {
@@ -57,13 +57,13 @@ def test_the_table_shards_what_each_stage_shards():
         "ZeRO-2": [2, 0.5, 3, 2, 2, 1, 10.5],
         "ZeRO-3": [0.5, 0.5, 3, 2, 2, 1, 9],
     }
-    assert memory_table(footprint, bf16=False, num_gpus=4)[2].split()[1:4] == ["4.00", "4.00", "2.00"]
+    assert memory_table(footprint, half=False, num_processes=4)[2].split()[1:4] == ["4.00", "4.00", "2.00"]
 
 
 def test_weights_that_are_held_have_neither_gradients_nor_optimizer():
     gib = 2**30
     footprint = Footprint(trained=gib // 4, averaged=0, frozen={}, activations=0, held=gib)
-    rows = memory_table(footprint, bf16=True, num_gpus=4)[1:]
+    rows = memory_table(footprint, half=True, num_processes=4)[1:]
     figures = {line.split()[0]: [float(word) for word in line.split()[1:4]] for line in rows}
     assert figures["DDP"] == [5, 1, 2]
     assert figures["ZeRO-2"] == [2.5, 0.12, 0.75]
@@ -72,7 +72,7 @@ def test_weights_that_are_held_have_neither_gradients_nor_optimizer():
 
 def test_adapters_are_counted_without_memory_and_keep_fewer_activations_in_the_head_alone(tmp_path):
     config = tiny_config(one_step_timestep=700)
-    settings = {"use_cpu": True, "num_generations": 4, "per_device_train_batch_size": 8, "num_unmasking_steps": 2}
+    settings = {"num_generations": 4, "per_device_train_batch_size": 8, "num_unmasking_steps": 2}
     args = MARGRPOConfig(str(tmp_path), **settings)
     everywhere, head = (LoraArguments(use_peft=True, lora_r=4, lora_target=target) for target in ("all", "head"))
     student = tiny_student()
@@ -89,13 +89,13 @@ def test_saved_bytes_are_those_that_autograd_keeps():
         return [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))]
 
     # Kept: the input [5, 8], the hidden state after the ReLU [5, 16] once, and nothing for the mean but its size.
-    saved = saved_bytes(network, lambda net: net(torch.randn(5, 8)).mean(), tiny_config(), bf16=False)
+    saved = saved_bytes(network, lambda net: net(torch.randn(5, 8)).mean(), tiny_config(), half=False)
     assert saved == 4 * (5 * 8 + 5 * 16)
 
 
 def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(tmp_path):
     config = tiny_config()
-    args = PretrainConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=6)
+    args = PretrainConfig(str(tmp_path), per_device_train_batch_size=6)
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,10 +116,10 @@ def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(tmp_path):
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path):
     student, teacher = tiny_config(one_step_timestep=700, encoder_num_layers=6), tiny_config()
-    args = DistillConfig(str(tmp_path), use_cpu=True)
+    args = DistillConfig(str(tmp_path))
     small, large = (gsim_bytes(student, teacher, args, batch) for batch in (4, 8))
     assert large == pytest.approx(2 * small, rel=0.1)
-    args = DistillConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=True)
+    args = DistillConfig(str(tmp_path), gradient_checkpointing=True)
     assert gsim_bytes(student, teacher, args, 8) < 0.7 * large
 
 
@@ -127,7 +127,7 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path)
 
 
 def test_steps_of_an_epoch_and_of_the_run(tmp_path):
-    settings = {"use_cpu": True, "max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 10}
+    settings = {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 10}
     config = DistillConfig(str(tmp_path), auxiliary_updates=4, gradient_accumulation_steps=2, **settings)
     # 105 rows: 10 batches of 10, 2 a step; each step is followed by 3 of the auxiliary network.
     lines = length(config, TrainingPlan(rows=105))

@@ -29,7 +29,6 @@ WNIDS = IMAGENET_WNIDS[:3]
 NAMES = ["tench", "goldfish", "great white shark"]
 IMAGES = 24
 TINY = {
-    "use_cpu": True,
     "model_size": "null",
     "image_size": "null",
     "max_steps": 4,
@@ -193,7 +192,7 @@ def test_the_rl_recipes_run_on_that_student(files, student, tmp_path, recipe):
 def test_samples_are_images_of_the_vae(files, student, tmp_path):
     picture = tmp_path / "grid.png"
     words = ["sample", str(student), "--classes", "goldfish,2", "--per_class", "2", "--steps", "4", "--output"]
-    assert main([*words, str(picture), "--device", "cpu"]) == 0
+    assert main([*words, str(picture)]) == 0
     assert Image.open(picture).size == (2 * (2 * 32 + 1), 2 * (2 * 32 + 1))  # small ones are enlarged twice
 
 

@@ -52,7 +52,6 @@ def trainer_for(run: Path, reward: Any) -> Observed:
     before, and then makes two rollouts of its own."""
     config = MARGRPOConfig(
         output_dir=str(run),
-        use_cpu=True,
         max_steps=STEPS,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=5,

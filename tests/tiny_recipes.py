@@ -14,7 +14,6 @@ COMMANDS = {"teacher": "pretrain", "distill": "distill", "grpo": "train", "rewar
 
 # Whatever the tests count on is set here, so that the recipes can be tuned without them.
 TINY = {
-    "use_cpu": True,
     "dataset": "digits",
     "labelling": "digit",
     "max_steps": 6,

@@ -20,7 +20,6 @@ from marval_rl.training.base import MARTrainer
 from marval_rl.training.callbacks import AverageCallback
 
 QUIET = {
-    "use_cpu": True,
     "eval_strategy": "no",
     "eval_on_start": False,
     "save_strategy": "no",

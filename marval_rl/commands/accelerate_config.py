@@ -67,9 +67,12 @@ def read_accelerate_config(name: str | None) -> AccelerateConfig:
         if not isinstance(value, str if key == "main_process_ip" else int):
             raise RecipeError(f"{path}: {key} cannot be {value!r}")
     settings, environment = {}, {}
-    if config.get("mixed_precision") in ("bf16", "fp16"):
-        settings[config["mixed_precision"]] = "true"
-    if config.get("use_cpu"):
+    precision = config.get("mixed_precision") or "no"  # YAML reads a bare no as false
+    if precision in ("bf16", "fp16"):
+        settings[precision] = "true"
+    elif precision != "no":
+        raise RecipeError(f"{path}: mixed_precision {precision} is not one of no, bf16, fp16")
+    if config.get("use_cpu") or kind == "MULTI_CPU":
         settings["use_cpu"] = "true"
     if kind == "DEEPSPEED":
         settings["deepspeed"] = _deepspeed_file(path, config.get("deepspeed_config") or {})

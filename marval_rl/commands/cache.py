@@ -150,6 +150,8 @@ def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> N
     begin(job.folder, settings)
     report_changes(drop_changed_shards(job.folder, settings, job.source))
     if missing_shards(job.folder, settings):
+        if not torch.cuda.is_available():
+            print(f"{num_processes} processes on the CPU (there is no GPU here)", flush=True)
         run_workers(arguments, num_processes)
     manifest = write_manifest(job.folder, settings, job.source.class_labels)
     if manifest is None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from marval_rl.errors import DataError, RecipeError
+from marval_rl.launched import check_company
 
 PARENT = "MARVAL_RL_CACHE_PARENT"  # set for the processes that `run_workers` starts
 PROGRAM = (sys.executable, "-m", "marval_rl")
@@ -41,8 +42,10 @@ def find_place(num_processes: int) -> Place | None:
     Raises RecipeError if the environment is no whole number, or says another number of processes than the setting.
     """
     if "WORLD_SIZE" not in os.environ:
+        check_company(1)
         return None
-    values = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    defaults = {"RANK": "0" if os.environ["WORLD_SIZE"] == "1" else "", "LOCAL_RANK": "0", "WORLD_SIZE": ""}
+    values = {name: os.environ.get(name, default) for name, default in defaults.items()}
     if not all(value.isdecimal() for value in values.values()) or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
         raise RecipeError(f"the environment gives this process no place: {values}")
     world_size = int(values["WORLD_SIZE"])

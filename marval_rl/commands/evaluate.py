@@ -11,6 +11,7 @@ from marval_rl.cli import path_or_id
 from marval_rl.commands.model_arguments import add_sampling_arguments
 from marval_rl.commands.sources import DIGITS
 from marval_rl.data.digits import DIGIT_LABELLINGS
+from marval_rl.launched import check_company
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
 from marval_rl.recipe_values import WrongType, convert
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     if args.images is not None:
         from marval_rl.commands.evaluate_folder import evaluate_folder
 
+        check_company(1)
         if args.model is not None:
             raise ValueError(f"give either the model {args.model} or the images {args.images}, not both")
         evaluate_folder(args)
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     elif args.dataset == DIGITS or paints_digits(load_config(args.model)):
         from marval_rl.commands.evaluate_digits import evaluate_digits
 
+        check_company(1)
         refuse(args, SETS_ONLY, f"{args.model} paints digits")
         args.num_images = DIGITS_IMAGES if args.num_images is None else args.num_images
         args.redraws = 1 if args.redraws is None else args.redraws

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +29,9 @@ from marval_rl.evaluation.measures import MeasureSettings, features_of, reward_s
 from marval_rl.evaluation.processes import run_processes
 from marval_rl.evaluation.reference import open_reference
 from marval_rl.evaluation.speed import painting_speed
+from marval_rl.launched import check_company, launched_processes
 from marval_rl.models import MARConfig
+from marval_rl.training.arguments import only_cpu_here
 
 PROMPT_TEMPLATE = "a high-quality and harmonious picture of {name}"
 SLOWEST_SHARE = timedelta(days=7)  # that a process waits for the others: not NCCL's ten minutes
@@ -57,9 +58,11 @@ class World:
 
 def join_world(args: argparse.Namespace) -> World:
     """Meets the processes that a launcher started; gives each its GPU, unless --device names one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    num_processes = launched_processes()
+    if num_processes == 1:
         return World()
-    state = PartialState(cpu=args.device == "cpu", timeout=SLOWEST_SHARE)
+    state = PartialState(cpu=args.device == "cpu" or only_cpu_here(num_processes), timeout=SLOWEST_SHARE)
+    check_company(state.num_processes)
     args.device = args.device or str(state.device)
     return World(state.process_index, state.num_processes)
 
@@ -80,6 +83,8 @@ def evaluate_images(args: argparse.Namespace) -> None:
     image_run = make_run(args, model.config)
     reference = None
     if world.rank == 0:
+        if device.type == "cpu" and max(num_processes, world.size) > 1:
+            print(f"{max(num_processes, world.size)} processes on the CPU")
         reference = None if args.reference is None else open_reference(args.reference)
         count_notes(args, reference, args.num_images)  # raises if they are too few, before any is generated
         check_output(output_file(args))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from marval_rl.commands.planning.dry_run import batch_arithmetic, print_dry_run
+from marval_rl.commands.planning.dry_run import batch_arithmetic, devices, print_dry_run
 from marval_rl.commands.planning.plan import Planner
 from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.errors import RecipeError
@@ -24,12 +24,9 @@ def read_recipe(
     quiet_libraries()
     settings = read_settings(args.recipe, extra, config_types)
     settings.setdefault("output_dir", default_output_dir(args.recipe))
-    built = settings
-    if args.dry_run:
-        built = {key: value for key, value in settings.items() if key != "deepspeed"}  # it would look for the others
-    elif settings.get("deepspeed") is not None and "WORLD_SIZE" not in os.environ:
+    if not args.dry_run and settings.get("deepspeed") is not None and "WORLD_SIZE" not in os.environ:
         raise RecipeError("deepspeed needs processes that are launched: add --num_processes N (1 will do)")
-    configs = build_configs(built, config_types)
+    configs = build_configs(settings, config_types)
     return configs, resolved_recipe(configs, settings)
 
 
@@ -61,7 +58,7 @@ def run_training(
     trainer = make_trainer()
     speaks = config.process_index == 0
     if speaks:
-        print("\n".join(batch_arithmetic(config)))
+        print("\n".join([*devices(config), *batch_arithmetic(config)]))
         if checkpoint is None:
             remove_earlier_run(output_dir)
         else:

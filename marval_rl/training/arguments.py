@@ -13,20 +13,34 @@ import torch
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils.generic import strtobool
 
+from marval_rl.launched import SIZE_VARIABLES, check_company, launched_processes
 from marval_rl.training.presets import deepspeed_config
 
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
+GPU_PRECISIONS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
 
 
 @contextmanager
 def planned_for(num_processes: int) -> Iterator[None]:
-    """Within this context arguments count with this many processes, although there is one: for a dry run."""
+    """Within this context arguments are those of a dry run: they count with this many processes, although there is
+    one, and neither look for GPUs nor for the other processes."""
     token = _PLANNED_PROCESSES.set(num_processes)
     try:
         yield
     finally:
         _PLANNED_PROCESSES.reset(token)
+
+
+def accelerator_here() -> str | None:
+    """The kind of accelerator of this machine, such as "cuda" or "mps"; None without one."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
+
+
+def only_cpu_here(num_processes: int) -> bool:
+    """Whether so many processes can meet on the CPU only. Processes on Apple's GPU (mps) cannot exchange tensors."""
+    return accelerator_here() is None or (num_processes > 1 and accelerator_here() == "mps")
 
 
 def cycle_pattern(accumulation: int, cycle: int) -> list[bool]:
@@ -71,6 +85,11 @@ class MARTrainingArguments(TrainingArguments):
         return self.per_device_train_batch_size
 
     @property
+    def precision(self) -> str:
+        """What the forward passes of training compute in."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+
+    @property
     def world_size(self) -> int:
         """Processes of the run; in a dry run those that it is planned for."""
         return _PLANNED_PROCESSES.get() or super().world_size
@@ -86,11 +105,16 @@ class MARTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.deepspeed = deepspeed_config(self.deepspeed)
-        # On the CPU transformers forgets ddp_timeout where it makes the group: a hanging process would hold up the
-        # others for half an hour.
-        if self.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
-        super().__post_init__()
+        self._heed_accelerate()
+        if _PLANNED_PROCESSES.get() is None:
+            self._find_devices()
+            super().__post_init__()
+            check_company(self.world_size)
+            # One process uses one GPU: nn.DataParallel, which transformers would choose for the others, would split
+            # the batches that the trainers count on.
+            self._n_gpu = min(self._n_gpu, 1)
+        else:
+            self._plan()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator
         # Under ZeRO-3 transformers would load every model in parts from here on, the teacher and the rewards too. All
@@ -100,3 +124,61 @@ class MARTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"max_steps must be at least 1, not {self.max_steps}; -1 trains num_train_epochs passes over the data"
             )
+
+    def _heed_accelerate(self) -> None:
+        """What `accelerate launch` says in the environment counts as if it were said here."""
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"accelerate's mixed_precision {precision} is not supported: use bf16, fp16 or no")
+        if precision != "no" and not (self.bf16 or self.fp16):
+            setattr(self, precision, True)
+        self.use_cpu = self.use_cpu or bool(strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")))
+
+    def _find_devices(self) -> None:
+        """Before any work: the CPU and gloo where there is nothing else, or a refusal."""
+        num_processes = launched_processes()
+        problem = self.missing_gpu()
+        if problem is not None:
+            raise ValueError(problem)
+        self.use_cpu = self.use_cpu or only_cpu_here(num_processes)
+        local, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        uses_nccl = not self.use_cpu and accelerator_here() == "cuda" and self.ddp_backend != "gloo"
+        if uses_nccl and local > num_gpus:
+            raise ValueError(
+                f"{local} processes were started on this machine, which has {num_gpus} GPU(s), and each needs one of "
+                "its own: start fewer, or --use_cpu true"
+            )
+        # On the CPU transformers forgets ddp_timeout where it makes the group: a hanging process would hold up the
+        # others for half an hour.
+        if self.use_cpu and "WORLD_SIZE" in os.environ and num_processes > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
+
+    def missing_gpu(self) -> str | None:
+        """What the precision asks of this machine in vain, with the remedy; None if it can be had."""
+        if not self.use_cpu and accelerator_here() is None:
+            asked = [name for name in GPU_PRECISIONS if vars(self)[name]]
+            if asked:
+                remedy = " ".join(f"--{name} false" for name in asked)
+                return (
+                    f"this recipe asks for {' and '.join(asked)} on a GPU; here is none: --use_cpu true {remedy} to "
+                    "try it slowly"
+                )
+        elif self.use_cpu:
+            asked = [name for name in ("fp16", "tf32") if vars(self)[name]]
+            if asked:
+                remedy = " ".join(f"--{name} false" for name in asked)
+                return f"{' and '.join(asked)} needs a GPU, and use_cpu is true: add {remedy}"
+        return None
+
+    def _plan(self) -> None:
+        """transformers' own checks and defaults, without those of this machine's devices and processes."""
+        looked_for = ("use_cpu", "tf32", "deepspeed")
+        asked = {name: vars(self)[name] for name in looked_for}
+        self.use_cpu, self.tf32, self.deepspeed = True, None, None
+        hidden = {name: os.environ.pop(name) for name in (*SIZE_VARIABLES, "LOCAL_RANK") if name in os.environ}
+        try:
+            super().__post_init__()
+        finally:
+            os.environ.update(hidden)
+            for name, value in asked.items():
+                setattr(self, name, value)

@@ -29,7 +29,7 @@ def pretrain_bytes(config: MARConfig, args: Any) -> int:
         drop_mask = torch.zeros(len(tokens), dtype=torch.bool)
         return pretraining_loss(model, tokens, labels, order, config.num_tokens, timesteps, noise, drop_mask)
 
-    return saved_bytes(lambda: [_trained(config, args)], run, config, args.bf16)
+    return saved_bytes(lambda: [_trained(config, args)], run, config, args.precision != "float32")
 
 
 def gsim_bytes(
@@ -47,7 +47,7 @@ def gsim_bytes(
         loss, _, sample = matcher.student_loss(networks, tokens, labels, order, student.num_tokens)
         return loss, matcher.auxiliary_loss(networks, sample)
 
-    return saved_bytes(networks, run, student, args.bf16)
+    return saved_bytes(networks, run, student, args.precision != "float32")
 
 
 def grpo_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> int:
@@ -64,7 +64,7 @@ def grpo_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = No
         log_prob = torch.stack(log_probs, dim=1)
         return policy_loss(log_prob, torch.zeros_like(log_prob), torch.zeros(len(tokens)))
 
-    return saved_bytes(lambda: [_trained(config, args, peft_config)], run, config, args.bf16)
+    return saved_bytes(lambda: [_trained(config, args, peft_config)], run, config, args.precision != "float32")
 
 
 def reward_backprop_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> int:
@@ -75,7 +75,7 @@ def reward_backprop_bytes(config: MARConfig, args: Any, peft_config: LoraConfig 
         kept = unmasking_steps(config.num_tokens, args.num_unmasking_steps)[-1][1]
         return student.one_step(tokens, labels, order, config.num_tokens, kept, torch.randn_like(tokens))
 
-    return saved_bytes(lambda: [_trained(config, args, peft_config)], run, config, args.bf16)
+    return saved_bytes(lambda: [_trained(config, args, peft_config)], run, config, args.precision != "float32")
 
 
 def _trained(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> MARModel:

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import huggingface_hub.constants
+import torch
 
 from marval_rl.commands.planning.memory import memory_table
 from marval_rl.commands.planning.plan import Planner, TrainingPlan
 from marval_rl.text import dump_yaml
+from marval_rl.training.arguments import accelerator_here
 from marval_rl.training.batches import rounds_in
 
-USUAL_GPUS = 8  # what memory is shown for where the dry run itself has one process
 IMAGENET_ROWS = 1_281_167
 
 
 def print_dry_run(settings: dict[str, Any], config: Any, make_plan: Planner) -> None:
-    """Prints the resolved recipe, the batch arithmetic, parameter counts, memory and what is missing."""
+    """Prints the resolved recipe, the batch arithmetic, parameter counts, memory and what is missing.
+
+    All figures are for `config.world_size` processes. Of those that a launcher started only the first one prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(dump_yaml(settings).rstrip())
     print()
     with offline():
         plan = make_plan()
     if plan.data is not None:
         print(plan.data)
+    several = "; --num_processes N plans for N" if config.world_size == 1 else ""
+    print(f"planned for {_processes(config)} in {config.precision}{several}")
     for line in [*batch_arithmetic(config), *length(config, plan), *parameters(plan), *memory(config, plan)]:
         print(line)
-    for what in plan.missing:
+    missing_gpu = config.missing_gpu()
+    for what in [*plan.missing, *([] if missing_gpu is None else [missing_gpu])]:
         print(f"missing: {what}")
     print("nothing was trained (--dry_run)")
 
@@ -41,6 +51,23 @@ def offline() -> Iterator[None]:
         yield
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def devices(config: Any) -> list[str]:
+    """What a run computes on, and why."""
+    processes = _processes(config)
+    if config.device.type == "cpu":
+        network = " over gloo" if config.world_size > 1 else ""
+        reason = "there is no GPU here" if accelerator_here() is None else "use_cpu"
+        return [f"{processes} on the CPU{network}, in {config.precision} ({reason})"]
+    idle = torch.accelerator.device_count() - 1
+    unused = f"; {idle} more here: --num_processes {idle + 1} uses all" if config.world_size == 1 and idle > 0 else ""
+    each = "a GPU" if config.world_size == 1 else "a GPU each"
+    return [f"{processes} on {each}, in {config.precision}{unused}"]
+
+
+def _processes(config: Any) -> str:
+    return f"{config.world_size} process{'' if config.world_size == 1 else 'es'}"
 
 
 def batch_arithmetic(config: Any) -> list[str]:
@@ -81,13 +108,11 @@ def parameters(plan: TrainingPlan) -> list[str]:
 
 
 def memory(config: Any, plan: TrainingPlan) -> list[str]:
-    """The table of memory a GPU by ZeRO stage."""
+    """The table of memory of a process by ZeRO stage."""
     if plan.footprint is None:
         return []
-    num_gpus = config.world_size if config.world_size > 1 else USUAL_GPUS
-    precision = "bf16" if config.bf16 else "float32"
     return [
-        f"memory on each of {num_gpus} GPUs, {precision}, without the rewards' networks, the VAE's activations and "
-        "buffers of single operations:",
-        *memory_table(plan.footprint, config.bf16, num_gpus),
+        f"memory of each process, in {config.precision}, without the rewards' networks, the VAE's "
+        "activations and buffers of single operations:",
+        *memory_table(plan.footprint, config.precision != "float32", config.world_size),
     ]

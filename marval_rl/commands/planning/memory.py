@@ -37,20 +37,20 @@ class Footprint:
     held: int = 0
 
 
-def memory_table(footprint: Footprint, bf16: bool, num_gpus: int) -> list[str]:
-    """Lines of a table: memory on each of `num_gpus` GPUs by ZeRO stage (arXiv 1910.02054, section 5 and figure 1).
+def memory_table(footprint: Footprint, half: bool, num_processes: int) -> list[str]:
+    """Lines of a table: memory of each process by ZeRO stage (arXiv 1910.02054, section 5 and figure 1).
 
-    DDP keeps weights, gradients and Adam's two moments in float32 (16 bytes a parameter). DeepSpeed with bf16 keeps
-    2 + 2 bytes of weights and gradients and 12 of optimizer state (float32 weights and moments). Stage 1 shards the
-    optimizer, 2 the gradients too, 3 the weights too; weights that are held have neither gradients nor optimizer.
-    Frozen networks and the weight average are float32, on each GPU.
+    DDP keeps weights, gradients and Adam's two moments in float32 (16 bytes a parameter). DeepSpeed with `half`, which
+    is bf16 or fp16, keeps 2 + 2 bytes of weights and gradients and 12 of optimizer state (float32 weights and moments).
+    Stage 1 shards the optimizer, 2 the gradients too, 3 the weights too; weights that are held have neither gradients
+    nor optimizer. Frozen networks and the weight average are float32, in each process.
     """
     average = FLOAT32 * footprint.averaged
     frozen = FLOAT32 * sum(footprint.frozen.values())
     rows = []
     for stage, name in enumerate(STAGES):
-        widths = (2, 2, 12) if bf16 and stage > 0 else (4, 4, 8)
-        shares = [num_gpus if stage >= first else 1 for first in (3, 2, 1)]  # weights, gradients, optimizer
+        widths = (2, 2, 12) if half and stage > 0 else (4, 4, 8)
+        shares = [num_processes if stage >= first else 1 for first in (3, 2, 1)]  # weights, gradients, optimizer
         kept = (footprint.trained + footprint.held, footprint.trained, footprint.trained)
         parts = [count * width / share for count, width, share in zip(kept, widths, shares, strict=True)]
         parts += [average, frozen, footprint.activations]
@@ -89,12 +89,12 @@ def adapted_on_meta(config: MARConfig, peft_config: LoraConfig) -> MARModel:
 
 
 def saved_bytes(
-    make_networks: Callable[[], Iterable[nn.Module]], run: Callable[..., Any], config: MARConfig, bf16: bool
+    make_networks: Callable[[], Iterable[nn.Module]], run: Callable[..., Any], config: MARConfig, half: bool
 ) -> int:
     """Bytes that autograd keeps for the backward pass of `run(*networks)`; nothing is computed.
 
-    Counts each storage once and leaves the parameters out; under bf16 it counts the copies of weights that autocast
-    makes. Buffers that live only within one operation come on top.
+    Counts each storage once and leaves the parameters out; with `half`, which is bf16 or fp16, it counts the copies of
+    weights that autocast makes. Buffers that live only within one operation come on top.
     """
     make_schedule(config.num_train_timesteps)  # cached: it must be made before the fake mode, not in it
     kept: dict[int, torch.UntypedStorage] = {}
@@ -109,7 +109,7 @@ def saved_bytes(
                 return tensor
 
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
                 result = run(*networks)  # held while we count: its graph owns the saved tensors
                 total = sum(storage.nbytes() for storage in kept.values())
             del result
