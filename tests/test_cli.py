@@ -6,6 +6,7 @@ import argparse
 import csv
 import errno
 import json
+import os
 import subprocess
 import sys
 import types
@@ -399,3 +400,12 @@ def test_a_line_of_the_prompts_file_that_is_wrong_is_named(tmp_path, text, expec
     with pytest.raises(ValueError) as caught:
         read_prompts(file)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["env"], ["rewards", "list"]])
+def test_a_reader_that_goes_away_ends_a_command_silently(words):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does once it has seen enough
+    done = subprocess.run([sys.executable, "-m", "marval_rl", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

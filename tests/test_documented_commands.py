@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL, OTHER = ("bash", "console"), ("python", "yaml", "toml", "json", "text")  # tags of code blocks
 # `--seed S` and the like stand for the reader's own values.
-PLACEHOLDERS = {"S": "0", "W": "3", "K": "4", "...": "runs/x"}
+PLACEHOLDERS = {"S": "0", "W": "3", "K": "4", "...": "runs/x", "base|large|huge": "huge"}
 RECIPES = {"pretrain": "digits/teacher", "distill": "digits/distill", "train": "digits/grpo", "cache": "base"}
 SLURM = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
 
@@ -98,13 +98,13 @@ def commands_in(page: Path, folder: Path) -> list[list[str]]:
             found += calls
     for span in re.findall(r"`((?:marval-rl|python|pip|make|accelerate|torchrun) [^`]+)`", page.read_text()):
         words = shlex.split(span)
-        if len(words) > 2 and not any("..." in word for word in words):
+        if len(words) > (3 if "rewards" in words else 2) and not any("..." in word for word in words):
             words = [PLACEHOLDERS.get(word, word) for word in words]
             found.append([f"recipes/{RECIPES[words[1]]}.yaml" if word == "RECIPE" else word for word in words])
     return found
 
 
-class Parsed(Exception):  # noqa: N818 - raised where a program would begin its work
+class Parsed(Exception):
     """A program has understood its arguments."""
 
 
@@ -221,7 +221,9 @@ def test_the_commands_of_a_page_work_as_typed(page, check, tmp_path):
 
 
 def test_a_command_that_nobody_can_check_fails_and_so_does_a_wrong_one(check, tmp_path):
-    (tmp_path / "page.md").write_text("```bash\nmarval-rl env && uv sync --all\nmarval-rl train recipes/none.yaml\n```\n")
+    (tmp_path / "page.md").write_text(
+        "```bash\nmarval-rl env && uv sync --all\nmarval-rl train recipes/none.yaml\n```\n"
+    )
     known, unknown, wrong = commands_in(tmp_path / "page.md", tmp_path)
     check(known)
     with pytest.raises(AssertionError, match="how is 'uv sync --all' to be checked"):

@@ -21,6 +21,9 @@ from marval_rl.commands import launch as launching
 from marval_rl.commands.accelerate_config import read_accelerate_config
 from marval_rl.commands.launch import Launch, add_launch_arguments, plan_launch, run_processes
 from marval_rl.errors import MarvalError, RecipeError
+from marval_rl.launched import SIZE_VARIABLES
+from marval_rl.training import arguments
+from marval_rl.training.arguments import MARTrainingArguments
 from marval_rl.training.presets import DEEPSPEED_PRESETS, deepspeed_config
 from marval_rl.training.resume import find_checkpoint
 
@@ -29,7 +32,7 @@ HERE = Launch(2, 1, 0, "127.0.0.1", 0)
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for name in (*SIZE_VARIABLES, "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -141,6 +144,7 @@ def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp
     ("config", "message"),
     [
         ({"distributed_type": "FSDP"}, "distributed_type FSDP is not one of"),
+        ({"mixed_precision": "fp8"}, "mixed_precision fp8 is not one of no, bf16, fp16"),
         ({"fsdp_config": {"a": 1}}, "fsdp_config is not understood here: start with `accelerate launch"),
         ({"num_processes": "many"}, "num_processes cannot be 'many'"),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "no.json"}}, "at no.json"),
@@ -150,6 +154,11 @@ def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp
 def test_what_only_accelerate_can_do_is_refused(tmp_path, config, message):
     with pytest.raises(RecipeError, match=message):
         read_accelerate_config(write(tmp_path / "a.yaml", **config))
+
+
+def test_a_configuration_for_the_cpu_sets_use_cpu(tmp_path):
+    file = write(tmp_path / "a.yaml", distributed_type="MULTI_CPU", mixed_precision=False, num_processes=2)
+    assert read_accelerate_config(file).settings == {"use_cpu": "true"}
 
 
 def test_a_stage_without_a_file_is_the_preset(tmp_path):
@@ -180,7 +189,7 @@ def test_a_dry_run_says_what_would_be_launched_and_counts_with_it(tiny_runs, tmp
     assert "--dry_run --deepspeed zero2" in told
     assert "images an update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes" in told
     assert "generation batch: 128 images = 32 groups of 4" in told
-    assert "memory on each of 4 GPUs" in told
+    assert "planned for 4 processes in float32" in told
     assert not (tmp_path / "run").exists()
 
 
@@ -188,6 +197,113 @@ def test_deepspeed_needs_a_launch(train, complaint):
     assert complaint(2, train(deepspeed="zero2")) == (
         "deepspeed needs processes that are launched: add --num_processes N (1 will do)"
     )
+
+
+# Precision and devices
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("bf16", "asks for bf16 on a GPU; here is none: --use_cpu true --bf16 false to try it slowly"),
+        ("fp16", "asks for fp16 on a GPU; here is none: --use_cpu true --fp16 false to try it slowly"),
+        ("tf32 bf16", "asks for bf16 and tf32 on a GPU; here is none: --use_cpu true --bf16 false --tf32 false to try"),
+        ("fp16 use_cpu", "fp16 needs a GPU, and use_cpu is true: add --fp16 false"),
+        ("tf32 use_cpu", "tf32 needs a GPU, and use_cpu is true: add --tf32 false"),
+        ("bf16_full_eval", "asks for bf16_full_eval on a GPU; here is none"),
+        ("bf16 use_cpu", None),
+    ],
+)
+def test_a_precision_that_needs_a_gpu_says_so_without_one(settings, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
+    given = dict.fromkeys(settings.split(), True)
+    if message is None:
+        assert MARTrainingArguments(str(tmp_path), **given).precision == "bf16"
+        return
+    with pytest.raises(ValueError, match=message):
+        MARTrainingArguments(str(tmp_path), **given)
+
+
+def test_a_real_run_of_a_bf16_recipe_stops_before_any_work(tmp_path, monkeypatch, complaint):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
+    assert complaint(2, main(["distill", str(RECIPES.parent / "huge.yaml")])) == (
+        "this recipe asks for bf16 on a GPU; here is none: --use_cpu true --bf16 false to try it slowly"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+            r"started as one of 2 \(WORLD_SIZE\), but runs as one of 1",
+        ),
+        ({"WORLD_SIZE": "2"}, r"started as one of 2 \(WORLD_SIZE\)"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, r"started as one of 4 \(OMPI_COMM_WORLD_SIZE\)"),
+        ({"PMI_SIZE": "2"}, r"--num_processes 2, torchrun or `accelerate launch`; or unset PMI_SIZE"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment is 'two', not a number of processes"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8 is not supported"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}, "fp16 needs a GPU.*for accelerate"),
+    ],
+)
+def test_a_process_of_several_that_is_alone_stops(variables, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "only_cpu_here", lambda num_processes: False)  # a device that accelerate passes over
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        MARTrainingArguments(str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_choose_the_cpu_where_they_cannot_meet_elsewhere(monkeypatch):
+    for kind, several, single in ((None, True, True), ("mps", True, False), ("cuda", False, False)):
+        monkeypatch.setattr(arguments, "accelerator_here", lambda kind=kind: kind)
+        assert (arguments.only_cpu_here(2), arguments.only_cpu_here(1)) == (several, single)
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "accelerator_here", lambda: "cuda")
+    monkeypatch.setattr(arguments.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started on this machine, which has 1 GPU\(s\)"):
+        MARTrainingArguments(str(tmp_path))
+
+
+@pytest.mark.parametrize("words", [["report", "run"], ["sample", "model"], ["demo"], ["evaluate", "--images", "a"]])
+def test_what_several_processes_cannot_share_is_refused_in_them(words, tmp_path, monkeypatch, complaint):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "started as one of 2 (WORLD_SIZE), but runs as one of 1" in complaint(2, main(words))
+
+
+LAUNCHERS = {
+    "ours under ZeRO-2": ("-m marval_rl", "--num_processes 2 --accelerate_config zero2"),
+    "torchrun": ("-m torch.distributed.run --standalone --nproc_per_node 2 -m marval_rl", ""),
+    "accelerate": ("-m accelerate.commands.launch --config_file {config} -m marval_rl", ""),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_are_one_run_without_a_flag_for_the_cpu(launcher, tiny_runs, tmp_path):
+    before, after = LAUNCHERS[launcher]
+    port = launching._with_free_port(HERE).main_process_port
+    config = write(
+        tmp_path / "config.yaml", distributed_type="MULTI_GPU", num_processes=2, main_process_port=port, num_machines=1
+    )
+    words = command_line("distill", tmp_path / "run", **tiny_runs.models_of("distill"))
+    done = subprocess.run(
+        [sys.executable, *before.format(config=config).split(), *words, *after.split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("x 2 processes") == done.stdout.count("done: ") == 1
+    if not arguments.torch.cuda.is_available():
+        assert "2 processes on the CPU over gloo, in float32 (there is no GPU here)" in done.stdout
 
 
 # How processes end: any program will do

@@ -14,6 +14,7 @@ from torch import nn
 
 from marval_rl.cli import main
 from marval_rl.commands.networks import LoraArguments
+from marval_rl.commands.planning import activations
 from marval_rl.commands.planning.activations import example_batch, grpo_bytes, gsim_bytes, pretrain_bytes
 from marval_rl.commands.planning.dry_run import length
 from marval_rl.commands.planning.memory import (
@@ -30,10 +31,11 @@ from marval_rl.trainers.distill import DistillConfig
 from marval_rl.trainers.grpo import MARGRPOConfig
 from marval_rl.trainers.lora import add_lora
 from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
+from marval_rl.training import arguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
-COMMANDS = {"base.yaml": "distill", "large.yaml": "distill", "huge.yaml": "distill"}  # else train
+ALL = [*REAL_SIZE.values(), *sorted((RECIPES / "digits").glob("*.yaml"))]
 
 
 # Parameters and bytes
@@ -135,15 +137,80 @@ def test_steps_of_an_epoch_and_of_the_run(tmp_path):
     assert "if the data were ImageNet's 1,281,167 images" in length(config, TrainingPlan())[0]
 
 
-# The recipes of real size
+# The recipes
+
+
+def command_for(recipe: Path) -> str:
+    settings = yaml.safe_load(recipe.read_text())
+    if "method" in settings:
+        return "train"
+    return "distill" if "teacher" in settings else "pretrain"
+
+
+def planned(capsys, *words: str) -> str:
+    assert main([*words, "--dry_run"]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_processes", [None, 2, 8])
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.stem)
+def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
+    recipe, num_processes, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)  # no teacher, no student, no data but the digits
+    monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
+    monkeypatch.setattr(activations, "saved_bytes", lambda *_: 0)  # takes seconds, and is counted below
+    words = [] if num_processes is None else ["--num_processes", str(num_processes)]
+    output = planned(capsys, command_for(recipe), str(recipe), *words)
+    settings = yaml.safe_load(recipe.read_text())
+    precision = "bf16" if settings.get("bf16") else "float32"
+    number = num_processes or 1
+    assert f"planned for {number} process{'es' if number > 1 else ''} in {precision}" in output
+    batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1) * number
+    assert f"images an update: {batch} = " in output and f"x {number} processes" in output
+    asks = "this recipe asks for bf16 on a GPU; here is none: --use_cpu true --bf16 false to try it slowly"
+    assert (f"missing: {asks}" in output) == (precision == "bf16")
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line.startswith(("  DDP", "  ZeRO"))}
+    if "parameters: unknown" not in output:
+        # Optimizer state: 8 bytes a parameter under DDP, sharded under ZeRO (12 bytes in bf16).
+        width = 12 if precision == "bf16" else 8
+        assert float(rows["ZeRO-1"][3]) == pytest.approx(float(rows["DDP"][3]) * width / 8 / number, abs=0.02)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "planned_precision"),
+    [("--fp16 true --bf16 false", "fp16"), ("--tf32 true", "bf16"), ("--bf16 false --use_cpu true", "float32")],
+)
+def test_every_precision_is_planned_without_a_gpu(settings, planned_precision, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(activations, "saved_bytes", lambda *_: 0)
+    output = planned(capsys, "distill", str(RECIPES / "base.yaml"), *settings.split())
+    assert f"planned for 1 process in {planned_precision}" in output
+
+
+def test_an_accelerate_configuration_names_processes_and_precision(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--accelerate_config", str(RECIPES / "accelerate" / "eight_gpus.yaml")]
+    output = planned(capsys, "pretrain", str(RECIPES / "digits" / "teacher.yaml"), *words)
+    assert "planned for 8 processes in bf16" in output and "x 8 processes" in output
+
+
+def test_of_processes_that_a_launcher_started_the_first_prints_the_plan_for_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    teacher = str(RECIPES / "digits" / "teacher.yaml")
+    assert "planned for 4 processes in float32" in planned(capsys, "pretrain", teacher)
+    monkeypatch.setenv("RANK", "1")
+    assert planned(capsys, "pretrain", teacher) == ""
 
 
 @pytest.mark.parametrize("name", REAL_SIZE)
 def test_a_recipe_of_real_size_says_what_it_would_train_and_what_is_missing(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = COMMANDS.get(name, "train")
-    assert main([command, str(REAL_SIZE[name]), "--dry_run", "--use_cpu"]) == 0
-    output = capsys.readouterr().out
+    command = command_for(REAL_SIZE[name])
+    output = planned(capsys, command, str(REAL_SIZE[name]))
     settings = yaml.safe_load(output[: output.index("\n\n")])
     counts = {"base": "207,924,768", "large": "478,326,304", "huge": "942,403,104"}
     assert f"student {counts[settings['model_size']]}" in output

@@ -154,21 +154,17 @@ class MARTrainingArguments(TrainingArguments):
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
 
     def missing_gpu(self) -> str | None:
-        """What the precision asks of this machine in vain, with the remedy; None if it can be had."""
-        if not self.use_cpu and accelerator_here() is None:
-            asked = [name for name in GPU_PRECISIONS if vars(self)[name]]
-            if asked:
-                remedy = " ".join(f"--{name} false" for name in asked)
-                return (
-                    f"this recipe asks for {' and '.join(asked)} on a GPU; here is none: --use_cpu true {remedy} to "
-                    "try it slowly"
-                )
-        elif self.use_cpu:
-            asked = [name for name in ("fp16", "tf32") if vars(self)[name]]
-            if asked:
-                remedy = " ".join(f"--{name} false" for name in asked)
-                return f"{' and '.join(asked)} needs a GPU, and use_cpu is true: add {remedy}"
-        return None
+        """Returns which precision this machine cannot compute in, with the remedy; None if it can."""
+        needing = ("fp16", "tf32") if self.use_cpu else GPU_PRECISIONS
+        asked = [name for name in needing if vars(self)[name]]
+        if not asked or not (self.use_cpu or accelerator_here() is None):
+            return None
+        names, remedy = " and ".join(asked), " ".join(f"--{name} false" for name in asked)
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") in asked:
+            remedy += " (and mixed_precision no for accelerate)"
+        if self.use_cpu:
+            return f"{names} needs a GPU, and use_cpu is true: add {remedy}"
+        return f"this recipe asks for {names} on a GPU; here is none: --use_cpu true {remedy} to try it slowly"
 
     def _plan(self) -> None:
         """transformers' own checks and defaults, without those of this machine's devices and processes."""
