@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ from marval_rl.paths import expand_path
 
 PROGRAM = "marval-rl"
 READER_GONE = 141  # as shells report a program that SIGPIPE ended
+STDOUT = 1  # its file descriptor
 ERROR_FILE = "MARVAL_RL_ERROR_FILE"  # names the file for the error message of a process that was launched
 
 
@@ -98,14 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv  # wherever it stands; and known even where parsing fails
     argv = [argument for argument in argv if argument != "--debug"]
-    code = _run_command(argv, debug)
-    return READER_GONE if _reader_has_gone() else code
-
-
-def _run_command(argv: list[str], debug: bool) -> int:
-    """`run_command`, with its errors as one line and an exit code."""
     try:
-        return run_command(argv, debug)
+        code = run_command(argv, debug)
+        sys.stdout.flush()  # here, where a reader that has gone is noticed
+        return code
     except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -268,13 +266,13 @@ def _describe_os_error(error: OSError) -> str:
 
 def _reader_has_gone() -> bool:
     """Whether nobody reads our output any more, as behind `| head`; then nothing more is written to it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python flushes once more at its end
-        return True
-    return False
+    poll = select.poll()
+    poll.register(STDOUT, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), STDOUT)  # Python flushes once more at its end
+    return True
 
 
 def _fail(code: int, message: str, debug: bool) -> int:

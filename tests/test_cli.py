@@ -402,10 +402,20 @@ def test_a_line_of_the_prompts_file_that_is_wrong_is_named(tmp_path, text, expec
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["env"], ["rewards", "list"]])
-def test_a_reader_that_goes_away_ends_a_command_silently(words):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_a_command_silently(unbuffered):
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` does once it has seen enough
-    done = subprocess.run([sys.executable, "-m", "marval_rl", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "marval_rl", "env"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(command, complaint):
+    def fail() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    command(fail)
+    assert complaint(1, cli.main(["fake"])) == "Broken pipe"
