@@ -116,7 +116,9 @@ def train(tiny_runs, tmp_path):
 
     def run(*flags: str, recipe: str = "grpo", **settings: Any) -> int:
         shortest = {"max_steps": 2, "anchor_weight": 0, "beta": 0, "eval_on_start": False, "eval_strategy": "no"}
-        models = {"model": tiny_runs.student, "teacher": tiny_runs.teacher}
+        models = {"model": tiny_runs.student}
+        if settings.get("anchor_weight"):
+            models["teacher"] = tiny_runs.teacher
         if recipe != "grpo":
             del shortest["beta"]
         merged = {**shortest, "save_strategy": "no", "lr_scheduler_type": "constant", **models, **settings}

@@ -10,18 +10,12 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_recipes import COMMANDS, RECIPES, command_line, comparable_lines, is_finite, read_lines, run_recipe
+from tiny_recipes import COMMANDS, CONFIGS, RECIPES, command_line, comparable_lines, is_finite, read_lines, run_recipe
 from tiny_trainers import assert_equal_states
 
 from marval_rl.cli import main
-from marval_rl.commands.networks import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
-from marval_rl.commands.sources import DataArguments
 from marval_rl.models.checkpoints import load_model
 from marval_rl.recipes import parse_recipe
-from marval_rl.trainers.distill import DistillConfig
-from marval_rl.trainers.grpo import MARGRPOConfig
-from marval_rl.trainers.pretrain import PretrainConfig
-from marval_rl.trainers.reward_backprop import RewardBackpropConfig
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +95,6 @@ def test_the_metrics_have_the_promised_names(runs, recipe):
         assert not line.keys() & TRAINING_NAMES[recipe]
     times = [line["time"] for line in lines]
     assert times == sorted(times) and [line["step"] for line in lines] == sorted(line["step"] for line in lines)
-
-
-CONFIGS = {
-    "teacher": (DataArguments, ModelArguments, PretrainConfig),
-    "distill": (DataArguments, TeacherArguments, DistillConfig),
-    "grpo": (DataArguments, RewardArguments, TeacherArguments, LoraArguments, MARGRPOConfig),
-    "reward_backprop": (DataArguments, RewardArguments, TeacherArguments, LoraArguments, RewardBackpropConfig),
-}
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)

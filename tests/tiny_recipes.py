@@ -8,9 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from marval_rl.cli import main
+from marval_rl.commands.networks import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
+from marval_rl.commands.sources import DataArguments
+from marval_rl.trainers.distill import DistillConfig
+from marval_rl.trainers.grpo import MARGRPOConfig
+from marval_rl.trainers.pretrain import PretrainConfig
+from marval_rl.trainers.reward_backprop import RewardBackpropConfig
+from marval_rl.training.settings import defaults_of, unmet_needs
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "digits"
 COMMANDS = {"teacher": "pretrain", "distill": "distill", "grpo": "train", "reward_backprop": "train"}  # by recipe
+
+CONFIGS = {
+    "teacher": (DataArguments, ModelArguments, PretrainConfig),
+    "distill": (DataArguments, TeacherArguments, DistillConfig),
+    "grpo": (DataArguments, RewardArguments, TeacherArguments, LoraArguments, MARGRPOConfig),
+    "reward_backprop": (DataArguments, RewardArguments, TeacherArguments, LoraArguments, RewardBackpropConfig),
+}
 
 # Whatever the tests count on is set here, so that the recipes can be tuned without them.
 TINY = {
@@ -72,8 +86,11 @@ def run_recipe(recipe: str, output_dir: Path, *flags: str, path: Path | None = N
 
 
 def command_line(recipe: str, output_dir: Path, *flags: str, path: Path | None = None, **settings: Any) -> list[str]:
-    """The arguments that `run_recipe` hands to the command line."""
+    """The arguments that `run_recipe` hands to the command line, without tiny settings that others switch off."""
     merged = {**TINY_RECIPES[recipe], "output_dir": output_dir, **settings}
+    given = {name: value for name, value in merged.items() if value is not None}
+    unmet = unmet_needs(CONFIGS[recipe], {**defaults_of(CONFIGS[recipe]), **given})
+    merged = {name: value for name, value in merged.items() if name in settings or name not in unmet}
     words = [COMMANDS[recipe], str(path or RECIPES / f"{recipe}.yaml")]
     for key, value in merged.items():
         if value is not None:

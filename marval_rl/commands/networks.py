@@ -3,13 +3,16 @@
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from peft import LoraConfig
 
 from marval_rl.errors import RecipeError
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.checkpoints import load_config, load_model
+from marval_rl.trainers.anchor import ANCHORED
 from marval_rl.trainers.lora import LORA_TARGETS
+from marval_rl.training.settings import EVALUATED, Conditions, Needs
 
 PUBLISHED_SIZES = {"base": MARConfig.base, "large": MARConfig.large, "huge": MARConfig.huge}
 SIZE_FIELD = {
@@ -32,6 +35,13 @@ class ModelArguments:
     head_hidden_size: int = field(default=128, metadata={"help": "Width of the diffusion head."})
     head_num_layers: int = field(default=3, metadata={"help": "Residual blocks of the diffusion head."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout of attention and projections, in 0..1."})
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("no model_size, which stands for all sizes", ("model_size",), lambda size: size is None): (
+            *("patch_size", "hidden_size", "encoder_num_layers", "decoder_num_layers", "num_heads", "buffer_size"),
+            *("head_hidden_size", "head_num_layers", "dropout"),
+        ),
+    }
 
     def config(self, latents: dict) -> MARConfig:
         """The configuration of a model of these latents, which `DataArguments.latents` describes. A published size
@@ -63,6 +73,8 @@ class TeacherArguments:
         default=None, metadata={"help": "Teacher: model folder, run folder, hub id or official .pth file."}
     )
     model_size: str | None = field(**SIZE_FIELD)
+
+    counts_if: ClassVar[Conditions] = {ANCHORED: ("teacher",)}
 
     def load(self) -> MARModel:
         """The teacher. Raises CheckpointError, and RecipeError if it is not of `model_size`."""
@@ -100,6 +112,11 @@ class RewardArguments:
     )
     eval_reward_kwargs: dict | None = field(default=None, metadata={"help": "As reward_kwargs, for eval_reward_funcs."})
 
+    counts_if: ClassVar[Conditions] = {
+        EVALUATED: ("eval_reward_funcs", "eval_reward_kwargs"),
+        Needs("eval_reward_funcs", ("eval_reward_funcs",), bool): ("eval_reward_kwargs",),
+    }
+
 
 @dataclass
 class LoraArguments:
@@ -120,6 +137,15 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of linear layers, such as qkv, in place of lora_target."}
     )
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("use_peft", ("use_peft",), bool): (
+            *("lora_r", "lora_alpha", "lora_dropout", "lora_target", "lora_target_modules"),
+        ),
+        Needs("no lora_target_modules, which take its place", ("lora_target_modules",), lambda names: not names): (
+            "lora_target",
+        ),
+    }
 
     def config(self) -> LoraConfig | None:
         """peft's configuration; None to train the student whole.

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
@@ -20,6 +20,8 @@ from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
 from marval_rl.rewarding import load_reward
+from marval_rl.trainers.anchor import ANCHORED
+from marval_rl.training.settings import EVALUATED, Conditions, Needs
 
 DIGITS = "digits"
 DIGIT_JUDGES = ("classifier", "held_out_classifier")
@@ -63,6 +65,17 @@ class DataArguments:
         default_factory=lambda: list(DIGIT_JUDGES),
         metadata={"help": "Digits: rewards with a method `mode_log_probs`: accuracy, mode coverage."},
     )
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("the digits (dataset digits)", ("dataset",), lambda name: name == DIGITS): (
+            *("labelling", "feature_extractor", "judges"),
+        ),
+        Needs("images of your own (another dataset than digits)", ("dataset",), lambda name: name != DIGITS): (
+            *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+        ),
+        EVALUATED: ("feature_extractor", "judges"),
+        ANCHORED: ("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+    }
 
     def __post_init__(self):
         if self.image_channels not in (None, 1, 3):

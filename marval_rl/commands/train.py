@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
     def make_trainer() -> RewardTrainer:
         student = load_model(rewarded.model, one_step=True)
+        source.check_size(student.config, rewarded.model)
         anchored = config.anchor_weight > 0
         images = data.load_training(student.config.image_size, config.seed) if anchored or data.are_digits else None
         if images is not None:

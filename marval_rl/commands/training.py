@@ -15,6 +15,7 @@ from marval_rl.errors import RecipeError
 from marval_rl.recipes import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
 from marval_rl.training.base import MARTrainer
 from marval_rl.training.resume import check_output_dir, find_checkpoint, remove_earlier_run, set_aside_newer
+from marval_rl.training.settings import check_written, defaults_of, unmet_needs
 
 
 def read_recipe(
@@ -23,11 +24,19 @@ def read_recipe(
     """The recipe's dataclasses, and its settings as they are written to the run folder."""
     quiet_libraries()
     settings = read_settings(args.recipe, extra, config_types)
+    try:
+        settings, left_out = check_written(config_types, settings, read_settings(None, extra, config_types))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if left_out and os.environ.get("RANK", "0") == "0":
+        print("\n".join(left_out))
     settings.setdefault("output_dir", default_output_dir(args.recipe))
     if not args.dry_run and settings.get("deepspeed") is not None and "WORLD_SIZE" not in os.environ:
         raise RecipeError("deepspeed needs processes that are launched: add --num_processes N (1 will do)")
     configs = build_configs(settings, config_types)
-    return configs, resolved_recipe(configs, settings)
+    unmet = unmet_needs(config_types, {**defaults_of(config_types), **settings})
+    resolved = resolved_recipe(configs, settings)
+    return configs, {key: value for key, value in resolved.items() if key in settings or key not in unmet}
 
 
 def run_training(

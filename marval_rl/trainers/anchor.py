@@ -4,7 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from marval_rl.models.unmasking import random_order
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
 from marval_rl.training.batches import EpochAware
+from marval_rl.training.settings import Conditions, Needs
+
+ANCHORED = Needs("an anchor (anchor_weight > 0)", ("anchor_weight",), lambda weight: weight != 0)
 
 
 @dataclass
@@ -42,6 +45,14 @@ class AnchorArguments:
     timestep_draws: int = field(default=1, metadata={"help": "(t, noise) draws a token in the anchor."})
     mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked in the anchor."})
     mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the anchor's mask ratios."})
+
+    counts_if: ClassVar[Conditions] = {
+        ANCHORED: (
+            *("anchor_batch_size", "auxiliary_learning_rate", "auxiliary_updates", "auxiliary_warmup_steps"),
+            *("guidance_scale", "min_timestep", "max_timestep", "timestep_draws", "mask_ratio_min", "mask_ratio_std"),
+        ),
+        Needs("a mask_ratio_min below 1", ("mask_ratio_min",), lambda ratio: ratio != 1): ("mask_ratio_std",),
+    }
 
     @property
     def cycle(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +20,7 @@ from marval_rl.training.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.training.base import MARTrainer
 from marval_rl.training.distributed import whole_weights
 from marval_rl.training.optimizers import AUXILIARY, MODEL, adamw
+from marval_rl.training.settings import Conditions, Needs
 
 AUXILIARY_FILE = "auxiliary.safetensors"
 
@@ -45,6 +46,10 @@ class DistillConfig(MARTrainingArguments):
     auxiliary_warmup_steps: int = field(default=100, metadata={"help": "Steps that update the auxiliary network only."})
     mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked."})
     mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the truncated normal of mask ratios."})
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("a mask_ratio_min below 1", ("mask_ratio_min",), lambda ratio: ratio != 1): ("mask_ratio_std",),
+    }
 
     def batch_pattern(self) -> list[bool]:
         return cycle_pattern(self.gradient_accumulation_steps, self.auxiliary_updates)

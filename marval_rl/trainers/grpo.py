@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArgument
 from marval_rl.trainers.rollout import draw_chances, sample_rollout, step_mean
 from marval_rl.training.distributed import failing_together, gather_rows, whole_weights
 from marval_rl.training.randomness import derive_generator
+from marval_rl.training.settings import Conditions, Needs
 
 SUM_CLIP_RANGE = 0.2  # of the ratio of a whole action
 RATIO_TOLERANCE = 1e-5  # how far ratios may be from 1 before the first update
@@ -91,6 +92,26 @@ class MARGRPOConfig(RewardTrainingArguments):
     )
     share_order: bool = field(default=False, metadata={"help": "One unmasking order for all images of a group."})
     share_noise: bool = field(default=False, metadata={"help": "One noise z for all images of a group."})
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("num_trained_steps", ("num_trained_steps",), lambda n: n is not None): ("trained_steps",),
+        Needs("exploration_window", ("exploration_window",), lambda n: n is not None): ("exploration_shift",),
+        Needs(
+            "loss_type grpo, or without epsilon_high: cispo has no lower clip range",
+            ("loss_type", "epsilon_high"),
+            lambda kind, high: kind != "cispo" or high is None,
+        ): ("epsilon",),
+        Needs(
+            "multi_objective_aggregation sum_then_normalize",
+            ("multi_objective_aggregation",),
+            lambda order: order == "sum_then_normalize",
+        ): ("scale_rewards",),
+        Needs(
+            "scale_rewards group or batch",
+            ("scale_rewards", "multi_objective_aggregation"),
+            lambda scale, order: scale != "none" or order != "sum_then_normalize",
+        ): ("reward_std_floor",),
+    }
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from marval_rl.training.arguments import MARTrainingArguments
 from marval_rl.training.base import MARTrainer
 from marval_rl.training.optimizers import adamw, decay_groups
 from marval_rl.training.sampling import SamplingSettings
+from marval_rl.training.settings import EVALUATED, Conditions, Needs
 
 
 @dataclass
@@ -38,6 +39,14 @@ class PretrainConfig(MARTrainingArguments):
     eval_guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale in evaluation; 1.0 is none."})
     eval_guidance_schedule: str = field(default="linear", metadata={"help": '"linear" or "constant".'})
     eval_diffusion_steps: int = field(default=100, metadata={"help": "Diffusion steps in evaluation."})
+
+    counts_if: ClassVar[Conditions] = {
+        EVALUATED: ("eval_guidance_scale", "eval_guidance_schedule", "eval_diffusion_steps"),
+        Needs("an eval_guidance_scale other than 1", ("eval_guidance_scale",), lambda scale: scale != 1): (
+            "eval_guidance_schedule",
+        ),
+        Needs("a mask_ratio_min below 1", ("mask_ratio_min",), lambda ratio: ratio != 1): ("mask_ratio_std",),
+    }
 
 
 def pretraining_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
 from marval_rl.trainers.rollout import differentiable_rollout
 from marval_rl.training.randomness import derive_generator
+from marval_rl.training.settings import Conditions, Needs
 
 BACKPROP_STEPS = ("all", "last", "random")
 
@@ -35,6 +36,13 @@ class RewardBackpropConfig(RewardTrainingArguments):
         default=None,
         metadata={"help": "The loss is relu(threshold - reward) (default: -reward)."},
     )
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("backprop_steps last or random", ("backprop_steps",), lambda which: which != "all"): (
+            "num_backprop_steps",
+        ),
+        Needs("a KL divergence (beta > 0), whose unit it is", ("beta",), lambda beta: beta != 0): ("sigma",),
+    }
 
     def __post_init__(self):
         super().__post_init__()

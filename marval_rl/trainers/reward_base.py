@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -32,6 +32,7 @@ from marval_rl.training.limits import LimitArguments, LimitsCallback, broken_lim
 from marval_rl.training.optimizers import adamw
 from marval_rl.training.randomness import kept_random_state
 from marval_rl.training.sampling import SamplingSettings
+from marval_rl.training.settings import Conditions, Needs
 
 
 @dataclass
@@ -59,6 +60,11 @@ class RewardTrainingArguments(AnchorArguments, LimitArguments, MARTrainingArgume
         default=0.6, metadata={"help": "Share of the averaged student in the reference at each synchronisation."}
     )
     ref_model_sync_steps: int = field(default=64, metadata={"help": "Steps between synchronisations."})
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("a reference model (beta > 0)", ("beta",), lambda beta: beta != 0): ("sync_ref_model",),
+        Needs("sync_ref_model", ("sync_ref_model",), bool): ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+    }
 
     def batch_pattern(self) -> list[bool]:
         return cycle_pattern(self.gradient_accumulation_steps, self.cycle)
@@ -121,7 +127,9 @@ class RewardTrainer(MARTrainer):
             add_lora(model, peft_config, args.seed)
         network = StudentNetworks(model, _auxiliary_network(teacher, auxiliary) if anchored else None)
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
-        self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final))
+        judges = [] if self.eval_rewards is None else self.eval_rewards.names
+        measured = [f"rewards/{name}/mean" for name in judges] if self.evaluator is None else None
+        self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final, measured))
         self.rewards = reward_set(reward_funcs, args.reward_weights)
         self.anchor = Anchor(teacher, anchor_dataset, self.tokens_of, args) if anchored else None
         self.warmup_steps = args.auxiliary_warmup_steps if anchored else 0

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import ClassVar
 
 import torch
 from transformers import IntervalStrategy, TrainingArguments
@@ -17,6 +18,14 @@ from transformers.utils.generic import strtobool
 
 from marval_rl.launched import SIZE_VARIABLES, check_company, launched_processes
 from marval_rl.training.presets import deepspeed_config
+from marval_rl.training.settings import EVALUATED, Conditions, Needs, check_python
+
+# Newer versions of transformers have both names, older ones the first alone.
+_CHECKPOINTING = tuple(
+    name
+    for name in ("gradient_checkpointing", "activation_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
 GPU_PRECISIONS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
@@ -57,7 +66,7 @@ class MARTrainingArguments(TrainingArguments):
     save_strategy: SaveStrategy | str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
     save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every this many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
-    eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": '"no" or "steps".'})
+    eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
     eval_steps: float | None = field(default=200, metadata={"help": "Generate and judge images every this many steps."})
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: the starting point."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the order that the argument parser takes apart
@@ -78,6 +87,36 @@ class MARTrainingArguments(TrainingArguments):
     eval_unmasking_steps: int = field(default=16, metadata={"help": "K, unmasking steps in evaluation."})
     eval_seed: int = field(default=1234, metadata={"help": "Seed of evaluation: the same images at every step."})
     sample_grid_columns: int = field(default=10, metadata={"help": "Images a class in the sample grids."})
+
+    counts_if: ClassVar[Conditions] = {
+        EVALUATED: (
+            *("eval_on_start", "eval_num_images", "eval_batch_size", "eval_unmasking_steps", "eval_seed"),
+            *("eval_delay", "sample_grid_columns"),
+        ),
+        Needs("eval_strategy steps", ("eval_strategy",), lambda s: s == "steps", in_python=False): ("eval_steps",),
+        Needs("save_strategy steps", ("save_strategy",), lambda s: s == "steps", in_python=False): ("save_steps",),
+        Needs("logging_strategy steps", ("logging_strategy",), lambda s: s == "steps"): ("logging_steps",),
+        Needs("max_steps -1", ("max_steps",), lambda n: n == -1): ("num_train_epochs",),
+        Needs("another lr_scheduler_type than constant", ("lr_scheduler_type",), lambda s: s != "constant"): (
+            "warmup_steps",
+        ),
+        Needs("an lr_scheduler_type that takes some", ("lr_scheduler_type",), lambda s: "constant" not in s): (
+            "lr_scheduler_kwargs",
+        ),
+        Needs("an optim of the kind adamw", ("optim",), lambda s: s.startswith("adamw")): (
+            *("adam_beta1", "adam_beta2", "adam_epsilon"),
+        ),
+        Needs("optim sgd, adagrad or rmsprop", ("optim",), lambda s: s in ("sgd", "adagrad", "rmsprop")): (
+            "optim_args",
+        ),
+        Needs("gradient_checkpointing", _CHECKPOINTING, lambda *values: any(values)): (
+            *("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ),
+        Needs("a tracker in report_to", ("report_to",), lambda t: t not in (None, "none", [], ["none"])): ("run_name",),
+        Needs("report_to trackio", ("report_to",), lambda t: "trackio" in (t or ())): (
+            *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        ),
+    }
 
     @property
     def rows_per_batch(self) -> int:
@@ -104,6 +143,9 @@ class MARTrainingArguments(TrainingArguments):
         return cycle_pattern(self.gradient_accumulation_steps, 1)
 
     def __post_init__(self):
+        check_python(self)
+        if self.eval_strategy == "no":
+            self.eval_on_start = False
         self.deepspeed = deepspeed_config(self.deepspeed)
         self._heed_accelerate()
         if _PLANNED_PROCESSES.get() is None:

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
+
+from marval_rl.training.settings import Conditions, Needs
 
 BEST_FOLDER = "best"
 BEST_FILE = "best.json"  # {"step": int, "metric": str, "value": float}
@@ -49,6 +51,15 @@ class LimitArguments:
             "the best averaged model within the limits."
         },
     )
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("the digits, whose evaluation alone measures it", ("dataset",), lambda name: name == "digits"): (
+            *("max_frechet_ratio", "min_diversity", "min_mode_coverage"),
+        ),
+        Needs("labelling parity, whose classes have several modes", ("labelling",), lambda s: s == "parity"): (
+            "min_mode_coverage",
+        ),
+    }
 
     def check_limits(self) -> None:
         """Raises ValueError for a limit that the first evaluation itself would break, and for one that is never looked
@@ -137,16 +148,21 @@ class LimitsCallback(TrainerCallback):
         args: The settings.
         output_dir: Of the run; the best model is kept in its folder `best`.
         save: Writes the averaged model to a folder as it is now; all processes call it.
+        measured: The figures of an evaluation; None if they are not known before it.
 
     Raises:
-        ValueError: At the first evaluation, if it does not measure a figure that a setting names.
+        ValueError: If evaluation does not measure a figure that a setting names; at the first one, if measured is None.
     """
 
-    def __init__(self, args: LimitArguments, output_dir: Path, save: Callable[[Path], None]):
+    def __init__(
+        self, args: LimitArguments, output_dir: Path, save: Callable[[Path], None], measured: Sequence[str] | None
+    ):
         self.limits = limits_of(args)
         self.best_metric = None if args.best_metric is None else f"eval_{args.best_metric}"
         self.folder = output_dir / BEST_FOLDER
         self.save = save
+        if measured is not None:
+            self._check_measured([], dict.fromkeys((f"eval_{name}" for name in measured), 0.0))
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if broken_limit(self.limits, state.log_history) is not None:
@@ -171,7 +187,7 @@ class LimitsCallback(TrainerCallback):
         if self.best_metric is not None:
             wanted[self.best_metric] = "best_metric"
         for metric, setting in wanted.items():
-            if all(entry.get(metric) is None for entry in history):
+            if all(entry.get(metric) is None for entry in (*history, metrics)):
                 measured = sorted(name.removeprefix("eval_") for name, value in metrics.items() if value is not None)
                 raise ValueError(
                     f"{setting} needs {metric.removeprefix('eval_')}, which evaluation does not measure here; it "

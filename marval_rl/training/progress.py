@@ -21,7 +21,9 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=not sys.stderr.isatty())
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, disable=args.disable_tqdm or not sys.stderr.isatty()
+            )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:

@@ -1,0 +1,227 @@
+"""Which settings count: one that cannot is refused by name, with the remedy, and never recorded without effect.
+
+A dataclass says in its table `counts_if` what its settings depend on; `REFUSED` lists what transformers offers
+and these trainers do not do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+
+class Needs(NamedTuple):
+    """What settings depend on.
+
+    told: the condition in words. settings: what it looks at; it does not apply to a command that has not all of them.
+    met: of their values. in_python: False where a trainer made in Python can use the setting in another way.
+    """
+
+    told: str
+    settings: tuple[str, ...]
+    met: Callable[..., bool]
+    in_python: bool = True
+
+
+Conditions = dict[Needs, tuple[str, ...]]  # the settings that count only if it is met
+
+EVALUATED = Needs('eval_strategy steps or epoch (it is "no")', ("eval_strategy",), lambda s: s != "no", in_python=False)
+
+_HUB = "nothing is uploaded: run `hf upload` with the folder final/ afterwards"
+_BEST = "set best_metric to the figure of an evaluation: output_dir/best keeps the best model"
+_EVALUATION = "evaluation generates images: eval_batch_size and eval_num_images say how many"
+_TEXT = "it is for language models"
+_LOADER = "the order of the data is drawn from data_seed, and every batch is full"
+_FSDP = "several GPUs share a model by --accelerate_config zero2 or zero3"
+_OUTPUT = "all processes share one output_dir, and the first one writes and prints"
+REFUSED = {
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "save_only_model": "a run is resumed from the optimizer's state: for weights alone take the folder final/",
+    "resume_from_checkpoint": "write --resume, or --resume CHECKPOINT",
+    "ignore_data_skip": "a resumed run reads the data where it stopped",
+    "restore_callback_states_from_checkpoint": "checkpoints restore all that this library's callbacks need",
+    "enable_jit_checkpoint": "SIGTERM writes a checkpoint anyway",
+    "save_on_each_node": _OUTPUT,
+    "log_on_each_node": _OUTPUT,
+    "push_to_hub": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+    "per_device_eval_batch_size": _EVALUATION,
+    "prediction_loss_only": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "label_names": _EVALUATION,
+    "bf16_full_eval": "images are generated in the precision of the averaged weights, float32",
+    "fp16_full_eval": "images are generated in the precision of the averaged weights, float32",
+    "average_tokens_across_devices": _TEXT,
+    "include_num_input_tokens_seen": _TEXT,
+    "include_tokens_per_second": _TEXT,
+    "label_smoothing_factor": _TEXT,
+    "length_column_name": _TEXT,
+    "neftune_noise_alpha": _TEXT,
+    "use_cache": _TEXT,
+    "use_liger_kernel": _TEXT,
+    "liger_kernel_config": _TEXT,
+    "dataloader_drop_last": _LOADER,
+    "dataloader_in_order": _LOADER,
+    "dataloader_persistent_workers": "workers live for one epoch, so that they know which",
+    "dataloader_multiprocessing_context": "workers start as torch starts them on this system",
+    "train_sampling_strategy": _LOADER,
+    "group_by_length": _LOADER,
+    "accelerator_config": _LOADER,
+    "remove_unused_columns": "all columns are passed to the rewards",
+    "auto_find_batch_size": "--dry_run estimates the memory: set per_device_train_batch_size by it",
+    "optim_target_modules": "the optimizer's parameter groups are the networks; use_peft trains parts of a student",
+    "torch_compile": "the networks are not compiled",
+    "torch_compile_backend": "the networks are not compiled",
+    "torch_compile_mode": "the networks are not compiled",
+    "fsdp": _FSDP,
+    "fsdp_config": _FSDP,
+    "parallelism_config": _FSDP,
+    "logging_nan_inf_filter": "steps that are not finite are skipped and named, see max_skipped_steps",
+    "debug": "the first figure that is not finite is named, see max_skipped_steps",
+    "skip_memory_metrics": "--dry_run prints an estimate of the memory",
+    "do_train": "the command says what is done",
+    "do_eval": "eval_strategy and eval_steps say when images are judged",
+    "do_predict": "`marval-rl sample` generates images",
+    "local_rank": "the launcher tells each process its rank: --num_processes N",
+}
+_FIGURE = "no figure drives the schedule here: choose another, such as constant_with_warmup"
+REFUSED_VALUES = {
+    ("save_strategy", "best"): _BEST,
+    ("lr_scheduler_type", "reduce_lr_on_plateau"): _FIGURE,
+    ("lr_scheduler_type", "greedy"): _FIGURE,
+}
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")  # those that were tried
+
+TRACKERS = {  # name -> packages of which it needs one
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    """A field's default; MISSING if it has none."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
+
+
+def defaults_of(config_types: Sequence[type]) -> dict[str, Any]:
+    """The default of each setting."""
+    return {f.name: default_of(f) for kind in config_types for f in dataclasses.fields(kind) if f.init}
+
+
+def conditions_of(config_types: Sequence[type]) -> Iterator[tuple[str, Needs]]:
+    """Each setting that depends on others, with what it needs."""
+    for kind in config_types:
+        for base in kind.__mro__:
+            for needs, names in vars(base).get("counts_if", {}).items():
+                yield from ((name, needs) for name in names)
+
+
+def unmet_needs(config_types: Sequence[type], values: Mapping[str, Any]) -> dict[str, Needs]:
+    """The settings that cannot count, each with what it misses; values: those of all settings, defaults too."""
+    return {
+        name: needs
+        for name, needs in conditions_of(config_types)
+        if name in values
+        and all(setting in values for setting in needs.settings)
+        and not needs.met(*(values[setting] for setting in needs.settings))
+    }
+
+
+def check_written(
+    config_types: Sequence[type], written: Mapping[str, Any], on_command_line: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings that count, and lines that tell of those that the command line has switched off.
+
+    What is empty, false or 0 says that something is off, and may be written anywhere.
+
+    Args:
+        config_types: The dataclasses of the command.
+        written: What the user wrote, in the recipe or on the command line.
+        on_command_line: Those of them that stand there.
+
+    Raises:
+        ValueError: For a setting that cannot count, unless it stands in the recipe and the command line switches off
+            what it belongs to; and for what transformers offers and these trainers do not do.
+    """
+    defaults = defaults_of(config_types)
+    check_refused(defaults, written)
+    left_out: dict[Needs, list[str]] = {}
+    unmet = unmet_needs(config_types, {**defaults, **written})
+    for name, needs in unmet.items():
+        if not written.get(name):
+            continue
+        if name in on_command_line or not set(needs.settings) & set(on_command_line):
+            raise ValueError(f"{name} {written[name]} counts only with {needs.told}: set that, or leave {name} out")
+        left_out.setdefault(needs, []).append(name)
+    lines = [f"# left out of the recipe: {', '.join(names)}, only for {n.told}" for n, names in left_out.items()]
+    gone = {name for names in left_out.values() for name in names}
+    return {name: value for name, value in written.items() if name not in gone}, lines
+
+
+def check_python(config: Any) -> None:
+    """As `check_written`, for a dataclass that was made in Python: what differs from its default was written.
+
+    Raises:
+        ValueError: For a setting that cannot count.
+    """
+    kind, values = type(config), vars(config)
+    defaults = defaults_of((kind,))
+    check_refused(defaults, {name: values[name] for name, default in defaults.items() if values[name] != default})
+    for name, needs in unmet_needs((kind,), values).items():
+        if needs.in_python and values[name] and values[name] != defaults[name]:
+            raise ValueError(f"{name} {values[name]} counts only with {needs.told}: set that, or leave {name} out")
+
+
+def check_refused(defaults: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    """Raises ValueError for what transformers offers and these trainers do not do."""
+    for name, value in written.items():
+        default = defaults[name]
+        is_harmless = value == default or value in ("", [], AcceleratorConfig())  # as transformers leaves them
+        if name == "do_eval":  # transformers sets it
+            is_harmless = is_harmless or written.get("eval_strategy", defaults["eval_strategy"]) != "no"
+        if name in REFUSED and not is_harmless:
+            raise ValueError(f"{name} {value} is not supported by these trainers: {REFUSED[name]}")
+        if isinstance(value, str) and (name, value) in REFUSED_VALUES:
+            raise ValueError(f"{name} {value!s} is not supported by these trainers: {REFUSED_VALUES[name, value]}")
+        if name == "optim" and value not in OPTIMIZERS:
+            raise ValueError(f"optim {value} is not supported by these trainers: choose one of {', '.join(OPTIMIZERS)}")
+    check_trackers(written.get("report_to"))
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Raises ValueError for a tracker that is not known, or whose package is missing."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("none", "all"):
+            continue
+        if name not in TRACKERS:
+            raise ValueError(f"report_to {name} is not a known tracker: none, all, {', '.join(TRACKERS)}")
+        if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
+            raise ValueError(f"report_to {name} needs a package that is not installed: pip install {TRACKERS[name][0]}")
