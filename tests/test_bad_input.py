@@ -262,12 +262,12 @@ def test_a_grid_in_a_folder_that_cannot_be_made(tiny_runs, tmp_path, complaint):
 
 
 def test_a_folder_that_already_holds_a_run_is_kept(train, tmp_path, complaint):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "time": 0.1}\n')
     line = complaint(2, train())
-    assert line.startswith(f"{tmp_path / 'run'} already holds a run")
-    assert "--resume" in line and "--overwrite_output_dir" in line
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert line.startswith(f"{tmp_path / 'run'} already holds a run (final), but no complete checkpoint to resume from")
+    assert "(--resume)" not in line and "--overwrite_output_dir" in line
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["final", "metrics.jsonl"]
 
 
 def test_overwriting_takes_the_earlier_run_away(train, tmp_path):
@@ -287,4 +287,4 @@ def test_an_earlier_run_outlives_a_new_one_that_cannot_begin(train, tmp_path, co
 
 def test_nothing_to_resume(train, tmp_path, complaint):
     line = complaint(1, train("--resume"))
-    assert line == f"{tmp_path / 'run'} holds no whole checkpoint to resume from; start without --resume"
+    assert line == f"{tmp_path / 'run'} holds no complete checkpoint to --resume from; start without it"

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(copy, capsys, f
     assert find_checkpoint(copy, "latest") == copy / "checkpoint-4"
     told = capsys.readouterr().out
     assert told.startswith(f"{newest} is damaged ({wrong}") and told.endswith(f"; resuming from {copy}/checkpoint-4\n")
-    with pytest.raises(CheckpointError, match=f"checkpoint-6 is no whole checkpoint: {wrong}"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-6 is not a complete checkpoint: {wrong}"):
         find_checkpoint(copy, str(newest))
 
 

@@ -155,10 +155,10 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path, resume)
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 2, "log_hist')
     if resume == "latest":
-        with pytest.raises(CheckpointError, match="no whole checkpoint to resume from; checkpoint-2 is damaged"):
+        with pytest.raises(CheckpointError, match="no complete checkpoint to --resume from; checkpoint-2 is damaged"):
             find_checkpoint(tmp_path, "latest")
     else:
-        with pytest.raises(CheckpointError, match=r"checkpoint-2 is no whole checkpoint: trainer_state"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 is not a complete checkpoint: trainer_state"):
             find_checkpoint(tmp_path, str(torn))
 
 

@@ -30,4 +30,4 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         data.fit(teacher.config, source.teacher, dataset)
         return DistillTrainer(teacher, config, train_dataset=dataset, evaluator=data.evaluator())
 
-    run_training(args, settings, config, make_trainer, lambda: plan_distillation(data, source, config))
+    run_training(args, settings, (data, source, config), make_trainer, lambda: plan_distillation(data, source, config))

@@ -30,4 +30,4 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         model = MARModel(sizes.config(data.latents(dataset)))
         return PretrainTrainer(model, config, train_dataset=dataset, evaluator=data.evaluator())
 
-    run_training(args, settings, config, make_trainer, lambda: plan_pretraining(data, sizes, config))
+    run_training(args, settings, (data, sizes, config), make_trainer, lambda: plan_pretraining(data, sizes, config))

@@ -1,12 +1,18 @@
-"""Keeping libraries from talking over the command line's own output."""
+"""Keeping libraries from talking over the command line's own output, but for what the user must know."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 
 import torch
+
+NOISE = (  # warnings of transformers that ask nothing of the user; all others are shown
+    "does not expose input embeddings",  # of language models' adapters
+    "do not match the ones in the `trainer_state.json`",  # a resumed run says itself what has changed
+)
 
 
 def quiet_libraries() -> None:
@@ -14,11 +20,18 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where installed, warns that it finds no GPU
     for library in ("transformers", "huggingface_hub", "diffusers"):
-        warnings.filterwarnings("ignore", module=library)  # of what will be renamed in their next release
-    from transformers.utils import logging
+        for category in (FutureWarning, DeprecationWarning):  # of what will be renamed in their next release
+            warnings.filterwarnings("ignore", category=category, module=library)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    return not any(noise in record.getMessage() for noise in NOISE)
 
 
 def is_watched() -> bool:

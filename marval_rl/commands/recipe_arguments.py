@@ -14,7 +14,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds RECIPE, --dry_run, --resume and the options of a launch; all else on the command line is a setting (`--key
     value`).
 
-    `args.resume` is None (start anew), LATEST (the newest checkpoint of the output folder) or the path of a checkpoint.
+    `args.resume` is None (start anew), LATEST (the newest checkpoint of the output folder), "auto" (that, or start anew
+    where there is none) or the path of a checkpoint.
     The command line launches before the command is run, so here the latter are for the help alone.
     """
     parser.usage = f"{parser.prog} RECIPE [--dry_run] [--resume [CHECKPOINT]] [--num_processes N ...] [--key value ...]"
@@ -31,6 +32,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=LATEST,
         metavar="CHECKPOINT",
-        help="go on from this checkpoint folder; without a value, from the newest one of the run",
+        help="resume from this checkpoint folder; without a value, from the newest one of the run; auto: from the "
+        "newest one, or start anew where no checkpoint was written yet",
     )
     add_launch_arguments(parser)

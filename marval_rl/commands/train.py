@@ -77,4 +77,4 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     def make_plan() -> TrainingPlan:
         return plan_reward_training(data, rewarded, source, peft_config, config)
 
-    run_training(args, settings, config, make_trainer, make_plan)
+    run_training(args, settings, (data, rewarded, source, lora, config), make_trainer, make_plan)

@@ -14,7 +14,14 @@ from marval_rl.commands.quiet import quiet_libraries
 from marval_rl.errors import RecipeError
 from marval_rl.recipes import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
 from marval_rl.training.base import MARTrainer
-from marval_rl.training.resume import check_output_dir, find_checkpoint, remove_earlier_run, set_aside_newer
+from marval_rl.training.resume import (
+    AUTO,
+    changed_settings,
+    check_output_dir,
+    find_checkpoint,
+    remove_earlier_run,
+    set_aside_newer,
+)
 from marval_rl.training.settings import check_written, defaults_of, unmet_needs
 
 
@@ -42,7 +49,7 @@ def read_recipe(
 def run_training(
     args: argparse.Namespace,
     settings: dict[str, Any],
-    config: Any,
+    configs: Sequence[Any],
     make_trainer: Callable[[], MARTrainer],
     make_plan: Planner,
 ) -> None:
@@ -51,29 +58,37 @@ def run_training(
     Args:
         args: The command line, with `dry_run` and `resume`.
         settings: The resolved recipe.
-        config: The trainer's arguments.
+        configs: The recipe's dataclasses; the last are the trainer's arguments.
         make_trainer: Builds the trainer; called once, and not for a dry run.
         make_plan: Finds out what would be trained, for a dry run.
     """
+    config = configs[-1]
     if args.dry_run:
         print_dry_run(settings, config, make_plan)
         return
     output_dir = Path(config.output_dir)
     checkpoint = None
+    changed = []
     if args.resume is not None:
-        checkpoint = str(find_checkpoint(output_dir, args.resume))
+        if config.overwrite_output_dir:
+            raise RecipeError("--resume keeps the run that overwrite_output_dir deletes: leave out one of them")
+        checkpoint = find_checkpoint(output_dir, args.resume)
+    if checkpoint is not None:
+        defaults = defaults_of([type(part) for part in configs])
+        changed = changed_settings(checkpoint, settings, defaults, config.world_size)
     else:
-        check_output_dir(output_dir, config.overwrite_output_dir)
+        check_output_dir(output_dir, overwrite=config.overwrite_output_dir or args.resume == AUTO)
     trainer = make_trainer()
     speaks = config.process_index == 0
     if speaks:
-        print("\n".join([*devices(config), *batch_arithmetic(config)]))
+        print("\n".join([*changed, *devices(config), *batch_arithmetic(config)]))
         if checkpoint is None:
             remove_earlier_run(output_dir)
         else:
-            set_aside_newer(output_dir, Path(checkpoint))
-        save_recipe(output_dir / "recipe.yaml", settings)
-    trainer.train(resume_from_checkpoint=checkpoint)
+            set_aside_newer(output_dir, checkpoint)
+        followed = {key: value for key, value in settings.items() if key != "overwrite_output_dir"}
+        save_recipe(output_dir / "recipe.yaml", followed)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finished = trainer.has_ended(trainer.state)
     if speaks and finished:
         print(f"done: {output_dir / 'final'} holds the model; `marval-rl report {output_dir}` draws its curves")

@@ -138,6 +138,12 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            # The rate of the step to come is kept with the optimizer: another max_steps may have changed the schedule.
+            schedule = self.lr_scheduler
+            rates = zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in rates:
+                group["lr"] = base * factor(schedule.last_epoch)
         if checkpoint is not None:  # here and not with the weights, which DeepSpeed loads by itself
             self._load_own_state(Path(checkpoint))
 
@@ -218,7 +224,7 @@ class ResumableTrainer(Trainer):
         """
         step = self.state.global_step
         if step == 0:
-            return "no step was completed, so there is no checkpoint"
+            return "no step was completed, so there is no checkpoint: correct it and start the run again"
         if self._last_step == step:  # in a step, and not in the evaluation after one
             buffer, metrics, self._tr_loss = self._before_step
             self.buffer, self._metrics = buffer, defaultdict(list, metrics)

@@ -172,15 +172,16 @@ def check_written(
             what it belongs to; and for what transformers offers and these trainers do not do.
     """
     defaults = defaults_of(config_types)
-    check_refused(defaults, written)
-    left_out: dict[Needs, list[str]] = {}
-    unmet = unmet_needs(config_types, {**defaults, **written})
-    for name, needs in unmet.items():
+    check_refused({name: value for name, value in written.items() if value and (value, defaults[name]) != (True, True)})
+    idle, left_out = [], {}
+    for name, needs in unmet_needs(config_types, {**defaults, **written}).items():
         if not written.get(name):
             continue
         if name in on_command_line or not set(needs.settings) & set(on_command_line):
-            raise ValueError(f"{name} {written[name]} counts only with {needs.told}: set that, or leave {name} out")
-        left_out.setdefault(needs, []).append(name)
+            idle.append((name, needs))
+        else:
+            left_out.setdefault(needs, []).append(name)
+    refuse_idle(idle, written)
     lines = [f"# left out of the recipe: {', '.join(names)}, only for {n.told}" for n, names in left_out.items()]
     gone = {name for names in left_out.values() for name in names}
     return {name: value for name, value in written.items() if name not in gone}, lines
@@ -193,22 +194,32 @@ def check_python(config: Any) -> None:
         ValueError: For a setting that cannot count.
     """
     kind, values = type(config), vars(config)
-    defaults = defaults_of((kind,))
-    check_refused(defaults, {name: values[name] for name, default in defaults.items() if values[name] != default})
-    for name, needs in unmet_needs((kind,), values).items():
-        if needs.in_python and values[name] and values[name] != defaults[name]:
-            raise ValueError(f"{name} {values[name]} counts only with {needs.told}: set that, or leave {name} out")
+    written = {name: values[name] for name, default in defaults_of((kind,)).items() if values[name] != default}
+    as_transformers_leaves_them = ("", [], AcceleratorConfig())
+    refusable = {name: value for name, value in written.items() if value not in as_transformers_leaves_them}
+    if config.eval_strategy != "no":
+        refusable.pop("do_eval", None)  # transformers sets it
+    check_refused(refusable)
+    unmet = unmet_needs((kind,), values).items()
+    refuse_idle([(name, needs) for name, needs in unmet if needs.in_python and written.get(name)], values)
 
 
-def check_refused(defaults: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+def refuse_idle(idle: Sequence[tuple[str, Needs]], values: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first of these settings, and for all others that need the same."""
+    if not idle:
+        return
+    needs = idle[0][1]
+    names = [name for name, other in idle if other == needs]
+    shown = ", ".join(f"{name} {values[name]}" for name in names)
+    count, them = ("counts", names[0]) if len(names) == 1 else ("count", "them")
+    raise ValueError(f"{shown} {count} only with {needs.told}: set that, or leave {them} out")
+
+
+def check_refused(written: Mapping[str, Any]) -> None:
     """Raises ValueError for what transformers offers and these trainers do not do."""
     for name, value in written.items():
-        default = defaults[name]
-        is_harmless = value == default or value in ("", [], AcceleratorConfig())  # as transformers leaves them
-        if name == "do_eval":  # transformers sets it
-            is_harmless = is_harmless or written.get("eval_strategy", defaults["eval_strategy"]) != "no"
-        if name in REFUSED and not is_harmless:
-            raise ValueError(f"{name} {value} is not supported by these trainers: {REFUSED[name]}")
+        if name in REFUSED:
+            raise ValueError(f"{name} is not supported by these trainers: {REFUSED[name]}")
         if isinstance(value, str) and (name, value) in REFUSED_VALUES:
             raise ValueError(f"{name} {value!s} is not supported by these trainers: {REFUSED_VALUES[name, value]}")
         if name == "optim" and value not in OPTIMIZERS:
