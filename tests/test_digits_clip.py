@@ -98,7 +98,7 @@ def test_the_recipe_rewards_with_it(trained, tiny_runs, tmp_path):
     assert kwargs["clip"]["model"] == "local-dir:runs/digits/clip"  # where the script writes
     kwargs["clip"]["model"] = f"local-dir:{trained}"
     settings = {"reward_funcs": None, "eval_reward_funcs": None, "reward_kwargs": json.dumps(kwargs)}
-    models = tiny_runs.models_of("grpo")
+    models = {"model": tiny_runs.student}
     path = RECIPES / "grpo_clip.yaml"
     assert run_recipe("grpo", tmp_path, path=path, anchor_weight=0, max_steps=2, **models, **settings) == 0
     lines = training_lines(tmp_path)

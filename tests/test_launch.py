@@ -400,7 +400,7 @@ def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
         "eval_strategy": "no",
         "eval_on_start": False,
     }
-    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness", **tiny_runs.models_of("grpo")}
+    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness", "model": tiny_runs.student}
     words = command_line("grpo", run, **settings)
     words += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.2"]
     words += ["--main_process_port", str(launching._with_free_port(HERE).main_process_port)]

@@ -12,22 +12,29 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from official_files import official_config, vae_weights, write_mar, write_vae
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_images import noise_image
-from tiny_recipes import is_finite, training_lines
+from tiny_recipes import CONFIGS, is_finite, training_lines
 from tiny_rewards import image_reward_arguments, write_clip, write_image_reward, write_pick_score
 
 from marval_rl.cli import main
 from marval_rl.data.imagenet import IMAGENET_WNIDS
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
+from marval_rl.training.settings import defaults_of, unmet_needs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 WNIDS = IMAGENET_WNIDS[:3]
 NAMES = ["tench", "goldfish", "great white shark"]
 IMAGES = 24
+KINDS = {
+    "grpo_clip.yaml": "grpo",
+    "grpo_imagereward.yaml": "grpo",
+    "backprop_pickscore.yaml": "reward_backprop",
+}
 TINY = {
     "model_size": "null",
     "image_size": "null",
@@ -82,6 +89,11 @@ def files(tmp_path_factory) -> Files:
 
 
 def command(name: str, recipe: str, *flags: str, **settings: Any) -> list[str]:
+    """The arguments of a command, without tiny settings that others switch off."""
+    kinds = CONFIGS[KINDS.get(recipe, "distill")]
+    written = yaml.safe_load((RECIPES / recipe).read_text()) | settings
+    unmet = unmet_needs(kinds, defaults_of(kinds) | written)
+    settings = {key: value for key, value in settings.items() if key not in unmet}
     words = [name, str(RECIPES / recipe), *flags]
     for key, value in settings.items():
         words += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
