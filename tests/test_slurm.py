@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_recipes import comparable_lines, run_recipe
 
@@ -59,11 +60,11 @@ def test_the_script_of_the_docs_is_killed_and_requeued_until_it_is_done(tiny_run
                 env=os.environ | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
             while process.poll() is None:
                 if until is not None and until():
-                    os.killpg(process.pid, signal.SIGKILL)
+                    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                        each.kill()
                 time.sleep(0.01)
         return process.wait(), output.read_text()
 
