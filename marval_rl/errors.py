@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 
@@ -33,7 +34,16 @@ class DataError(MarvalError):
     """Images, a data set or a cache cannot be read, or are not what they should be."""
 
 
-def check_output(file: Path) -> None:
+def check_folder(folder: Path, setting: str) -> None:
+    """Raises ValueError if no files could be written to a folder; makes it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{setting} {folder} cannot be written: {error.strerror}; choose another folder") from error
+
+
+def check_output(file: Path, setting: str = "--output") -> None:
     """Raises ValueError if a result could not be written to a file in the end; makes its folder."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +52,7 @@ def check_output(file: Path) -> None:
         if not existed:
             file.unlink()
     except OSError as error:
-        raise ValueError(f"--output {file} cannot be written: {error.strerror}; choose another place") from error
+        raise ValueError(f"{setting} {file} cannot be written: {error.strerror}; choose another place") from error
 
 
 def first_line(error: Exception) -> str:

@@ -27,6 +27,7 @@ from marval_rl.errors import RecipeError
 from marval_rl.paths import SHIPPED_RECIPES, expand_path, shipped_recipe
 from marval_rl.recipe_values import WrongType, convert, pick, rejoin_list
 from marval_rl.text import dump_yaml, load_yaml, read_text, yaml_problem
+from marval_rl.trl_settings import explain_trl_setting
 
 # Settings that are paths, some of them or else a hub id or a name: ~ and $VARIABLE are replaced in them.
 PATH_SETTINGS = (
@@ -63,7 +64,8 @@ def read_settings(path: str | Path | None, overrides: Sequence[str], config_type
         environment = recipe.pop("env", None) or {}
         for key, value in recipe.items():
             if key not in fields:
-                raise RecipeError(f"{path}: unknown key {str(key)!r}{nearest(str(key), fields)}")
+                told = explain_trl_setting(str(key), fields) or f"unknown key {str(key)!r}{nearest(str(key), fields)}"
+                raise RecipeError(f"{path}: {told}")
             settings[key] = _checked(value, fields[key], hints[key], f"{path}: {key}")
         if not isinstance(environment, dict) or not all(isinstance(value, str) for value in environment.values()):
             raise RecipeError(f"{path}: env: expected a mapping of names to values, got {environment!r}")
@@ -188,7 +190,8 @@ def _command_line(overrides: Sequence[str], config_types: Sequence[type], fields
     given, unknown = parser.parse_known_args(list(overrides))
     if unknown and unknown[0].startswith("-"):
         name = unknown[0].lstrip("-").split("=")[0]
-        raise RecipeError(f"unknown option {unknown[0].split('=')[0]}{nearest(name, [*fields, *COMMAND_OPTIONS])}")
+        hint = nearest(name, [*fields, *COMMAND_OPTIONS])
+        raise RecipeError(explain_trl_setting(name, fields) or f"unknown option {unknown[0].split('=')[0]}{hint}")
     if unknown:
         raise RecipeError(f"unexpected argument {unknown[0]!r}: settings are given as --key value")
     return {key: rejoin_list(value) if isinstance(value, list) else value for key, value in vars(given).items()}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_recipes import RECIPES, run_recipe, training_lines
+from tiny_recipes import RECIPES, run_recipe
 
 from marval_rl.cli import main
 
@@ -236,14 +236,53 @@ def test_a_sample_of_a_model_that_is_not_there(tmp_path, complaint):
 def test_an_evaluation_with_too_few_images(tiny_runs, tmp_path, complaint):
     arguments = ["--num_images", "12", "--output", str(tmp_path / "evaluation.json")]
     line = complaint(2, main(["evaluate", str(tiny_runs.student), *arguments]))
-    assert "at least 2 images a class" in line
+    assert line.startswith("--num_images must be at least 20, not 12: diversity compares at least 2 images a class")
     assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_too_few_images_to_evaluate_are_noticed_before_training(train, tmp_path, complaint):
     line = complaint(2, train(eval_on_start=True, eval_strategy="steps", eval_num_images=12))
-    assert "2 images a class" in line
-    assert not training_lines(tmp_path / "run")
+    assert line.startswith("eval_num_images must be at least 20, not 12: ") and "there are 10 classes" in line
+    assert not list((tmp_path / "run").iterdir())
+    line = complaint(2, train(eval_strategy="steps", eval_num_images=0))
+    assert line == "eval_num_images must be at least 1, not 0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "nowhere", "reward_funcs": "clasifier"}, "unknown reward 'clasifier'; did you mean classifier"),
+        ({"model": "nowhere", "reward_weights": "1,2"}, "2 reward_weights for 1 reward_funcs (classifier)"),
+        ({"model": "nowhere", "eval_reward_funcs": "mine.py:it"}, "reward 'mine.py:it': the file 'mine.py' does not"),
+        (
+            {"eval_strategy": "steps", "best_metric": "rewards/judge/mean"},
+            "best_metric needs rewards/judge/mean, which evaluation does not measure here; it measures classif",
+        ),
+        ({"prompts_per_class": 0}, "train_dataset has no rows"),
+        ({"anchor_weight": 1.0, "anchor_batch_size": 9000}, "anchor_batch_size 9000 takes 4500 rows of data at once"),
+        (
+            {"prompts_per_class": 1, "per_device_train_batch_size": 32, "num_generations": 2},
+            "train_dataset has 10 rows, but 32 are needed: 32 a batch x 1 processes x 1 batches read before one is",
+        ),
+    ],
+)
+def test_what_could_not_work_is_said_before_an_earlier_run_is_deleted(train, tmp_path, complaint, settings, message):
+    (tmp_path / "run" / "checkpoint-900").mkdir(parents=True)
+    assert complaint(2, train(overwrite_output_dir=True, **settings)).startswith(message)
+    assert (tmp_path / "run" / "checkpoint-900").exists()
+
+
+def test_a_run_whose_groups_were_all_flat_says_so_at_its_end(train, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("def flat(images, **columns):\n    return [0.5] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    assert train(reward_funcs="mine.py:flat") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2].startswith("done: ")
+    assert told[-1].startswith(
+        "note: the rewards taught nothing: all images of a group had equal rewards in every logged step"
+    )
+    assert train(overwrite_output_dir=True) == 0
+    assert "taught nothing" not in capsys.readouterr().out
 
 
 # The output folder
@@ -251,14 +290,27 @@ def test_too_few_images_to_evaluate_are_noticed_before_training(train, tmp_path,
 
 def test_an_output_folder_that_cannot_be_made(train, tmp_path, complaint):
     (tmp_path / "file").write_text("")
-    line = complaint(1, train(output_dir=tmp_path / "file" / "run"))
-    assert str(tmp_path / "file") in line and "unexpected error" not in line
+    line = complaint(2, train(output_dir=tmp_path / "file" / "run"))
+    assert line.startswith(f"output_dir {tmp_path / 'file' / 'run'} cannot be written: ")
 
 
-def test_a_grid_in_a_folder_that_cannot_be_made(tiny_runs, tmp_path, complaint):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample {run}",
+        "evaluate {run} --num_images 20",
+        "report {run}",
+        "bench --model_size base",
+        "rewards score classifier --images {folder} --prompts {folder}/prompts.txt",
+    ],
+)
+def test_an_output_in_a_folder_that_cannot_be_made(tiny_runs, tmp_path, capsys, command):
     (tmp_path / "file").write_text("")
-    code = main(["sample", str(tiny_runs.student), "--output", str(tmp_path / "file" / "a.png")])
-    assert str(tmp_path / "file") in complaint(1, code)
+    words = command.format(run=tiny_runs.student, folder=tmp_path).split()
+    output = tmp_path / "file" / "a.csv"
+    code = main([*words, "--output", str(output)])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "") and f"--output {output} cannot be written: " in err
 
 
 def test_a_folder_that_already_holds_a_run_is_kept(train, tmp_path, complaint):

@@ -15,6 +15,7 @@ from tiny_evaluation import NAMES, colour_student, random_images, save_student
 from tiny_models import tiny_student
 
 from marval_rl.cli import main
+from marval_rl.evaluation import image_run
 from marval_rl.evaluation.image_set import read_images
 from marval_rl.models import generate
 from marval_rl.models.noise import IndexedNoise
@@ -231,12 +232,24 @@ def test_few_images_are_measured_as_far_as_they_go(evaluate, tmp_path, weights):
     )
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(student, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(student, tmp_path, weights, capsys):
     (tmp_path / "file").write_text("")
-    for command in (["evaluate", student, "--num_images", "4"], ["sample", student]):
+    folder = ["evaluate", "--images", random_images(tmp_path / "few", 12, seed=0), "--inception_weights", weights]
+    for command in (["evaluate", student, "--num_images", "4"], ["sample", student], folder):
         code = main([str(word) for word in (*command, "--device", "cpu", "--output", tmp_path / "file" / "e.json")])
         out, err = capsys.readouterr()
         assert code == 2 and not out and "e.json cannot be written: " in err
+
+
+def test_rewards_are_loaded_before_anything_is_generated(evaluate, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(image_run, "paint", lambda *_: pytest.fail("images were generated"))
+        for wrong in ("no_such", "tiny_evaluation:brightnes"):
+            code, _, err, _ = evaluate("--num_images", 4, "--rewards", wrong)
+            assert code == 2 and wrong in err, err
+    code, _, err, results = evaluate("--num_images", 4, "--rewards", "tiny_evaluation:every_other")
+    assert code == 0, err  # what failed before is not in the way
+    assert list(results["rewards"]) == ["every_other"]
 
 
 def test_torch_fidelity_is_an_extra(evaluate, tmp_path, weights, monkeypatch):

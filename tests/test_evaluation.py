@@ -177,6 +177,7 @@ def test_images_like_the_real_ones_reach_the_floor(evaluator):
     labels = torch.tensor([0, 0, 1, 1])[modes]
     results = evaluator.evaluate(pictures(modes, seed=2), labels)
     assert all(type(value) is float for value in results.values())
+    assert set(evaluator.names) == set(results)
     assert results["frechet_distance"] < 3 * results["frechet_floor"] < 0.05
     assert results["diversity"] == pytest.approx(1, abs=0.05)
     assert results["mode_coverage"] == pytest.approx(1, abs=1e-6)
@@ -215,6 +216,7 @@ def test_coverage_is_none_where_a_class_is_one_mode():
     train = grey_dataset(10, seed=0, **parts)
     evaluator = ImageEvaluator(train, train, grey_features, {"sure": GreyJudge(0.97)})
     assert evaluator.evaluate(train.images, train.class_labels)["mode_coverage"] is None
+    assert "mode_coverage" not in evaluator.names
 
 
 def test_the_floor_is_higher_for_fewer_images(evaluator):

@@ -29,7 +29,7 @@ class ScriptedEvaluator:
     """Measures what a table says of each step; of others, what it says of the step before."""
 
     def __init__(self, **figures: dict[int, float | None]):
-        self.figures = figures
+        self.figures, self.names = figures, list(figures)
         self.trainer: MARTrainer
 
     def evaluate(self, images: Tensor, class_labels: Tensor) -> dict[str, float | None]:
@@ -207,12 +207,18 @@ def test_a_limit_that_could_not_work_is_refused(tmp_path, settings, message):
     ("settings", "message"),
     [
         ({"best_metric": "rewards/judge/mean"}, "best_metric needs rewards/judge/mean, which evaluation does not"),
-        ({"min_mode_coverage": 0.9}, "min_mode_coverage needs mode_coverage, .* it measures diversity"),
+        ({"min_mode_coverage": 0.9}, "min_mode_coverage needs mode_coverage, .* it measures diversity, score$"),
     ],
 )
-def test_a_figure_that_is_not_measured_is_refused_before_the_first_step(tmp_path, settings, message):
-    trainer = scripted_trainer(tmp_path, {"diversity": {0: 1.0}, "mode_coverage": {0: None}}, **settings)
+def test_a_figure_that_is_not_measured_is_refused_when_the_trainer_is_made(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
+        scripted_trainer(tmp_path, {"diversity": {0: 1.0}, "score": {0: 1.0}}, **settings)
+
+
+def test_a_figure_without_a_value_is_refused_before_the_first_step(tmp_path):
+    figures = {"diversity": {0: 1.0}, "mode_coverage": {0: None}}
+    trainer = scripted_trainer(tmp_path, figures, min_mode_coverage=0.9)
+    with pytest.raises(ValueError, match=r"min_mode_coverage needs mode_coverage, .* it measures diversity$"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 from transformers import TrainingArguments
+from trl import GRPOConfig
 
 from marval_rl.errors import RecipeError
 from marval_rl.recipe_values import WrongType, convert, describe
@@ -23,6 +25,8 @@ from marval_rl.recipes import (
     resolved_recipe,
     save_recipe,
 )
+from marval_rl.trainers.grpo import MARGRPOConfig
+from marval_rl.trl_settings import explain_trl_setting
 
 
 @dataclass
@@ -125,6 +129,19 @@ def test_an_unknown_key_is_answered_with_the_nearest_name(write, text, overrides
     with pytest.raises(RecipeError) as caught:
         parse(write(text), *overrides)
     assert expected in str(caught.value)
+
+
+def test_a_setting_of_trl_is_explained(write):
+    ours = MARGRPOConfig.__dataclass_fields__
+    for name in sorted(set(GRPOConfig.__dataclass_fields__) - set(ours)):
+        told = explain_trl_setting(name, ours)
+        assert told and re.match(f"{name} is a setting of TRL(; here it is |, and has no meaning here: )", told), name
+    assert explain_trl_setting("num-generations", ours) is None and explain_trl_setting("zzz", ours) is None
+    for text, overrides in (("model: a\nlog_completions: true\n", []), ("model: a\n", ["--log_completions"])):
+        with pytest.raises(
+            RecipeError, match="log_completions is a setting of TRL, and has no meaning here: images of "
+        ):
+            parse(write(text), *overrides)
 
 
 def test_an_unknown_key_of_the_recipe_is_reported_with_its_file(write):

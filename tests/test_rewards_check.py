@@ -217,6 +217,25 @@ def flat_for_dark(images, **columns):
 
 
 generator = random.Random(0)
+network = torch.nn.BatchNorm2d(3)
+
+
+def in_training(images, **columns):
+    return mean(network(images[:, :, :1, :1]))  # of one image it cannot be computed
+
+
+class InTraining:
+    def __init__(self):
+        self.network = torch.nn.Conv2d(3, 1, 8, 8)
+
+    def __call__(self, images, **columns):
+        return self.network(images).mean(dim=(1, 2, 3))
+
+
+class InEvaluation(InTraining):
+    def __init__(self):
+        super().__init__()
+        self.network.eval()
 """
 
 
@@ -253,6 +272,9 @@ def test_the_table_explains_what_was_found(check):
     assert "images/s at batch 1, " in rows["speed"][1] and rows["speed"][1].endswith("images/s at batch 32")
     _, rows, _ = check("none_for_dark")
     assert "left out (None)" in rows["scores"][1]
+    assert rows["networks"] == ("ok", "no network was found")
+    _, rows, _ = check("InEvaluation")
+    assert rows["networks"] == ("ok", "network: in evaluation mode")
 
 
 def test_without_a_gradient_it_tells_what_reward_backprop_would_say(check):
@@ -308,6 +330,8 @@ def test_a_breach_is_found_and_explained(check, reward, failed, detail):
         ("constant", "scores", "0.5 for all 8 images, which are different: nothing can be learned from that"),
         ("noisy", "repeatable", "a resumed run will go another way"),
         ("draws", "random numbers", "draws from the global random numbers of random"),
+        ("in_training", "networks", "network: in training mode, with dropout and the batch's own statistics"),
+        ("InTraining", "networks", "network: in training mode"),
         ("one_size", "sizes", "16x16 works, 8x8, 33x47, 256x256 not (8x8: reward 'one_size' raised ValueError: only"),
         ("flat_for_dark", "gradient", "the gradient is zero for "),
     ],
@@ -315,7 +339,8 @@ def test_a_breach_is_found_and_explained(check, reward, failed, detail):
 def test_what_one_should_know_is_a_warning(check, reward, warned, detail):
     code, rows, _ = check(reward)
     assert rows[warned][0] == "warning" and detail in rows[warned][1], rows
-    assert code == (1 if reward == "noisy" else 0)  # noise also makes the score depend on the batch
+    # Noise and the batch's statistics also make the score depend on the batch.
+    assert code == (1 if reward in ("noisy", "in_training") else 0)
 
 
 def test_without_scores_the_other_checks_are_left_out(check):

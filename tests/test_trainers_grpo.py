@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import tiny_student
 from tiny_trainers import (
+    ANCHOR,
     GRPO,
     assert_equal_states,
     constant,
@@ -19,6 +21,7 @@ from tiny_trainers import (
     same,
     snapshot,
     snapshots_by_step,
+    tiny_images,
 )
 from torch import Tensor, nn
 
@@ -268,6 +271,42 @@ def test_the_reference_follows_the_average_when_it_is_told_to(tmp_path):
     assert same(states[1]["reference"], states[0]["reference"])
     assert same(states[2]["reference"], states[2]["ema"]) and not same(states[2]["ema"], states[1]["ema"])
     assert same(states[3]["reference"], states[2]["reference"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "train_dataset has no rows"),
+        ([{"prompt": "a cat", "artist": "Klee"}] * 8, "no column class_labels, only prompt, artist: each row names"),
+        (Dataset.from_list([{"class_labels": 0, "prompts": "a"}] * 8), "has a column prompts, .* rename the column"),
+        ([{"class_labels": 0, "completions": "a"}] * 8, "has a column completions, "),
+        ([{"class_labels": 0}] * 7 + [{"class_labels": 13}], r"class label 13 is outside 0\.\.2, the classes"),
+        (Dataset.from_list([{"class_labels": 0}] * 7 + [{"class_labels": -1}]), r"class label -1 is outside 0\.\.2"),
+        ([{"class_labels": "cat"}] * 8, r"class_labels must be whole numbers in 0\.\.2, not 'cat'"),
+        (
+            [{"class_labels": 0}] * 7 + [{"class_labels": None}],
+            r"class_labels must be whole numbers in 0\.\.2, not None",
+        ),
+        ([{"class_labels": 0}], "train_dataset has 1 rows, but 2 are needed"),
+    ],
+)
+def test_rows_that_cannot_be_rolled_out_are_refused_when_the_trainer_is_made(tmp_path, rows, message):
+    config = MARGRPOConfig(str(tmp_path), **GRPO)
+    with pytest.raises(ValueError, match=message):
+        MARGRPOTrainer(tiny_student(1), darkness, config, train_dataset=rows)
+
+
+def test_rows_may_hold_images_and_labels_as_tensors(tmp_path):
+    config = MARGRPOConfig(str(tmp_path), **GRPO, max_steps=1)
+    MARGRPOTrainer(tiny_student(1), darkness, config, train_dataset=tiny_images()).train()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"), [(0, "takes 0 rows"), (50, "takes 25 rows .* has 24: set it to 1 to 48")]
+)
+def test_an_anchor_needs_as_many_rows_as_it_takes_at_once(tmp_path, batch, message):
+    with pytest.raises(ValueError, match=f"anchor_batch_size {batch} {message}"):
+        grpo_trainer(tmp_path, tiny_student(1), **ANCHOR | {"anchor_batch_size": batch})
 
 
 @pytest.mark.parametrize(

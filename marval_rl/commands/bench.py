@@ -14,6 +14,7 @@ from marval_rl.cli import path_or_id
 from marval_rl.commands.model_arguments import AUTOCAST_DTYPES
 from marval_rl.commands.networks import PUBLISHED_SIZES
 from marval_rl.commands.quiet import quiet_libraries
+from marval_rl.errors import check_output
 from marval_rl.models import MARModel, generate
 from marval_rl.models.checkpoints import load_model
 from marval_rl.recipe_values import WrongType, convert, rejoin_list
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, extra: list[str]) -> None:
     """Prints a table, and writes it as JSON where --output says."""
     quiet_libraries()
+    if args.output is not None:
+        check_output(args.output)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     teacher, student = models(args)
     rows = compare(
@@ -69,7 +72,6 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
             f"{row['student_seconds']:8.4f} s, {row['speedup']:6.1f} times as fast (median of {args.repeats})"
         )
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(rows, indent=2) + "\n")
 
 

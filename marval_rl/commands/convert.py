@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marval_rl.cli import path_or_id
 from marval_rl.commands.quiet import quiet_libraries
-from marval_rl.errors import CheckpointError
+from marval_rl.errors import CheckpointError, check_folder
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
 from marval_rl.models.official.mar_weights import mar_checkpoint, published_name, read_mar
@@ -110,7 +110,9 @@ def _refuse_mar_options(args: argparse.Namespace, why: str) -> None:
 
 
 def _check_free(output: Path, overwrite: bool, wants_folder: bool) -> None:
-    """Raises ValueError if something is in the way that this command did not write or may not replace."""
+    """Raises ValueError if something is in the way that this command did not write or may not replace, or if nothing
+    can be written there."""
+    check_folder(output.parent, "the folder of OUT,")
     if not output.exists():
         return
     if output.is_dir() != wants_folder:
@@ -125,7 +127,6 @@ def _check_free(output: Path, overwrite: bool, wants_folder: bool) -> None:
 
 def _write(output: Path, write: Callable[[Path], object]) -> None:
     """Writes beside the output and renames, so that what stands under its name is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
     try:

@@ -13,6 +13,7 @@ from marval_rl.commands.evaluate import default_output, write_results
 from marval_rl.commands.model_arguments import load_for_sampling, sampling_settings
 from marval_rl.commands.sources import DIGITS, DataArguments
 from marval_rl.errors import check_output
+from marval_rl.evaluation.diversity import check_num_images
 from marval_rl.training.sampling import generate_images
 
 
@@ -25,11 +26,7 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     labelling = args.labelling or ("parity" if model.config.num_classes == 2 else "digit")
     data = DataArguments(labelling=labelling)
     data.fit(model.config, args.model, data.load("test"))
-    if args.num_images < 2 * model.config.num_classes:
-        raise ValueError(
-            f"--num_images must be at least {2 * model.config.num_classes}, not {args.num_images}: diversity compares "
-            f"2 images of each of {model.config.num_classes} classes"
-        )
+    check_num_images(args.num_images, model.config.num_classes, "--num_images")
     settings = sampling_settings(args)
     evaluator = data.evaluator()
     draws, seconds = [], 0.0

@@ -33,6 +33,8 @@ def evaluate_folder(args: argparse.Namespace) -> None:
     if args.inception_weights is None:
         raise ValueError("--images needs the weights of Inception (--inception_weights FILE)")
     check_fidelity_arguments(args)
+    output = args.output or Path("evaluation.json")
+    check_output(output)
     reference = None if args.reference is None else open_reference(args.reference)
     files = list_images(args.images)
     print(f"{len(files)} images in {args.images}", flush=True)
@@ -42,8 +44,6 @@ def evaluate_folder(args: argparse.Namespace) -> None:
             f"without a reference only the Inception Score is measured, and it needs at least {SCORE_SPLITS} images; "
             f"{args.images} holds {len(files)}: add images, or give a --reference for FID"
         )
-    output = args.output or Path("evaluation.json")
-    check_output(output)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     inception = Inception(args.inception_weights, device, inception_batch_size(args))
     results = {

@@ -50,6 +50,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         raise RecipeError(f"grpo needs lora_dropout 0, not {lora.lora_dropout}: its ratios must begin at 1")
 
     def make_trainer() -> RewardTrainer:
+        rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs)
+        judges = None
+        if rewarded.eval_reward_funcs:
+            judges = RewardSet(rewarded.eval_reward_funcs, reward_kwargs=rewarded.eval_reward_kwargs)
         student = load_model(rewarded.model, one_step=True)
         source.check_size(student.config, rewarded.model)
         anchored = config.anchor_weight > 0
@@ -57,10 +61,6 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         if images is not None:
             data.announce(images, config.process_index)
         data.fit(student.config, rewarded.model, images)
-        rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs)
-        judges = None
-        if rewarded.eval_reward_funcs:
-            judges = RewardSet(rewarded.eval_reward_funcs, reward_kwargs=rewarded.eval_reward_kwargs)
         return trainer_class(
             student,
             rewards,

@@ -11,7 +11,7 @@ from typing import Any
 from marval_rl.commands.planning.dry_run import batch_arithmetic, devices, print_dry_run
 from marval_rl.commands.planning.plan import Planner
 from marval_rl.commands.quiet import quiet_libraries
-from marval_rl.errors import RecipeError
+from marval_rl.errors import RecipeError, check_folder
 from marval_rl.recipes import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
 from marval_rl.training.base import MARTrainer
 from marval_rl.training.resume import (
@@ -78,6 +78,7 @@ def run_training(
         changed = changed_settings(checkpoint, settings, defaults, config.world_size)
     else:
         check_output_dir(output_dir, overwrite=config.overwrite_output_dir or args.resume == AUTO)
+    check_folder(output_dir, "output_dir")
     trainer = make_trainer()
     speaks = config.process_index == 0
     if speaks:
@@ -92,7 +93,21 @@ def run_training(
     finished = trainer.has_ended(trainer.state)
     if speaks and finished:
         print(f"done: {output_dir / 'final'} holds the model; `marval-rl report {output_dir}` draws its curves")
+        if (note := nothing_learned(trainer.state.log_history)) is not None:
+            print(note)
     elif speaks:
         print(f"stopped at step {trainer.state.global_step}: a checkpoint is kept, --resume goes on from it")
     if not finished:
         raise KeyboardInterrupt
+
+
+def nothing_learned(history: list[dict[str, float]]) -> str | None:
+    """A note if no logged step of a run can have taught the model anything; None if one did."""
+    equal = [entry["frac_reward_zero_std"] for entry in history if "frac_reward_zero_std" in entry]
+    norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
+    if equal and min(equal) == 1:
+        return (
+            "note: the rewards taught nothing: all images of a group had equal rewards in every logged step; "
+            "`marval-rl rewards check SPEC` looks into a reward"
+        )
+    return "note: nothing was learned: the gradient was 0 in every logged step" if norms and max(norms) == 0 else None

@@ -6,6 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def check_num_images(num_images: int, num_classes: int, setting: str) -> None:
+    """Raises ValueError if so many generated images, the classes equally often, are too few for diversity."""
+    if num_images < 2 * num_classes:
+        raise ValueError(
+            f"{setting} must be at least {2 * num_classes}, not {num_images}: diversity compares at least 2 images a "
+            f"class, and there are {num_classes} classes"
+        )
+
+
 def within_class_diversity(images: Tensor, class_labels: Tensor) -> float:
     """Mean L2 pixel distance over the pairs of images inside a class, averaged over the classes that occur.
 

@@ -14,6 +14,7 @@ from marval_rl.evaluation.frechet import frechet_distance
 from marval_rl.evaluation.mode_coverage import mode_entropy
 
 BATCH_SIZE = 500
+JUDGED = ("accuracy", "log_probability", "confidence")  # by each judge
 FLOOR_DRAWS = 8  # random subsets of the train images over which the floor is averaged
 
 
@@ -51,6 +52,13 @@ class ImageEvaluator:
         self.real_diversity = within_class_diversity(_in_colour(test.images), test.class_labels)
         self.real_entropy = mode_entropy(train.modes, train.class_labels, train.num_modes)
         self._floors: dict[int, float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The figures that `evaluate` measures of these data, known before any image is generated."""
+        judged = [f"{name}/{figure}" for name in self.judges for figure in JUDGED]
+        several_modes = ["mode_coverage"] if self.real_entropy > 0 else []
+        return ["frechet_distance", "frechet_floor", "diversity", *judged, *several_modes]
 
     def evaluate(self, images: Tensor, class_labels: Tensor) -> dict[str, float | None]:
         """Measure generated images [N, 1 or 3, H, W] in 0..1 of the classes class_labels [N].

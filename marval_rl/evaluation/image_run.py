@@ -59,6 +59,8 @@ class ImageRun:
         if self.keeps_images:
             (self.folder / IMAGES).mkdir(exist_ok=True)
         if not self.measures.is_empty:
+            if not any((self.folder / MEASURES).glob("*.safetensors")):
+                shutil.rmtree(self.folder / MEASURES, ignore_errors=True)  # nothing was measured yet
             claim_folder(
                 self.folder / MEASURES,
                 self.measures.describe(),
@@ -76,12 +78,13 @@ class ImageRun:
             is_measured = self.measures.is_empty or read_part(self.folder / MEASURES, batch) is not None
             if is_measured and (pixels is not None or not self.keeps_images):
                 continue
+            if not is_measured:  # before anything is generated: a reward or its weights may be missing
+                loaded = loaded or ImageMeasures(self.measures, model.device)
             if pixels is None:
                 pixels = paint(model, codec, self.plan, batch, self.sampling, self.seed)
                 if self.keeps_images:
                     write_images(self.folder / IMAGES, self.plan.indices(batch), pixels)
             if not is_measured:
-                loaded = loaded or ImageMeasures(self.measures, model.device)
                 write_part(self.folder / MEASURES, batch, loaded.measure(pixels, self.plan.labels(batch)))
         model.train(was_training)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import random
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from marval_rl.errors import MarvalError, RewardError
 from marval_rl.rewarding.contract_gradients import check_gradient
@@ -92,6 +95,29 @@ def _batch(probe: Probe) -> Verdict:
         return OK, "4 images together score as they do one by one" + (f" within {difference:.2g}" if difference else "")
     detail = f"4 images together scored {_by(difference)} than one by one; a score must not depend on the other images"
     return (WARNING if share <= ROUGH else FAILS), detail
+
+
+def _networks(probe: Probe) -> Verdict:
+    """Whether the networks that the reward holds or names are in evaluation mode."""
+    networks = networks_of(probe.reward)
+    training = [name for name, network in networks.items() if any(part.training for part in network.modules())]
+    if training:
+        names = ", ".join(training)
+        return WARNING, f"{names}: in training mode, with dropout and the batch's own statistics; call its eval()"
+    return OK, f"{', '.join(networks)}: in evaluation mode" if networks else "no network was found"
+
+
+def networks_of(reward: Any) -> dict[str, nn.Module]:
+    """The networks that a reward is, has as attributes, or names in its code, by their names there."""
+    if isinstance(reward, functools.partial):
+        return networks_of(reward.func)
+    function = reward if inspect.isroutine(reward) else type(reward).__call__
+    held = {"the reward itself": reward, **dict(inspect.getmembers_static(reward))}
+    if inspect.isfunction(function) or inspect.ismethod(function):
+        named = inspect.getclosurevars(function)  # its globals are names of attributes, too
+        loaded = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
+        held |= named.nonlocals | {name: value for name, value in named.globals.items() if name in loaded}
+    return {name: value for name, value in held.items() if isinstance(value, nn.Module)}
 
 
 def _by(difference: float) -> str:
@@ -185,6 +211,7 @@ CHECKS: dict[str, Callable[[Probe], Verdict]] = {
     "images unchanged": _images_unchanged,
     "repeatable": _repeatable,
     "batch": _batch,
+    "networks": _networks,
     "random numbers": _random_numbers,
     "grey": _grey,
     "black and white": _flat,

@@ -68,11 +68,20 @@ class Anchor:
         dataset: Rows {"images" or "moments", "class_labels"}.
         tokens_of: Rows of the data set -> tokens [B, L, C].
         args: The settings.
+
+    Raises:
+        ValueError: If the data set has fewer rows than a batch of contexts takes.
     """
 
     def __init__(
         self, teacher: MARModel, dataset: Dataset, tokens_of: Callable[[dict[str, Tensor]], Tensor], args: Any
     ):
+        from_data = args.anchor_batch_size - args.anchor_batch_size // 2
+        if not 1 <= from_data <= len(dataset):
+            raise ValueError(
+                f"anchor_batch_size {args.anchor_batch_size} takes {from_data} rows of data at once, but "
+                f"anchor_dataset has {len(dataset)}: set it to 1 to {2 * len(dataset)}, or give more data"
+            )
         self.dataset = dataset
         self.tokens_of = tokens_of
         self.args = args

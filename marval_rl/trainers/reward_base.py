@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerState
 
+from marval_rl.data.class_rows import check_class_rows, labels_of
 from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
@@ -90,7 +91,8 @@ class RewardTrainer(MARTrainer):
         model: A one-step student, or the path of one.
         reward_funcs: What is trained on: a RewardSet, or one or a list of names, `file.py:attribute` and callables.
         args: The settings.
-        train_dataset: Rows {"class_labels": int, ...}; further columns are handed to the rewards.
+        train_dataset: Rows {"class_labels": int, ...}; further columns are handed to the rewards, but "images" are not
+            looked at. `check_class_rows` says what is refused.
         teacher: The MAR teacher; needed with an anchor.
         auxiliary: Weights of an auxiliary network that already fits the student (a folder that distillation wrote,
             or the network); None starts from the teacher's head.
@@ -116,6 +118,7 @@ class RewardTrainer(MARTrainer):
             model = load_model(model)
         if not model.config.is_one_step:
             raise ValueError("the model is a many-step teacher: distil it first, RL needs a one-step student")
+        check_class_rows(train_dataset, model.config.num_classes)
         anchored = args.anchor_weight > 0
         if anchored and (teacher is None or anchor_dataset is None):
             raise ValueError(f"anchor_weight {args.anchor_weight} needs a teacher and a data set of images")
@@ -127,9 +130,7 @@ class RewardTrainer(MARTrainer):
             add_lora(model, peft_config, args.seed)
         network = StudentNetworks(model, _auxiliary_network(teacher, auxiliary) if anchored else None)
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
-        judges = [] if self.eval_rewards is None else self.eval_rewards.names
-        measured = [f"rewards/{name}/mean" for name in judges] if self.evaluator is None else None
-        self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final, measured))
+        self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final, self.evaluation_names))
         self.rewards = reward_set(reward_funcs, args.reward_weights)
         self.anchor = Anchor(teacher, anchor_dataset, self.tokens_of, args) if anchored else None
         self.warmup_steps = args.auxiliary_warmup_steps if anchored else 0
@@ -161,7 +162,7 @@ class RewardTrainer(MARTrainer):
     def rollout_labels(self, rows: list[dict[str, Any]], repeats: int = 1) -> tuple[Tensor, dict[str, list[Any]]]:
         """Class labels [B * repeats] and the other columns of the rows, each row repeated in place."""
         rows = [row for row in rows for _ in range(repeats)]
-        labels = torch.tensor([int(row["class_labels"]) for row in rows], device=self.args.device)
+        labels = labels_of(rows, self.mar.config.num_classes).to(self.args.device)
         names = [name for name in rows[0] if name not in ("class_labels", "images")]
         return labels, {name: [row[name] for row in rows] for name in names}
 

@@ -162,6 +162,9 @@ class MARTrainingArguments(TrainingArguments):
         # Under ZeRO-3 transformers would load every model in parts from here on, the teacher and the rewards too. All
         # models are made whole; the engine takes apart the one that it trains.
         unset_hf_deepspeed_config()
+        for name in ("eval_num_images", "eval_batch_size", "sample_grid_columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(
                 f"max_steps must be at least 1, not {self.max_steps}; -1 trains num_train_epochs passes over the data"

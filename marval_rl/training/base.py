@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from marval_rl.evaluation.diversity import check_num_images
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.rewarding import RewardSet
@@ -67,9 +68,12 @@ class MARTrainer(ResumableTrainer):
                 "the model's parameters are already partitioned by ZeRO-3: make it outside deepspeed.zero.Init, and "
                 "load it after the training arguments were made; the trainer partitions it"
             )
+        if evaluator is not None and (args.eval_strategy != "no" or args.eval_on_start):
+            check_num_images(args.eval_num_images, model.config.num_classes, "eval_num_images")
         # transformers asks for an evaluation set although evaluation here generates its own images.
         super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
         unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
+        self._read_order()  # raises if the rows are too few, before any work
         if self.is_deepspeed_enabled and self.layout.zero_stage == 3:
             # Whole weights belong to each checkpoint: a run of another layout, or one that has ended, begins with them.
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -123,20 +127,23 @@ class MARTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        batches = EpochBatches(
+        return epoch_loader(
+            self._read_order(),
+            self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _read_order(self) -> EpochBatches:
+        args = self.args
+        return EpochBatches(
             self.train_dataset,
             args.rows_per_batch,
             args.data_seed,
             args.process_index % args.num_readers,
             args.num_readers,
             args.batch_pattern(),
-        )
-        return epoch_loader(
-            batches,
-            self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
         )
 
     def update_average(self) -> None:
@@ -198,6 +205,13 @@ class MARTrainer(ResumableTrainer):
         return self.codec.decode(unpatchify(tokens, config.patch_size, config.grid_size))
 
     # ---- Evaluation on generated images ----
+
+    @property
+    def evaluation_names(self) -> list[str]:
+        """The figures that an evaluation measures, without "eval_"."""
+        judges = [] if self.eval_rewards is None else self.eval_rewards.names
+        measured = [] if self.evaluator is None else self.evaluator.names
+        return [*measured, *(f"rewards/{name}/mean" for name in judges)]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Generate `eval_num_images` images from fixed seeds with the averaged weights, and judge them."""

@@ -50,6 +50,8 @@ class EpochBatches(Sampler[list[int]]):
             raise ValueError(
                 f"train_dataset has {len(dataset)} rows, but {batch_size * world_size * sum(self.pattern)} are needed: "
                 f"{batch_size} a batch x {world_size} processes x {sum(self.pattern)} batches read before one is reused"
+                "; give more rows (with classes as prompts: prompts_per_class), or set a smaller "
+                "per_device_train_batch_size or gradient_accumulation_steps"
             )
         self.set_epoch(0)
 

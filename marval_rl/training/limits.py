@@ -148,21 +148,19 @@ class LimitsCallback(TrainerCallback):
         args: The settings.
         output_dir: Of the run; the best model is kept in its folder `best`.
         save: Writes the averaged model to a folder as it is now; all processes call it.
-        measured: The figures of an evaluation; None if they are not known before it.
+        measured: The figures of an evaluation, without "eval_".
 
     Raises:
-        ValueError: If evaluation does not measure a figure that a setting names; at the first one, if measured is None.
+        ValueError: If evaluation does not measure a figure that a setting names; at the first evaluation, if it has no
+            value there.
     """
 
-    def __init__(
-        self, args: LimitArguments, output_dir: Path, save: Callable[[Path], None], measured: Sequence[str] | None
-    ):
+    def __init__(self, args: LimitArguments, output_dir: Path, save: Callable[[Path], None], measured: Sequence[str]):
         self.limits = limits_of(args)
         self.best_metric = None if args.best_metric is None else f"eval_{args.best_metric}"
         self.folder = output_dir / BEST_FOLDER
         self.save = save
-        if measured is not None:
-            self._check_measured([], dict.fromkeys((f"eval_{name}" for name in measured), 0.0))
+        self._check_measured([dict.fromkeys((f"eval_{name}" for name in measured), 0.0)])
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if broken_limit(self.limits, state.log_history) is not None:
@@ -171,7 +169,7 @@ class LimitsCallback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        self._check_measured(state.log_history, metrics)
+        self._check_measured([*state.log_history, metrics])
         if self.best_metric is None or metrics.get(self.best_metric) is None:
             return
         if broken_limit(self.limits, state.log_history) is None and is_new_best(self.best_metric, state.log_history):
@@ -182,16 +180,17 @@ class LimitsCallback(TrainerCallback):
         if told is not None and state.is_world_process_zero:
             print(f"stopped at step {state.global_step}: {told}")
 
-    def _check_measured(self, history: History, metrics: dict[str, float]) -> None:
+    def _check_measured(self, history: History) -> None:
+        """Raises ValueError for a figure that is looked at and has no value in any of the entries."""
         wanted = {limit.metric: limit.setting for limit in self.limits if limit.metric.startswith("eval_")}
         if self.best_metric is not None:
             wanted[self.best_metric] = "best_metric"
         for metric, setting in wanted.items():
-            if all(entry.get(metric) is None for entry in (*history, metrics)):
-                measured = sorted(name.removeprefix("eval_") for name, value in metrics.items() if value is not None)
+            if all(entry.get(metric) is None for entry in history):
+                known = sorted(name.removeprefix("eval_") for name, value in history[-1].items() if value is not None)
                 raise ValueError(
                     f"{setting} needs {metric.removeprefix('eval_')}, which evaluation does not measure here; it "
-                    f"measures {', '.join(measured) or 'nothing'}"
+                    f"measures {', '.join(known) or 'nothing'}"
                 )
 
     def _keep(self, state: TrainerState, value: float) -> None:

@@ -194,7 +194,6 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{output_dir} already holds a run ({', '.join(kept)}), but no complete checkpoint to resume from: {others}"
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def remove_earlier_run(output_dir: Path) -> None:
