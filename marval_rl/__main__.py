@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 
 sys.exit(main())

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from marval_rl.errors import RewardError
-from marval_rl.remote.client import RewardClient
-from marval_rl.remote.protocol import FORMATS, pack
-from marval_rl.remote.server import read_token
+from marval_rl.rewarding.serving.client import RewardClient
+from marval_rl.rewarding.serving.protocol import FORMATS, pack
+from marval_rl.rewarding.serving.server import read_token
 
 
 class Remote:

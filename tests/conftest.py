@@ -73,7 +73,7 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, classifier_cache: Path) 
 def fails(capsys):
     """`fails(code, *arguments)` runs `marval-rl convert` and returns its one line on stderr."""
 
-    from marval_rl.cli import main
+    from marval_rl.cli.main import main
 
     def run(code: int, *arguments: object) -> str:
         assert main(["convert", *map(str, arguments)]) == code

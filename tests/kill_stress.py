@@ -109,8 +109,8 @@ def work(folder: Path, steps: int, stage: str, timeout: int, hang: int | None) -
     from transformers import TrainerCallback
 
     from marval_rl.errors import MarvalError
-    from marval_rl.training.checkpoints import checkpoints_in
-    from marval_rl.training.resume import find_checkpoint
+    from marval_rl.runtime.checkpoints import checkpoints_in
+    from marval_rl.runtime.resume import find_checkpoint
 
     class Signals(TrainerCallback):
         """Tells the parent that a step was taken; and hangs in a step, for a test."""

@@ -20,9 +20,9 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from marval_rl.remote.app import make_app
-from marval_rl.remote.protocol import Limits, pack
-from marval_rl.remote.scoring import Scorer
+from marval_rl.rewarding.serving.app import make_app
+from marval_rl.rewarding.serving.protocol import Limits, pack
+from marval_rl.rewarding.serving.scoring import Scorer
 from marval_rl.rewarding import RewardSet
 
 REWARDS = Path(__file__).with_name("remote_rewards.py")
@@ -53,7 +53,7 @@ def thread_server(
 
 
 class ServerProcess:
-    """`python -m marval_rl.remote.server` with a reward of remote_rewards.py, on a free port that it keeps."""
+    """`python -m marval_rl.rewarding.serving.server` with a reward of remote_rewards.py, on a free port that it keeps."""
 
     def __init__(self, reward: str, *flags: str) -> None:
         self.reward, self.flags = reward, flags
@@ -63,7 +63,7 @@ class ServerProcess:
     def start(self) -> None:
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "marval_rl.remote.server", f"{REWARDS}:{self.reward}"),
+                *(sys.executable, "-m", "marval_rl.rewarding.serving.server", f"{REWARDS}:{self.reward}"),
                 *("--port", str(self.port), *self.flags),
             ],
             stdout=subprocess.PIPE,

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_recipes import RECIPES, run_recipe
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from marval_rl.trainers.grpo import MARGRPOConfig
-from marval_rl.training.batches import REUSE, EpochBatches, epoch_loader
+from marval_rl.trainers.batches import REUSE, EpochBatches, epoch_loader
 
 
 def batches_of(count: int, batch_size: int = 3, rank: int = 0, world_size: int = 1, pattern=(True,)) -> EpochBatches:

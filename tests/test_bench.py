@@ -7,8 +7,8 @@ import json
 import pytest
 from tiny_models import tiny_model, tiny_student
 
-from marval_rl.cli import main
-from marval_rl.commands import networks
+from marval_rl.cli.main import main
+from marval_rl.cli import networks
 from marval_rl.models import MARConfig
 
 FAST = ["--steps", "2", "--diffusion_steps", "3", "--repeats", "1"]

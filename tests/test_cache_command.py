@@ -13,9 +13,9 @@ import pytest
 import yaml
 from tiny_images import SIZE, contents, noise_image, tiny_autoencoder, write_partly_corrupt_folder
 
-from marval_rl.cli import main
-from marval_rl.commands import cache_report, cache_workers
-from marval_rl.commands.cache_workers import PARENT, Place, find_place, run_workers
+from marval_rl.cli.main import main
+from marval_rl.cli import cache_report, cache_workers
+from marval_rl.data.moments.cache_workers import PARENT, Place, find_place, run_workers
 from marval_rl.data import MomentsCache
 from marval_rl.errors import DataError, RecipeError
 
@@ -121,7 +121,7 @@ def test_several_processes_are_started_and_the_end_is_told_once(cache, monkeypat
             monkeypatch.setenv(PARENT, str(os.getppid()))
             assert main(list(arguments)) == 0
 
-    monkeypatch.setattr("marval_rl.commands.cache.run_workers", run_both)
+    monkeypatch.setattr("marval_rl.cli.cache.run_workers", run_both)
     code, out, _ = cache("--num_processes", "2")
     assert code == 0 and out.count("done: ") == 1 and DONE in out
     assert started == [(["cache", str(recipe), "--cache_dir", str(tmp_path / "cache"), "--num_processes", "2"], 2)]

@@ -16,8 +16,8 @@ from tiny_trainers import distiller
 
 from marval_rl.errors import CheckpointError
 from marval_rl.trainers.distill import DistillTrainer
-from marval_rl.training.base import MARTrainer
-from marval_rl.training.checkpoints import (
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.runtime.checkpoints import (
     MANIFEST,
     STATE_FILE,
     UNFINISHED,
@@ -28,7 +28,7 @@ from marval_rl.training.checkpoints import (
     layout_of,
     whole_checkpoints,
 )
-from marval_rl.training.resume import find_checkpoint
+from marval_rl.runtime.resume import find_checkpoint
 
 
 def saving_trainer(folder: Path, **settings: object) -> DistillTrainer:

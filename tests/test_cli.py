@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from marval_rl import __version__, cli
-from marval_rl.commands.recipe_arguments import LATEST, add_recipe_arguments
-from marval_rl.commands.scored_images import read_image, read_prompts
+from marval_rl.cli.recipe_arguments import LATEST, add_recipe_arguments
+from marval_rl.evaluation.scored_images import read_image, read_prompts
 from marval_rl.errors import CheckpointError, RecipeError
 
 
@@ -67,7 +67,7 @@ def error_line(capsys) -> str:
 
 def test_help_and_version_do_not_import_torch():
     script = (
-        "import sys; from marval_rl.cli import main; codes = main(['--help']), main(['--version']);"
+        "import sys; from marval_rl.cli.main import main; codes = main(['--help']), main(['--version']);"
         "sys.exit(codes != (0, 0) or bool({'torch', 'transformers', 'trl'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

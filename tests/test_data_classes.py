@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_images import noise_image, png_bytes, write_folder
 
-from marval_rl.commands.evaluate_images import class_names
+from marval_rl.evaluation.evaluate_images import class_names
 from marval_rl.data import load_labelled_images
 from marval_rl.data.class_names import describe_classes, label_classes, natural_key
 from marval_rl.data.hub_images import HubImages

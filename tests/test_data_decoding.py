@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 from tiny_images import noise_image, png_bytes
 
-from marval_rl.commands.scored_images import read_image
+from marval_rl.evaluation.scored_images import read_image
 from marval_rl.data import CroppedImages
 from marval_rl.data.crop import LONGEST, center_crop
 from marval_rl.data.decoding import CorruptImageError, decode_image

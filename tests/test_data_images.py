@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_images import SIZE, noise_image, write_folder
 from torch.utils.data import DataLoader
 
-from marval_rl.commands.sources import DataArguments
+from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.data import CroppedImages
 from marval_rl.data.crop import center_crop
 from marval_rl.data.flips import FlippingDataset

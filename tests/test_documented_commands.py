@@ -25,9 +25,9 @@ import torch.distributed.run
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from marval_rl.cli import COMMANDS, main
-from marval_rl.commands.planning import activations
-from marval_rl.training import arguments
+from marval_rl.cli.main import COMMANDS, main
+from marval_rl.recipes.planning import activations
+from marval_rl.runtime import arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

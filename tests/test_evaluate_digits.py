@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_models import tiny_student
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.data import load_image_dataset
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_evaluation import NAMES, colour_student, random_images, save_student
 from tiny_models import tiny_student
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.evaluation import image_run
 from marval_rl.evaluation.image_set import read_images
 from marval_rl.models import generate

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from tiny_evaluation import save_student
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.errors import RewardError
 from marval_rl.evaluation.processes import run_processes
 

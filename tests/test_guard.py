@@ -25,8 +25,8 @@ from transformers import TrainerCallback
 
 from marval_rl.errors import NonFiniteError, RewardError
 from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
-from marval_rl.training.checkpoints import damage, whole_checkpoints
-from marval_rl.training.guard import NonFiniteGuard
+from marval_rl.runtime.checkpoints import damage, whole_checkpoints
+from marval_rl.runtime.guard import NonFiniteGuard
 
 
 class Spoiled(PretrainTrainer):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from official_files import mar_content, official_args, official_config, vae_weights, write_mar, write_vae
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.errors import CheckpointError
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_config, load_model

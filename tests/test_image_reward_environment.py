@@ -65,7 +65,7 @@ def full_size_network() -> ImageRewardNetwork:
 @pytest.fixture(scope="module")
 def package(python, files):
     """The package's scores, through its server."""
-    command = [str(python), "-m", "marval_rl.remote.server", "reward.py:PackageImageReward", "--port", "0"]
+    command = [str(python), "-m", "marval_rl.rewarding.serving.server", "reward.py:PackageImageReward", "--port", "0"]
     command += ["--reward_kwargs", json.dumps(files)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, cwd=ENVIRONMENT, stdout=subprocess.PIPE, text=True, env=environment) as process:

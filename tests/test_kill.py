@@ -9,7 +9,7 @@ import time
 import pytest
 from kill_stress import RANKS, differences, finish, kill_and_resume, launch, wait_for_step
 
-from marval_rl.training.checkpoints import checkpoints_in, damage
+from marval_rl.runtime.checkpoints import checkpoints_in, damage
 
 STEPS = 30  # with a checkpoint every third: they take longer than the longest delay
 SEED = 20260

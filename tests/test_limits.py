@@ -14,13 +14,13 @@ from tiny_recipes import read_lines
 from tiny_trainers import GRPO, darkness, logged, same, snapshot
 from torch import Tensor
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.data import class_rows
 from marval_rl.models.checkpoints import load_model
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
-from marval_rl.training.base import MARTrainer
-from marval_rl.training.limits import Limit, broken_limit, is_new_best
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.runtime.limits import Limit, broken_limit, is_new_best
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_num_images": 6, "max_steps": 8}
 

@@ -12,7 +12,7 @@ from official_files import mar_content, official_args, official_config, vae_weig
 from tiny_models import tiny_model, tiny_student
 
 from marval_rl import MARConfig, MARModel, load_model
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES
 from marval_rl.errors import CheckpointError
 from marval_rl.models.checkpoints import load_config

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from official_files import vae_shapes, vae_weights, write_vae
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.errors import CheckpointError
 from marval_rl.models.official.reading import read_checkpoint
 from marval_rl.models.official.shapes import key_hash

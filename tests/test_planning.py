@@ -12,12 +12,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from tiny_models import tiny_config, tiny_student
 from torch import nn
 
-from marval_rl.cli import main
-from marval_rl.commands.networks import LoraArguments
-from marval_rl.commands.planning import activations
-from marval_rl.commands.planning.activations import example_batch, grpo_bytes, gsim_bytes, pretrain_bytes
-from marval_rl.commands.planning.dry_run import length
-from marval_rl.commands.planning.memory import (
+from marval_rl.cli.main import main
+from marval_rl.recipes.network_arguments import LoraArguments
+from marval_rl.recipes.planning import activations
+from marval_rl.recipes.planning.activations import example_batch, grpo_bytes, gsim_bytes, pretrain_bytes
+from marval_rl.recipes.planning.dry_run import length
+from marval_rl.recipes.planning.memory import (
     Footprint,
     adapter_parameters,
     head_parameters,
@@ -25,13 +25,13 @@ from marval_rl.commands.planning.memory import (
     memory_table,
     saved_bytes,
 )
-from marval_rl.commands.planning.plan import TrainingPlan
+from marval_rl.recipes.planning.plan import TrainingPlan
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.trainers.distill import DistillConfig
 from marval_rl.trainers.grpo import MARGRPOConfig
 from marval_rl.trainers.lora import add_lora
 from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
-from marval_rl.training import arguments
+from marval_rl.runtime import arguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}

@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from marval_rl.errors import RecipeError
-from marval_rl.recipe_values import WrongType, convert, describe
-from marval_rl.recipes import (
+from marval_rl.recipes.values import WrongType, convert, describe
+from marval_rl.recipes.reading import (
     build_configs,
     find_recipes,
     parse_recipe,
@@ -26,7 +26,7 @@ from marval_rl.recipes import (
     save_recipe,
 )
 from marval_rl.trainers.grpo import MARGRPOConfig
-from marval_rl.trl_settings import explain_trl_setting
+from marval_rl.recipes.trl_settings import explain_trl_setting
 
 
 @dataclass

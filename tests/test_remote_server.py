@@ -18,8 +18,8 @@ from PIL import Image
 from remote_servers import REWARDS, ROOT, ask, body_for, thread_server, wait_until
 from safetensors.torch import save
 
-from marval_rl.remote import server as server_module
-from marval_rl.remote.protocol import Limits, MalformedRequest, pack, unpack
+from marval_rl.rewarding.serving import server as server_module
+from marval_rl.rewarding.serving.protocol import Limits, MalformedRequest, pack, unpack
 
 LIMITS = Limits(max_images=8, max_bytes=40_000)
 
@@ -213,7 +213,7 @@ def test_no_cut_of_a_request_is_taken_for_a_whole_one():
 
 
 def test_a_body_that_stops_coming_frees_its_place(url, monkeypatch):
-    monkeypatch.setattr("marval_rl.remote.app.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("marval_rl.rewarding.serving.app.BODY_SECONDS", 0.3)
     with thread_server(darkness, max_waiting=0) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as half:
@@ -393,10 +393,10 @@ def test_a_request_whose_client_went_away_is_not_scored():
 def test_the_server_imports_nothing_that_its_environment_may_lack():
     code = f"""
 import sys
-from marval_rl.remote.app import make_app
-from marval_rl.remote.protocol import Limits
-from marval_rl.remote.scoring import Scorer
-from marval_rl.remote.server import _load
+from marval_rl.rewarding.serving.app import make_app
+from marval_rl.rewarding.serving.protocol import Limits
+from marval_rl.rewarding.serving.scoring import Scorer
+from marval_rl.rewarding.serving.server import _load
 make_app(Scorer(_load({f"{REWARDS}:brightness"!r}, {{}}), "cpu", Limits(), None), 16, None)
 heavy = {{"transformers", "trl", "accelerate", "datasets", "diffusers", "torchvision", "rewards", "scipy", "sklearn"}}
 found = sorted(heavy & set(sys.modules))
@@ -406,5 +406,5 @@ assert not found, found
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, marval_rl.commands.rewards_serve; assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
+    code = "import sys, marval_rl.cli.rewards_serve; assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

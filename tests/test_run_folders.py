@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny_recipes import COMMANDS, CONFIGS, RECIPES, command_line, comparable_lines, is_finite, read_lines, run_recipe
 from tiny_trainers import assert_equal_states
 
-from marval_rl.cli import main
+from marval_rl.cli.main import main
 from marval_rl.models.checkpoints import load_model
-from marval_rl.recipes import parse_recipe
+from marval_rl.recipes.reading import parse_recipe
 
 
 @pytest.fixture(scope="module")

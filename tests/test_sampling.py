@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from marval_rl.models.generation import balanced_labels
-from marval_rl.training.sampling import save_image_grid
+from marval_rl.trainers.sampling import save_image_grid
 
 
 def test_fewer_images_than_classes_are_of_classes_far_apart():

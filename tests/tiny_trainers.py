@@ -16,8 +16,8 @@ from marval_rl.trainers.distill import DistillConfig, DistillTrainer
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-from marval_rl.training.base import MARTrainer
-from marval_rl.training.callbacks import AverageCallback
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.runtime.callbacks import AverageCallback
 
 QUIET = {
     "eval_strategy": "no",

@@ -30,9 +30,9 @@ from marval_rl.rewarding.aggregation import MULTI_OBJECTIVE_AGGREGATIONS, aggreg
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
 from marval_rl.trainers.rollout import draw_chances, sample_rollout, step_mean
-from marval_rl.training.distributed import failing_together, gather_rows, whole_weights
-from marval_rl.training.randomness import derive_generator
-from marval_rl.training.settings import Conditions, Needs
+from marval_rl.runtime.distributed import failing_together, gather_rows, whole_weights
+from marval_rl.runtime.randomness import derive_generator
+from marval_rl.runtime.settings import Conditions, Needs
 
 SUM_CLIP_RANGE = 0.2  # of the ratio of a whole action
 RATIO_TOLERANCE = 1e-5  # how far ratios may be from 1 before the first update

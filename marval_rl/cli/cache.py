@@ -1,0 +1,203 @@
+"""`marval-rl cache`: encode the images of a recipe by its VAE, once, so that training need not."""
+
+# No `from __future__ import annotations`: the recipe parser reads the field types.
+
+import argparse
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marval_rl.data.moments.cache_report import Reporter, print_summary
+from marval_rl.data.moments.cache_workers import Place, find_place, run_workers
+from marval_rl.recipes.network_arguments import TeacherArguments
+from marval_rl.cli.quiet import quiet_libraries
+from marval_rl.recipes.data_arguments import DataArguments
+from marval_rl.data import LabelledImages
+from marval_rl.data.class_names import describe_classes
+from marval_rl.data.moments.changes import Changes, drop_changed_shards, find_changes
+from marval_rl.data.moments.manifest import (
+    begin,
+    check_settings,
+    missing_shards,
+    number_of_shards,
+    verify,
+    write_manifest,
+)
+from marval_rl.data.moments.shards import DTYPES
+from marval_rl.data.moments.writer import build_cache, cache_settings
+from marval_rl.errors import DataError, MarvalError, RecipeError
+from marval_rl.models.checkpoints import load_config
+from marval_rl.models.vae import VAECodec
+from marval_rl.recipes.reading import build_configs, read_settings
+from marval_rl.text import dump_yaml
+from marval_rl.trainers.distill import DistillConfig
+
+
+@dataclass
+class CacheArguments:
+    """How the cache is made."""
+
+    cache_dtype: str = field(default="float32", metadata={"help": "Type of the moments.", "choices": list(DTYPES)})
+    shard_size: int = field(default=1024, metadata={"help": "Images a file."})
+    cache_batch_size: int = field(default=32, metadata={"help": "Images the VAE encodes at once."})
+    num_processes: int = field(default=1, metadata={"help": "Processes on this machine; leave it out under torchrun."})
+
+    def __post_init__(self):
+        for name in ("shard_size", "cache_batch_size", "num_processes"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, not {vars(self)[name]}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be encoded, and where to; the keyword arguments that `cache_settings` and `build_cache` share."""
+
+    source: LabelledImages
+    codec: VAECodec
+    image_size: int
+    folder: Path
+    storage: dict[str, Any]
+
+    def settings(self) -> dict[str, Any]:
+        return cache_settings(self.source, self.codec, self.image_size, **self.storage)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} RECIPE [--dry_run] [--verify] [--num_processes N] [--key value ...]"
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="YAML file of settings, or the name of one that ships; --key value wins",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print what would be encoded, and encode nothing")
+    parser.add_argument("--verify", action="store_true", help="hash what is there again; bad shards are to be rebuilt")
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> None:
+    """Encode what is not encoded yet."""
+    quiet_libraries()
+    given = read_settings(args.recipe, extra, (DataArguments, TeacherArguments, DistillConfig, CacheArguments))
+    # The training arguments are checked but not built: they would look for the other processes.
+    kinds = (DataArguments, TeacherArguments, CacheArguments)
+    names = {f.name for kind in kinds for f in fields(kind)}
+    data, source, cache = build_configs({key: value for key, value in given.items() if key in names}, kinds)
+    if data.cache_dir is None:
+        raise RecipeError("cache_dir is not set: name the folder of the cache (--cache_dir ...)")
+    if args.verify:
+        verify_cache(Path(data.cache_dir))
+        return
+    if args.dry_run:
+        print_plan(data, source, cache)
+        return
+    place = find_place(cache.num_processes)
+    job = prepare(data, source, cache)
+    if place is None or (place.rank == 0 and place.parent is None):
+        print(describe_classes(len(job.source), job.source.class_names), flush=True)
+    if place is None and cache.num_processes > 1:
+        encode_in_processes(job, ["cache", args.recipe, *extra], cache.num_processes)
+        return
+    place = place or Place(rank=0, local_rank=0, world_size=1, parent=None)
+    manifest = build_cache(
+        job.source,
+        job.codec,
+        job.image_size,
+        job.folder,
+        **job.storage,
+        batch_size=cache.cache_batch_size,
+        num_workers=given.get("dataloader_num_workers", 0),
+        device=choose_device(place, use_cpu=given.get("use_cpu", False)),
+        rank=place.rank,
+        world_size=place.world_size,
+        progress=Reporter(place),
+        report_changes=report_changes,
+    )
+    if place.parent is not None:
+        return  # it tells how all ended
+    if manifest is None:
+        print("this process is done; the last one writes the manifest (if it died, run the same command again)")
+    else:
+        print_summary(job.folder, manifest)
+
+
+def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> Job:
+    """What the recipe says, with the VAE and the image size of the teacher where it does not say them."""
+    if data.are_digits:
+        raise RecipeError("the digits need no cache, their latents are their pixels: name other images (--dataset ...)")
+    vae, image_size = data.vae, data.image_size
+    if source.teacher is not None and (vae is None or image_size is None):
+        teacher = load_config(source.teacher)
+        vae, image_size = vae or teacher.vae, image_size or teacher.image_size
+    if vae is None:
+        raise RecipeError("vae is not set, and no teacher names one: give a VAE folder or hub id (--vae ...)")
+    if image_size is None:
+        raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
+    storage = {
+        "vae_name": vae,
+        "dtype": cache.cache_dtype,
+        "shard_size": cache.shard_size,
+        "flip": data.flip,
+    }
+    return Job(data.load_images(), VAECodec.from_pretrained(vae), image_size, Path(data.cache_dir), storage)
+
+
+def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> None:
+    """Encode in several processes, after what would go wrong in each of them was tried once."""
+    settings = job.settings()
+    begin(job.folder, settings)
+    report_changes(drop_changed_shards(job.folder, settings, job.source))
+    if missing_shards(job.folder, settings):
+        if not torch.cuda.is_available():
+            print(f"{num_processes} processes on the CPU (there is no GPU here)", flush=True)
+        run_workers(arguments, num_processes)
+    manifest = write_manifest(job.folder, settings, job.source.class_labels)
+    if manifest is None:
+        raise DataError(f"{job.folder} is unfinished although all processes ended well: run the same command again")
+    print_summary(job.folder, manifest)
+
+
+def report_changes(changes: Changes) -> None:
+    if changes.names:
+        print(f"{changes}: {len(changes.shards)} shards are encoded anew", flush=True)
+
+
+def choose_device(place: Place, use_cpu: bool) -> torch.device:
+    """The GPU of this process, if there is one."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+
+
+def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> None:
+    """`--dry_run`: settings, images, shards, room on the disk, and what is missing."""
+    print(dump_yaml({**asdict(data), **asdict(source), **asdict(cache)}).rstrip() + "\n")
+    try:
+        job = prepare(data, source, cache)
+        settings = job.settings()
+        check_settings(job.folder, settings)
+    except MarvalError as error:
+        print(f"missing: {error}")
+        return
+    total = number_of_shards(settings)
+    done = total - len(missing_shards(job.folder, settings))
+    changes = find_changes(job.folder, settings, job.source, range(total))
+    done -= len(changes.shards)
+    numbers = (1 + data.flip) * torch.Size(settings["moments_shape"]).numel()
+    needed = len(job.source) * numbers * DTYPES[cache.cache_dtype].itemsize
+    there = next(folder for folder in (job.folder, *job.folder.resolve().parents) if folder.is_dir())
+    print(describe_classes(len(job.source), job.source.class_names))
+    print(f"shards: {total} of {cache.shard_size} images, {done} of them done")
+    print(f"disk: {needed / 2**30:.2f} GiB in all, {shutil.disk_usage(there).free / 2**30:.2f} GiB free")
+    report_changes(changes)
+    print("nothing was encoded (--dry_run)")
+
+
+def verify_cache(folder: Path) -> None:
+    """`--verify`. Raises DataError that lists the bad shards."""
+    bad = verify(folder)
+    if bad:
+        raise DataError(f"{len(bad)} bad shards in {folder}: {'; '.join(bad)}. `marval-rl cache` rebuilds them")
+    print(f"{folder}: all shards are as they were written")

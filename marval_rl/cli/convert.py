@@ -1,0 +1,146 @@
+"""`marval-rl convert`: official MAR or VAE weights to a model folder, and back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from marval_rl.cli.main import path_or_id
+from marval_rl.cli.quiet import quiet_libraries
+from marval_rl.errors import CheckpointError, check_folder
+from marval_rl.models import MARModel
+from marval_rl.models.checkpoints import load_model
+from marval_rl.models.official.mar_weights import mar_checkpoint, published_name, read_mar
+from marval_rl.models.official.reading import check_finite, read_checkpoint
+from marval_rl.models.official.shapes import key_hash
+from marval_rl.models.official.vae_weights import is_vae, read_vae, vae_checkpoint
+from marval_rl.models.vae import load_autoencoder
+from marval_rl.text import read_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint-last.pth or kl16.ckpt; or a folder")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write; with --to_official the file")
+    parser.add_argument("--weights", choices=["ema", "model"], help="MAR: averaged or raw weights (default: ema)")
+    parser.add_argument("--num_heads", type=int, metavar="N", help="MAR of unpublished width: its attention heads")
+    parser.add_argument(
+        "--vae", type=path_or_id, metavar="NAME", help="MAR: folder or hub id of its VAE, kept in config.json"
+    )
+    parser.add_argument("--to_official", action="store_true", help="SOURCE is a model folder, OUT an official file")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> None:
+    """Converts, and prints what it found. Raises CheckpointError for weights that cannot be used."""
+    quiet_libraries()
+    if args.to_official:
+        _refuse_mar_options(args, "go with official files, and --to_official takes none of them")
+        to_official(args.source, args.output, args.overwrite)
+    else:
+        from_official(args)
+
+
+def from_official(args: argparse.Namespace) -> None:
+    """Writes a folder as `save_pretrained` does, weights bit for bit as in the official file."""
+    _check_free(args.output, args.overwrite, wants_folder=True)
+    if (args.source / "config.json").is_file():
+        raise CheckpointError(f"{args.source} is a model folder already (--to_official makes an official file of it)")
+    content = read_checkpoint(args.source)
+    if is_vae(content):
+        _refuse_mar_options(args, f"belong to a MAR, but {args.source} is a VAE")
+        model = read_vae(content, args.source)
+        name, origin, weights = "VAE", "model", vae_checkpoint(model, args.source)["model"]
+    else:
+        official = read_mar(args.source, args.weights or "ema", args.num_heads)
+        official.config.vae = args.vae
+        official.config.class_names = class_names(official.config.num_classes)
+        with torch.device("meta"):
+            model = MARModel(official.config)
+        model.load_state_dict(official.weights, strict=True, assign=True)
+        name, origin, weights = published_name(official.config) or "MAR", args.weights or "ema", official.weights
+    check_finite(weights, args.source)
+    _write(args.output, lambda path: (path.mkdir(), model.save_pretrained(path)))
+    _report(f"{name} ({origin} weights)", weights, args.output)
+
+
+def to_official(source: Path, output: Path, overwrite: bool) -> None:
+    """Writes a file that the official code loads, weights bit for bit as in the folder."""
+    _check_free(output, overwrite, wants_folder=False)
+    if not source.is_dir():
+        raise CheckpointError(f"no model folder at {source}: --to_official needs one")
+    if _class_name(source) == AutoencoderKL.__name__:
+        model = load_autoencoder(source)
+        name, content = "VAE", vae_checkpoint(model, source)
+    else:
+        model = load_model(source)
+        name, content = published_name(model.config) or "MAR", mar_checkpoint(model, source)
+    _write(output, lambda path: torch.save(content, path))
+    _report(name, content["model"], output)
+
+
+def class_names(num_classes: int) -> list[str] | None:
+    """ImageNet's names for a model of 1000 classes: the published ones were trained on nothing else."""
+    if num_classes != 1000:
+        return None
+    from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES
+
+    return list(IMAGENET_CLASS_NAMES)
+
+
+def _class_name(folder: Path) -> str | None:
+    """The diffusers class of a folder; None for a MAR, which `load_model` checks."""
+    try:
+        return json.loads(read_text(folder / "config.json")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _refuse_mar_options(args: argparse.Namespace, why: str) -> None:
+    given = [f"--{name}" for name in ("weights", "num_heads", "vae") if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} {why}")
+
+
+def _check_free(output: Path, overwrite: bool, wants_folder: bool) -> None:
+    """Raises ValueError if something is in the way that this command did not write or may not replace, or if nothing
+    can be written there."""
+    check_folder(output.parent, "the folder of OUT,")
+    if not output.exists():
+        return
+    if output.is_dir() != wants_folder:
+        raise ValueError(f"{output} is a {'folder' if output.is_dir() else 'file'}: give a path that is not there yet")
+    held = [entry.name for entry in output.iterdir()] if wants_folder else [output.name]
+    if held and not overwrite:
+        raise ValueError(f"{output} is there already: give another path, or replace it with --overwrite")
+    others = [name for name in held if wants_folder and name != "config.json" and not name.endswith(".safetensors")]
+    if others:
+        raise ValueError(f"{output} holds more than a model, {min(others)}: it is not replaced, empty it first")
+
+
+def _write(output: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside the output and renames, so that what stands under its name is whole."""
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
+    try:
+        write(partial)
+        if output.is_dir():
+            output.rename(earlier)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True) if partial.is_file() else shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _report(name: str, weights: Mapping[str, Tensor], output: Path) -> None:
+    """Prints what was converted; `weights` have their official names."""
+    count = sum(tensor.numel() for tensor in weights.values())
+    print(f"{name}: {count:,} parameters in {len(weights)} tensors, key hash {key_hash(weights)}")
+    print(f"written: {output}")

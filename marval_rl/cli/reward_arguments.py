@@ -1,0 +1,44 @@
+"""The arguments that name one reward on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from marval_rl.cli.main import path_or_id
+
+PROMPTS_HELP = 'text, or JSON with "prompt", "class_name", "class_label" and columns of your own'
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "spec", type=path_or_id, metavar="SPEC", help="name, path/file.py:attribute or package.module:attribute"
+    )
+    parser.add_argument("--reward_kwargs", default="{}", metavar="YAML", help="what the reward's class is made with")
+
+
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """The mapping of --reward_kwargs, in YAML or JSON.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    try:
+        from marval_rl.recipes.values import WrongType, parse_mapping
+    except ImportError:  # the environment of a reward that is served need not have PyYAML
+        return _parse_json(text)
+    try:
+        return parse_mapping(text)
+    except WrongType as expected:
+        raise ValueError(f"--reward_kwargs must be {expected}, in YAML or JSON, not {text!r}") from None
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward_kwargs is not valid JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise ValueError(f'--reward_kwargs must be a JSON object such as {{"score": "accuracy"}}, got {text}')
+    return kwargs

@@ -1,0 +1,105 @@
+"""Callbacks of every run: the metrics file, the epoch of the data, the weight average, a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from marval_rl.runtime.distributed import in_any_process
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Appends each log to `metrics.jsonl`. On resumption lines past the checkpoint are dropped, so no step
+    stands twice."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.start = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept, elapsed = [], 0.0
+        if state.global_step > 0 and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # a line torn by the kill
+                if entry["step"] <= state.global_step:
+                    kept.append(line)
+                    elapsed = entry["time"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")  # a full disk must not cost the lines that are there
+        unfinished.write_text("".join(f"{line}\n" for line in kept))
+        unfinished.replace(self.path)
+        self.start = time.monotonic() - elapsed
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A line is a mean over steps; none may reach across a checkpoint, for a resumed run knows nothing before it.
+        control.should_log |= control.should_save
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return  # the summary at the end counts from the last resumption only
+        entry = {"step": state.global_step, "time": round(time.monotonic() - self.start, 3), **logs}
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the batches which epoch begins; after a resumption too, where that is not the first."""
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: DataLoader, **kwargs: Any
+    ) -> None:
+        train_dataloader.batch_sampler.set_epoch(int(state.epoch or 0))
+
+
+class AverageCallback(TrainerCallback):
+    """Updates the weight average after each optimizer step, before evaluation and checkpoints see it."""
+
+    def __init__(self, update: Callable[[], None]):
+        self.update = update
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.update()
+
+
+class InterruptCallback(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) in any process ends training after the running step, with a checkpoint; a second
+    one ends it at once."""
+
+    def __init__(self):
+        self.interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.interrupted = True
+        signal.signal(number, self._previous[number])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Signals reach processes at different steps, and one may be the only one that got any: all end after this one.
+        if in_any_process(self.interrupted, args.device):
+            control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give the signals back, however training ended."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,125 @@
+"""Going on under another number of processes or stage of ZeRO: DeepSpeed's partitions are joined and dealt out anew."""
+
+from __future__ import annotations
+
+import io
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marval_rl.errors import CheckpointError, first_line
+from marval_rl.runtime.checkpoints import UNFINISHED, Layout, remove_unfinished, share
+
+ADAM = ("exp_avg", "exp_avg_sq")
+
+
+def load_other_layout(checkpoint: Path, written: Layout, engine: Any, output_dir: Path) -> None:
+    """Load the float32 weights and the optimizer's state of a checkpoint into an engine of another layout.
+
+    The first process joins the partitions with DeepSpeed's own converter (`ds_to_universal`), one file a parameter and
+    state, in a folder that is deleted again. DeepSpeed would read them back between its stages 1 and 2 only, and would
+    take the first parameter group's settings for all; here each process fills its own part.
+
+    Args:
+        checkpoint: A whole checkpoint of the run.
+        written: Its layout.
+        engine: The new engine; its weights are those of the checkpoint already.
+        output_dir: The run's folder.
+
+    Raises:
+        CheckpointError: In all processes, if DeepSpeed cannot convert it.
+    """
+    folder = output_dir / UNFINISHED / "converted"
+    failure = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            _join(next(checkpoint.glob("global_step*")), written.zero_stage, folder)
+        except Exception as error:  # whatever DeepSpeed's script may raise: also AssertionError and KeyError
+            failure = f"{type(error).__name__}: {first_line(error)}"
+    failure = share(failure)[0]
+    if failure is not None:
+        raise CheckpointError(
+            f"{checkpoint} was written by {written}, and DeepSpeed could not convert it: {failure}. Go on with "
+            f"{written}, or begin a new run from its weights"
+        )
+    _deal_out(folder / "zero", engine)
+    share(None)  # all have read
+    if torch.distributed.get_rank() == 0:
+        remove_unfinished(output_dir)
+
+
+def _join(partitions: Path, zero_stage: int, folder: Path) -> None:
+    """Write folder/zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = Namespace(
+        input_folder=str(partitions),
+        output_folder=str(folder),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(settings)
+    if zero_stage == 3:  # of which the converter leaves out the optimizer's step
+        shapes = _load(next(partitions.glob("*_model_states.pt")))["param_shapes"]
+        optimizer = _load(next(partitions.glob("*_optim_states.pt")))["optimizer_state_dict"]["optimizer_state_dict"]
+        for group, names in enumerate(shapes):
+            for name in names:
+                torch.save(optimizer["state"][group]["step"], folder / "zero" / name / "step.pt")
+
+
+def _deal_out(folder: Path, engine: Any) -> None:
+    """Fill this process's flat float32 tensors, one a group, and the optimizer's states of them."""
+    zero3 = engine.zero_optimization_stage() == 3
+    optimizer = engine.optimizer
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    groups = optimizer.fp16_groups if zero3 else optimizer.bit16_groups
+    flats = optimizer.fp32_partitioned_groups_flat if zero3 else optimizer.single_partition_of_fp32_groups
+    for group, flat in zip(groups, flats, strict=True):
+        state = {key: torch.zeros_like(flat.data) for key in ADAM}
+        own_parts = _zero3_parts(group) if zero3 else _fragments(group)
+        for parameter, first, start, size in own_parts:
+            for key, own in (("fp32", flat.data), *state.items()):
+                whole = _tensor(folder / names[parameter] / f"{key}.pt").flatten()
+                own[start : start + size] = whole[first : first + size]
+        step = _load(folder / names[group[0]] / "step.pt")
+        optimizer.optimizer.state[flat] = {"step": torch.as_tensor(step, dtype=torch.float32), **state}
+
+
+# Both yield (parameter, first number of it that this process has, its place in the flat tensor, how many numbers).
+
+
+def _fragments(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+    """ZeRO-1 and 2 lay a group's parameters end to end, and cut what comes of it into equal parts."""
+    for parameter in group:
+        mapping = parameter._hp_mapping
+        if mapping is not None:  # else it lies in another process
+            inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield parameter, inside.start, flat.start, flat.numel
+
+
+def _zero3_parts(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+    """ZeRO-3 cuts each parameter into equal parts, the last one filled up, and lays a process's parts end to end."""
+    start = 0
+    for parameter in group:
+        size = parameter.ds_tensor.numel()
+        first = size * torch.distributed.get_rank()
+        yield parameter, first, start, max(0, min(size, parameter.ds_numel - first))
+        start += size
+
+
+def _tensor(path: Path) -> Tensor:
+    content = _load(path)
+    return content["param"] if isinstance(content, dict) else content  # from stages 1 and 2, or from stage 3
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed keeps objects of its own in its files

@@ -1,0 +1,127 @@
+"""Steps whose loss or gradient is not finite: skipped in all processes, counted, named, and too many end the run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedOptimizerWrapper
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from marval_rl.errors import NonFiniteError
+from marval_rl.trainers.optimizers import NETWORKS, rest
+
+
+class NonFiniteGuard:
+    """Looks at each optimizer step; one is bad if a loss or the gradient is not finite in any process.
+
+    A loss that is not finite is made to give a gradient that is not either. The gradient is averaged over the
+    processes, so all see it without another message, before they step: a plain run here, DeepSpeed in its own check
+    for an overflow. No weight and nothing of the optimizer's state moves then.
+
+    Args:
+        max_skipped_steps: So many bad steps in a row are skipped; one more ends the run.
+    """
+
+    def __init__(self, max_skipped_steps: int):
+        if max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps must not be negative, but is {max_skipped_steps}")
+        self.max_skipped_steps = max_skipped_steps
+        self.step_is_bad = False
+        self.in_a_row = 0
+        self.unreported = 0  # skipped since the last line of metrics
+        self._named: list[tuple[str, Tensor]] = []
+
+    def begin_step(self) -> None:
+        """Forget the step before."""
+        self.step_is_bad = False
+        self._named.clear()
+
+    def blame(self, name: str, tensor: Tensor) -> None:
+        """Remember whether a tensor of this step is finite: if the step turns out bad, the first that is not is named.
+
+        Costs no synchronisation with the device.
+        """
+        self._named.append((name, tensor.detach().isfinite().all()))
+
+    def watch(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch; its gradient is NaN where the loss is not finite, and as it was elsewhere."""
+        self.blame("loss", loss)
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+    def judge(self, optimizer: Any) -> None:
+        """Find out whether the step is bad, after the last backward pass; if it is, the optimizer's step does nothing.
+
+        DeepSpeed has stepped by then, or has skipped the step.
+        """
+        if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+            self.step_is_bad = optimizer.step_was_skipped
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.step_is_bad = bool(gradients) and not torch.stack(torch._foreach_norm(gradients)).isfinite().all().item()
+        if self.step_is_bad:
+            rest(optimizer, NETWORKS)
+
+    def count(self, step: int) -> None:
+        """After a step: tell of a bad one. All processes call it.
+
+        Raises:
+            NonFiniteError: In all of them, if there were too many in a row.
+        """
+        if not self.step_is_bad:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.unreported += 1
+        culprit = self._culprit()
+        if self.in_a_row > self.max_skipped_steps:
+            raise NonFiniteError(
+                f"{self.in_a_row} steps in a row were not finite and have been skipped, more than max_skipped_steps "
+                f"{self.max_skipped_steps}; in step {step} the first figure that is not finite was {culprit}: check "
+                "it, or lower learning_rate"
+            )
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            row = f"{self.in_a_row} in a row, max_skipped_steps is {self.max_skipped_steps}"
+            print(f"step {step} is skipped, it is not finite: {culprit} ({row})", file=sys.stderr)
+
+    def report(self) -> dict[str, float]:
+        """The steps skipped since the last line of metrics; nothing if there were none."""
+        skipped, self.unreported = self.unreported, 0
+        return {"skipped_steps": float(skipped)} if skipped else {}
+
+    def _culprit(self) -> str:
+        own = next((name for name, finite in self._named if not finite), None)
+        names = [own]
+        if torch.distributed.is_initialized():
+            names = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(names, own)
+        for rank, name in enumerate(names):
+            if name is not None:
+                return f"{name} in process {rank}" if len(names) > 1 else name
+        return "the gradient"
+
+
+class GuardCallback(TrainerCallback):
+    """Lets the guard look at each step; `forget` is called in a bad one, to drop the metrics that it recorded.
+
+    With float16 a loss scaler skips steps by itself, as it should while it looks for its scale.
+    """
+
+    def __init__(self, guard: NonFiniteGuard, forget: Callable[[], None]):
+        self.guard = guard
+        self.forget = forget
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
+    ) -> None:
+        if not args.fp16:
+            self.guard.judge(optimizer)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.guard.step_is_bad:
+            self.forget()
+        self.guard.count(state.global_step - 1)

@@ -1,0 +1,256 @@
+"""The part of a trainer that writes checkpoints, goes on from them, and ends a run that fails without losing it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerState
+
+from marval_rl.errors import CheckpointError, NonFiniteError, ProcessLostError, RewardError
+from marval_rl.runtime.checkpoints import (
+    DISK_FULL,
+    STATE_FILE,
+    CheckpointWriter,
+    Layout,
+    buffer_file,
+    cannot_write,
+    damage,
+    layout_of,
+    remove_unfinished,
+    way_on,
+)
+from marval_rl.runtime.conversion import load_other_layout
+from marval_rl.runtime.peers import Peers
+
+
+class ResumableTrainer(Trainer):
+    """Base of `MARTrainer`; not used by itself.
+
+    Expects of it: `mar` (the model), `ema` (its average), `buffer` (what a step keeps for the next), `interrupt` (the
+    callback of Ctrl-C), and `_before_step` with `_last_step` (what the running step may have changed).
+    """
+
+    peers: Peers | None = None
+    _writer: CheckpointWriter | None = None
+
+    # ---- What a checkpoint holds ----
+
+    def whole_states(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds in <name>.safetensors: states that are whole and alike in all processes."""
+        return {"ema": {**self.ema.module.state_dict(), "num_updates": torch.tensor(self.ema.num_updates)}}
+
+    def load_whole_states(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """Takes over what `whole_states` gave."""
+        average = dict(states["ema"])
+        self.ema.num_updates = int(average.pop("num_updates"))
+        self.ema.module.load_state_dict(average)
+
+    def goes_on_with_buffer(self, step: int) -> bool:
+        """Whether the step with this index needs what the one before it left in `buffer`."""
+        return False
+
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether a run in this state is over, so that nothing is left but to write `final`."""
+        # By epochs, max_steps is -1 and the number of steps follows from the data; the first start noted it.
+        return state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps)
+
+    # ---- Writing and going on ----
+
+    @property
+    def layout(self) -> Layout:
+        """How this run's state is spread."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return Layout(self.args.world_size, None if plugin is None else plugin.zero_stage)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        args = self.args
+        writer = CheckpointWriter(Path(args.output_dir), self.state.global_step, self.layout, args.save_total_limit)
+        writer.begin()
+        self._writer = writer
+        try:
+            if args.should_save:
+                for name, state in self.whole_states().items():
+                    file = writer.folder / f"{name}.safetensors"
+                    with writer.attempt(file):
+                        save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)
+            file = writer.folder / buffer_file(args.process_index)
+            with writer.attempt(file):
+                save_file(self.buffer, file)
+            with writer.attempt():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._writer = None
+        writer.seal()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writer is None else str(self._writer.folder.parent)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self._writer is None:
+            super()._save(output_dir, state_dict)
+        else:  # in one process only, and all meet in what follows
+            with self._writer.attempt():
+                super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self._save_engine(Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_engine(self, folder: Path) -> None:
+        """What transformers does here, but so that a process that cannot write does not leave the others waiting in
+        DeepSpeed's barriers."""
+        engine, writer = self.model_wrapped, self._writer
+        tag = f"global_step{self.state.global_step}"
+        with writer.attempt():
+            (folder / tag).mkdir(exist_ok=True)
+        writer.agree()
+        files, write = engine.checkpoint_engine, engine.checkpoint_engine.save
+        files.save = writer.attempting(write)
+        try:
+            engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            files.save = write
+        if self.args.should_save:
+            with writer.attempt():
+                (folder / "latest").write_text(tag)
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
+        written = None if resume_from_checkpoint is None else layout_of(Path(resume_from_checkpoint))
+        if not self.is_deepspeed_enabled or written in (None, self.layout):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # DeepSpeed's engine begins with the weights and is given the rest, for it would not take these files.
+        self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_other_layout(Path(resume_from_checkpoint), written, self.model_wrapped, Path(self.args.output_dir))
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            # The rate of the step to come is kept with the optimizer: another max_steps may have changed the schedule.
+            schedule = self.lr_scheduler
+            rates = zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in rates:
+                group["lr"] = base * factor(schedule.last_epoch)
+        if checkpoint is not None:  # here and not with the weights, which DeepSpeed loads by itself
+            self._load_own_state(Path(checkpoint))
+
+    def _load_own_state(self, folder: Path) -> None:
+        """The weight average, and what a step left for the next one."""
+        # safetensors knows no "cpu:0", which the device is called where there are several processes.
+        device = "cpu" if self.args.device.type == "cpu" else str(self.args.device)
+        self.load_whole_states(
+            {name: load_file(folder / f"{name}.safetensors", device=device) for name in self.whole_states()}
+        )
+        written = layout_of(folder) or self.layout
+        if written.world_size == self.args.world_size:
+            self.buffer = load_file(folder / buffer_file(self.args.process_index), device=device)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train; then save the averaged model to `output_dir/final`.
+
+        Raises:
+            RewardError, NonFiniteError: A reward failed, or too many steps in a row were not finite. A checkpoint is
+                kept.
+            CheckpointError: A checkpoint could not be written, or the one to go on from does not fit this run.
+            ProcessLostError: Another process hangs or is gone.
+        """
+        output_dir = Path(self.args.output_dir)
+        self.ema.module.to(self.args.device)
+        self.peers = Peers(self.args.ddp_timeout) if self.args.world_size > 1 else None
+        try:
+            if self.args.process_index == 0:
+                remove_unfinished(output_dir)
+            if resume_from_checkpoint is not None:
+                self.args.eval_on_start = False  # the run began long ago, and that step has been evaluated
+                if self._is_finished(resume_from_checkpoint):
+                    return None
+                self._check_layout(Path(resume_from_checkpoint))
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            if self.has_ended(self.state):
+                self.save_final(output_dir / "final")
+            return result
+        except (RewardError, NonFiniteError) as error:
+            raise type(error)(f"{error}; {self._keep_completed_steps()}") from error
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise cannot_write(output_dir, Path(error.filename or output_dir), error.strerror) from error
+        except RuntimeError as error:
+            missing = None if self.peers is None else self.peers.explain(error)
+            if missing is None:
+                raise
+            raise ProcessLostError(f"{missing}; {way_on(output_dir)}") from error
+        finally:
+            self.interrupt.restore()
+            if self.peers is not None:
+                self.peers.close()
+
+    def _check_layout(self, checkpoint: Path) -> None:
+        """Raises CheckpointError if another number of processes, or stage of ZeRO, left what this run cannot use."""
+        written, here = layout_of(checkpoint), self.layout
+        if written in (None, here):
+            return
+        told = f"{checkpoint} was written by {written}, and this run has {here}"
+        way = f"Go on with {written}, or begin a new run from its weights"
+        if written.world_size != here.world_size and self.goes_on_with_buffer(self.state.global_step):
+            raise CheckpointError(
+                f"{told}: step {self.state.global_step} goes on with what each of those processes has kept, as a "
+                f"rollout. {way}; a checkpoint of a step that begins with fresh data fits any number"
+            )
+        if (written.zero_stage is None) != (here.zero_stage is None):
+            raise CheckpointError(f"{told}: DeepSpeed's states and plain ones cannot be exchanged. {way}")
+        if self.args.process_index == 0:
+            print(f"{told}: its states are dealt out anew")
+
+    def _keep_completed_steps(self) -> str:
+        """Write a checkpoint of the steps that were completed, after a reward has failed in the one that followed
+        or that was skipped, like others before it.
+
+        A step scores before it moves a weight, so all that it may have changed is what `_before_step` holds; a resumed
+        run does it anew. Returns what to tell the user.
+        """
+        step = self.state.global_step
+        if step == 0:
+            return "no step was completed, so there is no checkpoint: correct it and start the run again"
+        if self._last_step == step:  # in a step, and not in the evaluation after one
+            buffer, metrics, self._tr_loss = self._before_step
+            self.buffer, self._metrics = buffer, defaultdict(list, metrics)
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        whole = damage(folder, checksums=False) is None
+        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
+        if not whole:
+            self.control.should_log = self.control.should_save = True
+            self.control.should_evaluate = False
+            try:
+                self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, None)
+            except CheckpointError as error:
+                return str(error)
+        return f"{folder} is kept, --resume goes on from it"
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is the run's last one; transformers would train one step more. Writes `final` anew."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+        if not self.has_ended(self.state):
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self._load_own_state(Path(checkpoint))
+        self.save_final(Path(self.args.output_dir) / "final")
+        return True
+
+    def save_final(self, folder: Path) -> None:
+        """Write what the run is for, a folder for `MARModel.from_pretrained`. All processes must call it."""
+        if self.args.should_save:
+            self.ema.module.save_pretrained(folder)

@@ -1,0 +1,250 @@
+"""What the trainers share on top of `transformers.Trainer`: exact resumption, weight averages, generated evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from marval_rl.evaluation.diversity import check_num_images
+from marval_rl.evaluation.evaluator import ImageEvaluator
+from marval_rl.models import MARModel, codec_for, patchify, unpatchify
+from marval_rl.rewarding import RewardSet
+from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.batches import EpochBatches, epoch_loader
+from marval_rl.runtime.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
+from marval_rl.runtime.distributed import (
+    failing_together,
+    forget_gradients,
+    from_first_process,
+    is_partitioned,
+    mean_over_processes,
+)
+from marval_rl.trainers.ema import ExponentialMovingAverage
+from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
+from marval_rl.trainers.optimizers import MODEL, rest
+from marval_rl.runtime.progress import ProgressBarCallback
+from marval_rl.runtime.randomness import derive_seed, kept_random_state
+from marval_rl.runtime.resumable import ResumableTrainer
+from marval_rl.trainers.sampling import SamplingSettings, generate_images, save_image_grid
+
+
+class MARTrainer(ResumableTrainer):
+    """Base of the trainers; not used by itself.
+
+    A subclass computes its loss in `compute_loss` and says with `sampling_settings` how its model is sampled.
+    Randomness is seeded anew in each micro-batch from (seed, step, number of the micro-batch among those of the step
+    in all processes): a run that was killed and resumed draws the same noise as one that was not, and one process that
+    accumulates two micro-batches what two processes draw. A checkpoint holds, besides what `Trainer` saves, the weight
+    average and the subclass's `buffer`.
+
+    Args:
+        network: What the optimizer trains; `model` or a module that holds it.
+        model: The MAR model that is sampled, averaged and saved.
+        evaluator: Compares generated with real images at each evaluation; None to leave that out.
+        eval_rewards: Judges that are only looked at; None for none.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        model: MARModel,
+        args: MARTrainingArguments,
+        train_dataset: Dataset,
+        evaluator: ImageEvaluator | None = None,
+        eval_rewards: RewardSet | None = None,
+        **kwargs: Any,
+    ):
+        if any(map(is_partitioned, network.parameters())):
+            raise ValueError(
+                "the model's parameters are already partitioned by ZeRO-3: make it outside deepspeed.zero.Init, and "
+                "load it after the training arguments were made; the trainer partitions it"
+            )
+        if evaluator is not None and (args.eval_strategy != "no" or args.eval_on_start):
+            check_num_images(args.eval_num_images, model.config.num_classes, "eval_num_images")
+        # transformers asks for an evaluation set although evaluation here generates its own images.
+        super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
+        unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
+        self._read_order()  # raises if the rows are too few, before any work
+        if self.is_deepspeed_enabled and self.layout.zero_stage == 3:
+            # Whole weights belong to each checkpoint: a run of another layout, or one that has ended, begins with them.
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        self.mar = model
+        self.codec = codec_for(model.config).to(args.device)
+        config = model.config
+        self.class_names = config.class_names or [f"class {label}" for label in range(config.num_classes)]
+        self.evaluator = evaluator
+        self.eval_rewards = eval_rewards
+        self.ema = ExponentialMovingAverage(model, args.ema_decay)
+        self.buffer: dict[str, Tensor] = {}
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self.micro_batch = 0  # its index within the optimizer step
+        self._last_step = -1
+        self.guard = NonFiniteGuard(args.max_skipped_steps)
+        # A loss is seen where it is made: DeepSpeed steps before transformers' training_step returns it.
+        self.compute_loss = self._guarded(self.compute_loss)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(ProgressBarCallback())
+        self.add_callback(MetricsFileCallback(Path(args.output_dir) / "metrics.jsonl"))
+        self.interrupt = InterruptCallback()
+        self.add_callback(self.interrupt)
+        self.add_callback(EpochCallback())
+        self.add_callback(GuardCallback(self.guard, self._forget_step))
+        self.add_callback(AverageCallback(self.update_average))
+
+    # ---- What a subclass says ----
+
+    def sampling_settings(self) -> SamplingSettings:
+        """How evaluation samples the model."""
+        return SamplingSettings(num_unmasking_steps=self.args.eval_unmasking_steps)
+
+    def record(self, metrics: dict[str, Tensor]) -> None:
+        """Remember metrics of this micro-batch; their mean over all processes appears at the next log. NaN is left
+        out of it."""
+        for name, value in metrics.items():
+            self.guard.blame(name, value)
+            self._metrics[name].append(value.detach().float())
+
+    def prompts_for(self, class_names: list[str]) -> list[str]:
+        """The prompt of each image, given the names of their classes."""
+        return class_names
+
+    def updates_student(self, step: int) -> bool:
+        """Whether the optimizer step with this index moves the model that is averaged."""
+        return True
+
+    # ---- Training ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        return epoch_loader(
+            self._read_order(),
+            self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _read_order(self) -> EpochBatches:
+        args = self.args
+        return EpochBatches(
+            self.train_dataset,
+            args.rows_per_batch,
+            args.data_seed,
+            args.process_index % args.num_readers,
+            args.num_readers,
+            args.batch_pattern(),
+        )
+
+    def update_average(self) -> None:
+        """Called after each optimizer step."""
+        if self.updates_student(self.state.global_step - 1) and not self.guard.step_is_bad:
+            self.ema.update(self.mar)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        step = self.state.global_step
+        self.micro_batch = self.micro_batch + 1 if step == self._last_step else 0
+        self._last_step = step
+        if self.micro_batch == 0:  # tensors are replaced in a step and not changed, so lists of them are enough
+            metrics = {name: list(values) for name, values in self._metrics.items()}
+            self._before_step = (dict(self.buffer), metrics, self._tr_loss.clone())
+            self.guard.begin_step()
+            if self.peers is not None:
+                self.peers.note_step(step)
+            if self.updates_student(step):
+                rest(self.optimizer, ())
+            else:
+                rest(self.optimizer, (MODEL,))
+                forget_gradients(self.mar.parameters())
+        place = self.micro_batch * self.args.world_size + self.args.process_index
+        torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _guarded(self, compute_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: self.guard.watch(compute_loss(*args, **kwargs))
+
+    def _forget_step(self) -> None:
+        """Drop the metrics of a step that was skipped."""
+        _, metrics, _ = self._before_step
+        self._metrics = defaultdict(list, metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # not the line of an evaluation, which may fall between two of training
+            logs |= mean_over_processes(self._metrics)  # a reward may have left every sample out: no line then
+            self._metrics.clear()
+            logs |= self.guard.report()
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]  # of a step that was skipped
+        super().log(logs, start_time)
+
+    def tokens_of(self, rows: dict[str, Tensor]) -> Tensor:
+        """Tokens [B, L, C] of a batch of "images" [B, C, H, W] in 0..1 or of cached "moments" [B, 2c, h, w]."""
+        if "moments" in rows:
+            latents = self.codec.from_moments(rows["moments"].to(self.args.device))
+        else:
+            latents = self.codec.encode(rows["images"].to(self.args.device))
+        return patchify(latents, self.mar.config.patch_size)
+
+    def names_of(self, class_labels: Tensor) -> list[str]:
+        """The class name of each label [B]."""
+        return [self.class_names[label] for label in class_labels.tolist()]
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L, C] -> images [B, C, H, W] in 0..1."""
+        config = self.mar.config
+        return self.codec.decode(unpatchify(tokens, config.patch_size, config.grid_size))
+
+    # ---- Evaluation on generated images ----
+
+    @property
+    def evaluation_names(self) -> list[str]:
+        """The figures that an evaluation measures, without "eval_"."""
+        judges = [] if self.eval_rewards is None else self.eval_rewards.names
+        measured = [] if self.evaluator is None else self.evaluator.names
+        return [*measured, *(f"rewards/{name}/mean" for name in judges)]
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Generate `eval_num_images` images from fixed seeds with the averaged weights, and judge them."""
+        args = self.args
+        images, class_labels = generate_images(
+            self.ema.module,
+            self.codec,
+            args.eval_num_images,
+            self.sampling_settings(),
+            seed=args.eval_seed,
+            batch_size=args.eval_batch_size,
+            device=args.device,
+        )
+        metrics: dict[str, float] = {}
+        if self.evaluator is not None:
+            metrics |= self.evaluator.evaluate(images, class_labels)
+        if self.eval_rewards is not None:
+            metrics |= self.judge(images, class_labels)
+        # The last digits may differ between processes, but what follows from the figures must not.
+        metrics = from_first_process({f"eval_{name}": value for name, value in metrics.items()})
+        if self.is_world_process_zero():
+            folder = Path(args.output_dir) / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"step_{self.state.global_step:06d}.png"
+            save_image_grid(images, class_labels, path, args.sample_grid_columns)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def judge(self, images: Tensor, class_labels: Tensor) -> dict[str, float]:
+        """The mean of each held-out reward, as `rewards/<name>/mean`; left out where it scored no image."""
+        names = self.names_of(class_labels)
+        with failing_together(self.args.device), kept_random_state(self.args.device):
+            scores = self.eval_rewards.score(images, self.prompts_for(names), class_labels, names)
+        means = {name: values.nanmean().item() for name, values in scores.components.items()}
+        return {f"rewards/{name}/mean": mean for name, mean in means.items() if not math.isnan(mean)}
