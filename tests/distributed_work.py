@@ -4,7 +4,7 @@
 
 STAGE is one of STAGES. Each trainer leaves in FOLDER: `<trainer>.safetensors` (the weights it ends with, by network),
 `<trainer>_<rank>.json` (metrics, what moved in each step, seconds, bytes), and its run folder. What
-`training/distributed.py` makes of this process's rows, metrics and errors is in `collectives_<rank>.json`.
+`runtime/distributed.py` makes of this process's rows, metrics and errors is in `collectives_<rank>.json`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from transformers import TrainerCallback
 
 from marval_rl.errors import DataError
 from marval_rl.launched import launched_processes
-from marval_rl.trainers.base import MARTrainer
 from marval_rl.runtime.distributed import failing_together, gather_rows, mean_over_processes, whole_in_chunks
+from marval_rl.trainers.base import MARTrainer
 
 # ZeRO-3 leaves parameters of less than 100,000 numbers whole by default, so all of a tiny model.
 ZERO = {1: {}, 2: {}, 3: {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 500}}

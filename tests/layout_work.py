@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from marval_rl.errors import MarvalError
-from marval_rl.trainers.distill import DistillTrainer
 from marval_rl.runtime.checkpoints import checkpoints_in, damage
+from marval_rl.trainers.distill import DistillTrainer
 
 STEP = 3  # one that draws fresh contexts: any number of processes can go on from it
 SETTINGS = {

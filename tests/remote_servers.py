@@ -20,10 +20,10 @@ import torch
 import uvicorn
 from torch import Tensor
 
+from marval_rl.rewarding import RewardSet
 from marval_rl.rewarding.serving.app import make_app
 from marval_rl.rewarding.serving.protocol import Limits, pack
 from marval_rl.rewarding.serving.scoring import Scorer
-from marval_rl.rewarding import RewardSet
 
 REWARDS = Path(__file__).with_name("remote_rewards.py")
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def thread_server(
 
 
 class ServerProcess:
-    """`python -m marval_rl.rewarding.serving.server` with a reward of remote_rewards.py, on a free port that it keeps."""
+    """`python -m marval_rl.rewarding.serving.server` with a reward of remote_rewards.py, on a free port."""
 
     def __init__(self, reward: str, *flags: str) -> None:
         self.reward, self.flags = reward, flags

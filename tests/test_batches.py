@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from marval_rl.trainers.grpo import MARGRPOConfig
 from marval_rl.trainers.batches import REUSE, EpochBatches, epoch_loader
+from marval_rl.trainers.grpo import MARGRPOConfig
 
 
 def batches_of(count: int, batch_size: int = 3, rank: int = 0, world_size: int = 1, pattern=(True,)) -> EpochBatches:

@@ -8,8 +8,8 @@ import pytest
 from tiny_models import tiny_model, tiny_student
 
 from marval_rl.cli.main import main
-from marval_rl.cli import networks
 from marval_rl.models import MARConfig
+from marval_rl.recipes import network_arguments as networks
 
 FAST = ["--steps", "2", "--diffusion_steps", "3", "--repeats", "1"]
 

@@ -14,9 +14,9 @@ import yaml
 from tiny_images import SIZE, contents, noise_image, tiny_autoencoder, write_partly_corrupt_folder
 
 from marval_rl.cli.main import main
-from marval_rl.cli import cache_report, cache_workers
-from marval_rl.data.moments.cache_workers import PARENT, Place, find_place, run_workers
 from marval_rl.data import MomentsCache
+from marval_rl.data.moments import cache_report, cache_workers
+from marval_rl.data.moments.cache_workers import PARENT, Place, find_place, run_workers
 from marval_rl.errors import DataError, RecipeError
 
 CLASSES = "60 images of 3 classes: ant, bee, cow"

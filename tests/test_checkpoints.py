@@ -15,8 +15,6 @@ from tiny_models import tiny_model
 from tiny_trainers import distiller
 
 from marval_rl.errors import CheckpointError
-from marval_rl.trainers.distill import DistillTrainer
-from marval_rl.trainers.base import MARTrainer
 from marval_rl.runtime.checkpoints import (
     MANIFEST,
     STATE_FILE,
@@ -29,6 +27,8 @@ from marval_rl.runtime.checkpoints import (
     whole_checkpoints,
 )
 from marval_rl.runtime.resume import find_checkpoint
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.distill import DistillTrainer
 
 
 def saving_trainer(folder: Path, **settings: object) -> DistillTrainer:

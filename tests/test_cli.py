@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marval_rl import __version__, cli
+from marval_rl import __version__
+from marval_rl.cli import main as cli
 from marval_rl.cli.recipe_arguments import LATEST, add_recipe_arguments
-from marval_rl.evaluation.scored_images import read_image, read_prompts
 from marval_rl.errors import CheckpointError, RecipeError
+from marval_rl.evaluation.scored_images import read_image, read_prompts
 
 
 @pytest.fixture

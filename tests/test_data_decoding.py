@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageCms
 from tiny_images import noise_image, png_bytes
 
-from marval_rl.evaluation.scored_images import read_image
 from marval_rl.data import CroppedImages
 from marval_rl.data.crop import LONGEST, center_crop
 from marval_rl.data.decoding import CorruptImageError, decode_image
@@ -19,6 +18,7 @@ from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.moments.shards import Crops
 from marval_rl.errors import DataError
 from marval_rl.evaluation.image_set import read_images
+from marval_rl.evaluation.scored_images import read_image
 
 SIZE = 32
 RAMP = np.linspace(0, 255, SIZE).round().astype(np.uint8)[None].repeat(SIZE, 0)  # grey [H, W]

@@ -12,13 +12,13 @@ from PIL import Image
 from tiny_images import SIZE, noise_image, write_folder
 from torch.utils.data import DataLoader
 
-from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.data import CroppedImages
 from marval_rl.data.crop import center_crop
 from marval_rl.data.flips import FlippingDataset
 from marval_rl.data.image_folder import ImageFolder
 from marval_rl.errors import DataError
 from marval_rl.models import MARConfig
+from marval_rl.recipes.data_arguments import DataArguments
 
 FIRST_FLIPS = [2, 5, 6, 7, 9, 14, 15]  # of seed 0 and epoch 0
 

@@ -16,7 +16,7 @@ from open_clip.loss import SigLipLoss
 from PIL import Image
 from tiny_recipes import RECIPES, is_finite, run_recipe, training_lines
 
-from marval_rl import cli
+from marval_rl.cli import main as cli
 from marval_rl.data.digits import load_digit_images
 from marval_rl.rewarding import load_reward
 

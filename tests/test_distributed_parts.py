@@ -13,8 +13,8 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.runtime.distributed import mean_over_processes, whole_in_chunks, whole_weights
+from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.optimizers import AUXILIARY, MODEL, NETWORKS, adamw, rest
 
 

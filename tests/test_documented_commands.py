@@ -27,7 +27,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from marval_rl.cli.main import COMMANDS, main
 from marval_rl.recipes.planning import activations
-from marval_rl.runtime import arguments
+from marval_rl.trainers import arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

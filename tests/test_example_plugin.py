@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marval_rl import cli
+from marval_rl.cli import main as cli
 from marval_rl.rewarding import RewardSet, load_reward
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "reward_plugin"

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from marval_rl.errors import NonFiniteError, RewardError
-from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
 from marval_rl.runtime.checkpoints import damage, whole_checkpoints
 from marval_rl.runtime.guard import NonFiniteGuard
+from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 
 class Spoiled(PretrainTrainer):

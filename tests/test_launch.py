@@ -16,16 +16,16 @@ import pytest
 import yaml
 from tiny_recipes import RECIPES, command_line, read_lines
 
-from marval_rl.cli.main import CommandParser, main
 from marval_rl.cli import launch as launching
 from marval_rl.cli.accelerate_config import read_accelerate_config
 from marval_rl.cli.launch import Launch, add_launch_arguments, plan_launch, run_processes
+from marval_rl.cli.main import CommandParser, main
 from marval_rl.errors import MarvalError, RecipeError
 from marval_rl.launched import SIZE_VARIABLES
-from marval_rl.runtime import arguments
-from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.runtime.presets import DEEPSPEED_PRESETS, deepspeed_config
 from marval_rl.runtime.resume import find_checkpoint
+from marval_rl.trainers import arguments
+from marval_rl.trainers.arguments import MARTrainingArguments
 
 HERE = Launch(2, 1, 0, "127.0.0.1", 0)
 

@@ -18,9 +18,9 @@ from marval_rl.cli.main import main
 from marval_rl.data import class_rows
 from marval_rl.models.checkpoints import load_model
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
-from marval_rl.trainers.base import MARTrainer
 from marval_rl.runtime.limits import Limit, broken_limit, is_new_best
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_num_images": 6, "max_steps": 8}
 

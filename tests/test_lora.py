@@ -14,15 +14,15 @@ from tiny_recipes import comparable_lines, run_recipe
 from tiny_trainers import ANCHOR, GRPO, QUIET, anchor_of, darkness, logged, same, snapshot
 from torch import Tensor
 
-from marval_rl.recipes.network_arguments import LoraArguments
 from marval_rl.data import class_rows
 from marval_rl.models import MARModel, generate
 from marval_rl.models.checkpoints import load_model
+from marval_rl.recipes.network_arguments import LoraArguments
 from marval_rl.rewarding import RewardSet
+from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.lora import LORA_TARGETS, adapters_off, add_lora, merged_student
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-from marval_rl.trainers.base import MARTrainer
 
 EVERYWHERE = LoraConfig(r=2, lora_alpha=4, target_modules=LORA_TARGETS["all"])
 

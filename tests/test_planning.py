@@ -13,6 +13,7 @@ from tiny_models import tiny_config, tiny_student
 from torch import nn
 
 from marval_rl.cli.main import main
+from marval_rl.models import MARConfig, MARModel
 from marval_rl.recipes.network_arguments import LoraArguments
 from marval_rl.recipes.planning import activations
 from marval_rl.recipes.planning.activations import example_batch, grpo_bytes, gsim_bytes, pretrain_bytes
@@ -26,12 +27,11 @@ from marval_rl.recipes.planning.memory import (
     saved_bytes,
 )
 from marval_rl.recipes.planning.plan import TrainingPlan
-from marval_rl.models import MARConfig, MARModel
+from marval_rl.trainers import arguments
 from marval_rl.trainers.distill import DistillConfig
 from marval_rl.trainers.grpo import MARGRPOConfig
 from marval_rl.trainers.lora import add_lora
 from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
-from marval_rl.runtime import arguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}

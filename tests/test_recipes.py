@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from marval_rl.errors import RecipeError
-from marval_rl.recipes.values import WrongType, convert, describe
 from marval_rl.recipes.reading import (
     build_configs,
     find_recipes,
@@ -25,8 +24,9 @@ from marval_rl.recipes.reading import (
     resolved_recipe,
     save_recipe,
 )
-from marval_rl.trainers.grpo import MARGRPOConfig
 from marval_rl.recipes.trl_settings import explain_trl_setting
+from marval_rl.recipes.values import WrongType, convert, describe
+from marval_rl.trainers.grpo import MARGRPOConfig
 
 
 @dataclass

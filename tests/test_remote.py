@@ -15,9 +15,9 @@ from remote_rewards import arguments, brightness, expected, number
 from remote_servers import ServerProcess, batch_for, free_url, thread_server
 
 from marval_rl.errors import RewardError
+from marval_rl.rewarding import RewardSet
 from marval_rl.rewarding.serving import client as client_module
 from marval_rl.rewarding.serving.protocol import Limits
-from marval_rl.rewarding import RewardSet
 
 IMAGES = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 BYTES = (IMAGES * 255).round() / 255

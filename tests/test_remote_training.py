@@ -17,10 +17,10 @@ from tiny_recipes import comparable_lines
 
 from marval_rl.data import class_rows
 from marval_rl.errors import RewardError
-from marval_rl.rewarding.serving import client as client_module
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
+from marval_rl.rewarding.serving import client as client_module
 from marval_rl.runtime.resume import find_checkpoint
+from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 
 STEPS = 6
 DIES_IN = (3, 3)  # step, micro-batch: after 3 steps neither a line nor a checkpoint is due

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiny_recipes import COMMANDS, command_line, comparable_lines, run_recipe
 
 from marval_rl.errors import CheckpointError
-from marval_rl.trainers.base import MARTrainer
 from marval_rl.runtime.resume import find_checkpoint
+from marval_rl.trainers.base import MARTrainer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from marval_rl import cli
+from marval_rl.cli import main as cli
 from marval_rl.rewarding import contract
 
 CHECKS = ["keywords", *contract.CHECKS]

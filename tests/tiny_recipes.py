@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from marval_rl.cli.main import main
-from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.data_arguments import DataArguments
+from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
+from marval_rl.runtime.settings import defaults_of, unmet_needs
 from marval_rl.trainers.distill import DistillConfig
 from marval_rl.trainers.grpo import MARGRPOConfig
 from marval_rl.trainers.pretrain import PretrainConfig
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig
-from marval_rl.runtime.settings import defaults_of, unmet_needs
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "digits"
 COMMANDS = {"teacher": "pretrain", "distill": "distill", "grpo": "train", "reward_backprop": "train"}  # by recipe

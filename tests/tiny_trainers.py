@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from marval_rl.data import class_rows
 from marval_rl.models import MARModel
 from marval_rl.rewarding import RewardSet
+from marval_rl.runtime.callbacks import AverageCallback
+from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.distill import DistillConfig, DistillTrainer
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-from marval_rl.trainers.base import MARTrainer
-from marval_rl.runtime.callbacks import AverageCallback
 
 QUIET = {
     "eval_strategy": "no",

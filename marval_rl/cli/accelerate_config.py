@@ -10,8 +10,8 @@ import yaml
 
 from marval_rl.errors import RecipeError
 from marval_rl.paths import expand_path, shipped_recipe
-from marval_rl.text import load_yaml, read_text, yaml_problem
 from marval_rl.runtime.presets import DEEPSPEED_PRESETS
+from marval_rl.text import load_yaml, read_text, yaml_problem
 
 LAUNCH_KEYS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 DISTRIBUTED_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED")

@@ -12,11 +12,11 @@ import torch
 
 from marval_rl.cli.main import path_or_id
 from marval_rl.cli.model_arguments import AUTOCAST_DTYPES
-from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
 from marval_rl.cli.quiet import quiet_libraries
 from marval_rl.errors import check_output
 from marval_rl.models import MARModel, generate
 from marval_rl.models.checkpoints import load_model
+from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
 from marval_rl.recipes.values import WrongType, convert, rejoin_list
 from marval_rl.trainers.distill import student_from_teacher
 

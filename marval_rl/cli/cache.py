@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from marval_rl.data.moments.cache_report import Reporter, print_summary
-from marval_rl.data.moments.cache_workers import Place, find_place, run_workers
-from marval_rl.recipes.network_arguments import TeacherArguments
 from marval_rl.cli.quiet import quiet_libraries
-from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.data import LabelledImages
 from marval_rl.data.class_names import describe_classes
+from marval_rl.data.moments.cache_report import Reporter, print_summary
+from marval_rl.data.moments.cache_workers import Place, find_place, run_workers
 from marval_rl.data.moments.changes import Changes, drop_changed_shards, find_changes
 from marval_rl.data.moments.manifest import (
     begin,
@@ -31,6 +29,8 @@ from marval_rl.data.moments.writer import build_cache, cache_settings
 from marval_rl.errors import DataError, MarvalError, RecipeError
 from marval_rl.models.checkpoints import load_config
 from marval_rl.models.vae import VAECodec
+from marval_rl.recipes.data_arguments import DataArguments
+from marval_rl.recipes.network_arguments import TeacherArguments
 from marval_rl.recipes.reading import build_configs, read_settings
 from marval_rl.text import dump_yaml
 from marval_rl.trainers.distill import DistillConfig

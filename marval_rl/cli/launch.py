@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from marval_rl.cli.main import ERROR_FILE, path_or_id
 from marval_rl.cli.accelerate_config import read_accelerate_config
+from marval_rl.cli.main import ERROR_FILE, path_or_id
 from marval_rl.errors import MarvalError, RecipeError
 
 PROGRAM = (sys.executable, "-m", "marval_rl")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from marval_rl.cli.main import path_or_id
 from marval_rl.cli.launch import add_launch_arguments
+from marval_rl.cli.main import path_or_id
 
 LATEST = "latest"
 

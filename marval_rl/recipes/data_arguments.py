@@ -20,8 +20,8 @@ from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
 from marval_rl.rewarding import load_reward
-from marval_rl.trainers.anchor import ANCHORED
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
+from marval_rl.trainers.anchor import ANCHORED
 
 DIGITS = "digits"
 DIGIT_JUDGES = ("classifier", "held_out_classifier")

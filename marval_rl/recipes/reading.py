@@ -25,9 +25,9 @@ from trl import TrlParser
 
 from marval_rl.errors import RecipeError
 from marval_rl.paths import SHIPPED_RECIPES, expand_path, shipped_recipe
+from marval_rl.recipes.trl_settings import explain_trl_setting
 from marval_rl.recipes.values import WrongType, convert, pick, rejoin_list
 from marval_rl.text import dump_yaml, load_yaml, read_text, yaml_problem
-from marval_rl.recipes.trl_settings import explain_trl_setting
 
 # Settings that are paths, some of them or else a hub id or a name: ~ and $VARIABLE are replaced in them.
 PATH_SETTINGS = (

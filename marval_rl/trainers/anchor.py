@@ -12,10 +12,10 @@ from torch.utils.data import Dataset, default_collate
 
 from marval_rl.models import MARModel
 from marval_rl.models.unmasking import random_order
+from marval_rl.runtime.settings import Conditions, Needs
+from marval_rl.trainers.batches import EpochAware
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.masking import draw_num_masked
-from marval_rl.trainers.batches import EpochAware
-from marval_rl.runtime.settings import Conditions, Needs
 
 ANCHORED = Needs("an anchor (anchor_weight > 0)", ("anchor_weight",), lambda weight: weight != 0)
 

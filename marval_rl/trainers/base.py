@@ -18,8 +18,6 @@ from marval_rl.evaluation.diversity import check_num_images
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.arguments import MARTrainingArguments
-from marval_rl.trainers.batches import EpochBatches, epoch_loader
 from marval_rl.runtime.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
 from marval_rl.runtime.distributed import (
     failing_together,
@@ -28,12 +26,14 @@ from marval_rl.runtime.distributed import (
     is_partitioned,
     mean_over_processes,
 )
-from marval_rl.trainers.ema import ExponentialMovingAverage
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
-from marval_rl.trainers.optimizers import MODEL, rest
 from marval_rl.runtime.progress import ProgressBarCallback
 from marval_rl.runtime.randomness import derive_seed, kept_random_state
 from marval_rl.runtime.resumable import ResumableTrainer
+from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.batches import EpochBatches, epoch_loader
+from marval_rl.trainers.ema import ExponentialMovingAverage
+from marval_rl.trainers.optimizers import MODEL, rest
 from marval_rl.trainers.sampling import SamplingSettings, generate_images, save_image_grid
 
 

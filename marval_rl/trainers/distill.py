@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.unmasking import random_order
-from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
-from marval_rl.trainers.masking import draw_num_masked
+from marval_rl.runtime.distributed import whole_weights
+from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
 from marval_rl.trainers.base import MARTrainer
-from marval_rl.runtime.distributed import whole_weights
+from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
+from marval_rl.trainers.masking import draw_num_masked
 from marval_rl.trainers.optimizers import AUXILIARY, MODEL, adamw
-from marval_rl.runtime.settings import Conditions, Needs
 
 AUXILIARY_FILE = "auxiliary.safetensors"
 

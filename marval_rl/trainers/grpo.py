@@ -27,12 +27,12 @@ from marval_rl.losses.policy import (
 from marval_rl.models import MARModel
 from marval_rl.models.unmasking import unmasking_steps
 from marval_rl.rewarding.aggregation import MULTI_OBJECTIVE_AGGREGATIONS, aggregate_advantages
-from marval_rl.trainers.gsim import StudentNetworks
-from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
-from marval_rl.trainers.rollout import draw_chances, sample_rollout, step_mean
 from marval_rl.runtime.distributed import failing_together, gather_rows, whole_weights
 from marval_rl.runtime.randomness import derive_generator
 from marval_rl.runtime.settings import Conditions, Needs
+from marval_rl.trainers.gsim import StudentNetworks
+from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
+from marval_rl.trainers.rollout import draw_chances, sample_rollout, step_mean
 
 SUM_CLIP_RANGE = 0.2  # of the ratio of a whole action
 RATIO_TOLERANCE = 1e-5  # how far ratios may be from 1 before the first update

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from marval_rl.models import MARModel
 from marval_rl.models.diffusion import add_noise, diffusion_losses
 from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions
-from marval_rl.trainers.masking import draw_num_masked
+from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.masking import draw_num_masked
 from marval_rl.trainers.optimizers import adamw, decay_groups
 from marval_rl.trainers.sampling import SamplingSettings
-from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
 
 
 @dataclass

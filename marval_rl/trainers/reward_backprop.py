@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from marval_rl.losses.policy import action_kl
 from marval_rl.models import MARModel
 from marval_rl.models.unmasking import unmasking_steps
+from marval_rl.runtime.randomness import derive_generator
+from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
 from marval_rl.trainers.rollout import differentiable_rollout
-from marval_rl.runtime.randomness import derive_generator
-from marval_rl.runtime.settings import Conditions, Needs
 
 BACKPROP_STEPS = ("all", "last", "random")
 

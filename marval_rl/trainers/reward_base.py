@@ -21,19 +21,19 @@ from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
 from marval_rl.models.head import DiffusionHead
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
+from marval_rl.runtime.distributed import failing_together
+from marval_rl.runtime.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
+from marval_rl.runtime.randomness import kept_random_state
+from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.anchor import Anchor, AnchorArguments
+from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
+from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.distill import AUXILIARY_FILE, save_auxiliary, student_groups
 from marval_rl.trainers.gsim import StudentNetworks
 from marval_rl.trainers.lora import adapters_off, add_lora, save_merged
-from marval_rl.trainers.rollout import step_mean
-from marval_rl.trainers.arguments import MARTrainingArguments, cycle_pattern
-from marval_rl.trainers.base import MARTrainer
-from marval_rl.runtime.distributed import failing_together
-from marval_rl.runtime.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
 from marval_rl.trainers.optimizers import adamw
-from marval_rl.runtime.randomness import kept_random_state
+from marval_rl.trainers.rollout import step_mean
 from marval_rl.trainers.sampling import SamplingSettings
-from marval_rl.runtime.settings import Conditions, Needs
 
 
 @dataclass

@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from marval_rl.recipes.planning.memory import adapted_on_meta, saved_bytes
 from marval_rl.losses.policy import action_log_prob, policy_loss
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.mar import new_head
 from marval_rl.models.unmasking import random_order, unmasking_steps
+from marval_rl.recipes.planning.memory import adapted_on_meta, saved_bytes
 from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.pretrain import pretraining_loss
 from marval_rl.trainers.rollout import step_mean

@@ -10,13 +10,13 @@ from typing import Any
 from peft import LoraConfig
 from torch.utils.data import Dataset
 
-from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
-from marval_rl.recipes.planning.activations import grpo_bytes, gsim_bytes, pretrain_bytes, reward_backprop_bytes
-from marval_rl.recipes.planning.memory import Footprint, adapter_parameters, head_parameters, mar_parameters
-from marval_rl.recipes.data_arguments import DataArguments, describe_data
 from marval_rl.errors import MarvalError
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
+from marval_rl.recipes.data_arguments import DataArguments, describe_data
+from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
+from marval_rl.recipes.planning.activations import grpo_bytes, gsim_bytes, pretrain_bytes, reward_backprop_bytes
+from marval_rl.recipes.planning.memory import Footprint, adapter_parameters, head_parameters, mar_parameters
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.distill import student_config
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 
 from marval_rl.errors import RewardError
-from marval_rl.rewarding.serving.protocol import Limits, unpack
 from marval_rl.rewarding import RewardSet
+from marval_rl.rewarding.serving.protocol import Limits, unpack
 
 Result = TypeVar("Result")
 
