@@ -289,6 +289,13 @@ def test_what_the_official_code_does_not_do_has_no_official_form(tmp_path, fails
     assert message in fails(1, tmp_path / "model", tmp_path / "a.pth", "--to_official")
 
 
+@pytest.mark.parametrize("options", [(), ("--to_official",)])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, fails, options):
+    (tmp_path / "file").write_text("")
+    line = fails(2, tmp_path / "nowhere", tmp_path / "file" / "out", *options)
+    assert line.startswith(f"OUT's folder {tmp_path / 'file'} cannot be written: ")
+
+
 def test_a_folder_that_is_there_is_replaced_only_when_told_so(checkpoint, tmp_path, fails):
     out = tmp_path / "out"
     out.mkdir()

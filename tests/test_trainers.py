@@ -76,7 +76,7 @@ def test_only_the_networks_whose_turn_it_is_move(tmp_path, kind):
 
 @pytest.mark.parametrize("make", [grpo_trainer, backprop_trainer])
 def test_without_an_anchor_there_is_no_auxiliary_network_and_each_step_moves_the_student(tmp_path, make):
-    trainer = make(tmp_path, tiny_student(1), max_steps=3, learning_rate=1e-3, auxiliary_updates=3)
+    trainer = make(tmp_path, tiny_student(1), max_steps=3, learning_rate=1e-3)
     assert trainer.model.auxiliary is None and trainer.anchor is None
     states = snapshots_by_step(trainer, {"student": trainer.mar})
     assert len(states) == 4

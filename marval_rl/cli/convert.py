@@ -112,7 +112,7 @@ def _refuse_mar_options(args: argparse.Namespace, why: str) -> None:
 def _check_free(output: Path, overwrite: bool, wants_folder: bool) -> None:
     """Raises ValueError if something is in the way that this command did not write or may not replace, or if nothing
     can be written there."""
-    check_folder(output.parent, "the folder of OUT,")
+    check_folder(output.parent, "OUT's folder")
     if not output.exists():
         return
     if output.is_dir() != wants_folder:
