@@ -1,4 +1,4 @@
-"""Reports on runs: metrics.jsonl and its neighbours in, one HTML page out."""
+"""Reports on runs: metrics.jsonl and its neighbours in, one HTML page, or figures and tables for papers, out."""
 
 from __future__ import annotations
 

@@ -41,6 +41,11 @@ class Section:
     kinds: tuple[str, ...] = ()
 
 
+_DISTRIBUTION_KEYS = (
+    ("Fréchet distance", r"eval_frechet_distance"),
+    ("diversity", r"eval_diversity"),
+    ("mode coverage", r"eval_mode_coverage"),
+)
 SECTIONS = (
     Section(
         "rewards",
@@ -52,18 +57,14 @@ SECTIONS = (
     Section(
         "judges",
         "Judges",
-        "Scores of images drawn for evaluation. A held-out judge was never trained on; it is the one to believe.",
+        "Scores of images generated for evaluation. A held-out judge was never trained on: it is the one to believe.",
         (("a held-out judge", r"eval_.+"),),
     ),
     Section(
         "distribution",
         "Distribution",
         "Are the images still as good, and as different from each other, as real ones?",
-        (
-            ("Fréchet distance", r"eval_frechet_distance"),
-            ("diversity", r"eval_diversity"),
-            ("mode coverage", r"eval_mode_coverage"),
-        ),
+        _DISTRIBUTION_KEYS,
     ),
     Section(
         "policy",
@@ -73,10 +74,12 @@ SECTIONS = (
         ("grpo",),
     ),
     Section("optimisation", "Optimisation", "", (("loss", r"loss"),)),
+    Section("speed", "Speed", "From the time of each line of metrics.jsonl; evaluations are not part of a step."),
     Section("other", "Everything else that was logged", ""),
 )
 
 # Here `key` is a pattern; {0} in a label or a spread_key is what its group matched. In order of appearance on the page.
+_REAL = {"unit": "relative to real images", "better": "higher", "reference": 1.0, "reference_label": "real"}
 _RULES = (
     Metric(r"reward", "rewards", "Reward, weighted sum", "reward", "higher", "reward_std"),
     Metric(r"rewards/(.+)/mean", "rewards", "{0}", "reward", "higher", "rewards/{0}/std"),
@@ -94,26 +97,11 @@ _RULES = (
         reference_label="floor",
         log=True,
     ),
-    Metric(
-        r"eval_diversity",
-        "distribution",
-        "Diversity",
-        "relative to real images",
-        "higher",
-        reference=1.0,
-        reference_label="real",
-    ),
-    Metric(
-        r"eval_mode_coverage",
-        "distribution",
-        "Mode coverage",
-        "relative to real images",
-        "higher",
-        reference=1.0,
-        reference_label="real",
-    ),
+    Metric(r"eval_diversity", "distribution", "Diversity", **_REAL),
+    Metric(r"eval_mode_coverage", "distribution", "Mode coverage", **_REAL),
     Metric(r"kl", "policy", "KL to the reference model", "nats"),
     Metric(r"clip_ratio/region_mean", "policy", "Clip fraction", "fraction of ratios"),
+    Metric(r"clip_ratio/(.+)", "policy", "Clip fraction, {0}", "fraction of ratios"),
     Metric(r"ratio", "policy", "Ratio of new to old policy", "mean", reference=1.0, reference_label="unchanged policy"),
     Metric(r"frac_reward_zero_std", "policy", "Groups without signal", "fraction of groups", "lower"),
     Metric(r"entropy", "policy", "Entropy", "nats"),
@@ -125,10 +113,13 @@ _RULES = (
     Metric(r"eval_loss", "optimisation", "Loss at evaluation", "loss", "lower", log=True),
     Metric(r"grad_norm", "optimisation", "Gradient norm", "L2 norm", log=True),
     Metric(r"learning_rate", "optimisation", "Learning rate", "per step"),
+    Metric(r"seconds_per_step", "speed", "Time per step", "seconds", "lower", log=True),
+    Metric(r"images_per_second", "speed", "Training images per second", "images, each process", "higher"),
 )
 # Bookkeeping, and levels that are drawn inside the chart of another metric.
 _HIDDEN = (
-    r"step|time|epoch|total_flos|train_.*|.*_runtime|.*_per_second|num_.*tokens.*|(eval_)?reward(s/.+/|_)std|.*_floor"
+    r"step|time|epoch|total_flos|train_.*|.*_runtime|eval_.*_per_second|num_.*tokens.*|(eval_)?reward(s/.+/|_)std"
+    r"|.*_floor"
 )
 
 
@@ -147,7 +138,7 @@ def _describe(key: str, trained_on: set[str]) -> tuple[tuple[bool, int], Metric]
             label = readable(rule.label.format(name))
             spread_key = rule.spread_key.format(name)
             return (trained, rank), replace(rule, key=key, label=label, spread_key=spread_key, trained_on=trained)
-    return (False, len(_RULES)), Metric(key, "other", key, "")
+    return (False, len(_RULES)), Metric(key, "other", readable(key), "")
 
 
 def readable(key: str) -> str:

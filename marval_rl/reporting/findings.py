@@ -6,8 +6,7 @@ import numpy as np
 
 from marval_rl.reporting.catalogue import catalogue
 from marval_rl.reporting.run_folder import Run
-from marval_rl.reporting.scales import format_number
-from marval_rl.reporting.summary import change_of
+from marval_rl.reporting.summary import change_of, format_number
 
 FD_LIMIT = 1.1  # a Fréchet distance above this multiple of where the run began, and
 KEPT_LIMIT = 0.93  # diversity or mode coverage below this fraction of it, are called out
@@ -24,7 +23,7 @@ def _unfinished(run: Run) -> list[str]:
         return []
     planned = run.recipe.get("max_steps")
     of_all = f" of {planned:,}" if isinstance(planned, int) and planned > 0 else ""
-    return [f"There is no final model: the run goes on, or was stopped. Last logged step: {run.last_step:,}{of_all}."]
+    return [f"There is no final model: the run continues, or was stopped. Last logged step: {run.last_step:,}{of_all}."]
 
 
 def _not_finite(run: Run) -> list[str]:

@@ -1,70 +1,65 @@
-"""Sample grids as data URIs, so that the report is one file."""
+"""Sample grids as data URIs, as many and as large as fit: the report is one file that can be mailed."""
 
 from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
-from html import escape
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from marval_rl.reporting.run_folder import Run
 
-LONGEST_SIDE = 1200  # pixels; larger grids are reduced
-SMALL_SIDE = 480  # pixels; smaller grids are enlarged with hard edges, so that each pixel shows
+BUDGET = 4_500_000  # characters of all grids together, so that a page stays well below 8 MB
+MOST_GRIDS = 40  # of one strip: as many places on the slider
+SIDES = (1400, 1000, 700, 500)  # pixels, of the longest side; larger grids are reduced
+SMALL_FILE = 60_000  # bytes; a file below this is embedded as it is
 
 
-@dataclass(frozen=True)
-class Grid:
-    """One embedded grid; `width` and `height` in pixels."""
-
-    step: int
-    uri: str
-    width: int
-    height: int
-
-
-def first_middle_last(samples: list[tuple[int, Path]]) -> list[Grid]:
-    """Embed the first grid, the one nearest to the middle step, and the last; fewer where there are fewer."""
-    if not samples:
-        return []
-    middle_step = (samples[0][0] + samples[-1][0]) / 2
-    middle = min(samples, key=lambda sample: abs(sample[0] - middle_step))
-    return [_embed(step, path) for step, path in dict.fromkeys([samples[0], middle, samples[-1]])]
+def sample_strips(runs: list[Run]) -> list[dict]:
+    """For each run and kind of grid: {"run", "title", "rows": names of its rows, "grids", "of": how many there are}."""
+    strips = [(index, title) for index, run in enumerate(runs) for title in run.samples]
+    return [
+        {
+            "run": index,
+            "title": title.replace("_", " "),
+            "rows": [str(name) for name in runs[index].row_names],
+            "grids": _fit(runs[index].samples[title], BUDGET // len(strips)),
+            "of": len(runs[index].samples[title]),
+        }
+        for index, title in strips
+    ]
 
 
-def _embed(step: int, path: Path) -> Grid:
+def _fit(samples: list[tuple[int, Path]], budget: int) -> list[dict]:
+    """Grids evenly spread over training, the first and the last among them, in at most `budget` characters."""
+    for side in SIDES:
+        probe = max(len(_embed(samples[place][1], side)[0]) for place in (0, len(samples) // 2, -1))
+        room = max(min(budget // probe, MOST_GRIDS), 2)
+        if room >= min(len(samples), 12):
+            break
+    places = np.unique(np.linspace(0, len(samples) - 1, room).round().astype(int))
+    grids = []
+    for place in places:
+        step, path = samples[place]
+        uri, width, height = _embed(path, side)
+        grids.append({"step": step, "src": uri, "width": width, "height": height})
+    while len(grids) > 2 and sum(len(grid["src"]) for grid in grids) > budget:
+        del grids[1:-1:2]
+    return grids
+
+
+@lru_cache(maxsize=256)  # a page that is watched shows most grids again
+def _embed(path: Path, side: int) -> tuple[str, int, int]:
+    """The data URI of a grid and its size in pixels."""
     with Image.open(path) as opened:
-        image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    png, jpeg = io.BytesIO(), io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    image.save(jpeg, "JPEG", quality=88)
-    # Photographs are far smaller as JPEG; digits are not, and would lose their edges.
-    kind, data = ("jpeg", jpeg) if png.tell() > 300_000 else ("png", png)
-    text = base64.b64encode(data.getvalue()).decode("ascii")
-    return Grid(step, f"data:image/{kind};base64,{text}", *image.size)
-
-
-def image_rows(runs: list[Run]) -> str:
-    """HTML: for each run with grids, its first, middle and last one side by side; "" where there are none."""
-    rows = []
-    for index, run in enumerate(runs):
-        grids = first_middle_last(run.samples)
-        if not grids:
-            continue
-        name = f'<h3 class="s{index}"><i></i>{escape(run.name)}</h3>' if len(runs) > 1 else ""
-        figures = "".join(_figure(grid, run) for grid in grids)
-        rows.append(f'<div class="r{index}">{name}<div class="grids">{figures}</div></div>')
-    return "".join(rows)
-
-
-def _figure(grid: Grid, run: Run) -> str:
-    crisp = ' class="crisp"' if max(grid.width, grid.height) < SMALL_SIDE else ""
-    alt = f"Samples of {run.name} at step {grid.step}"
-    return (
-        f'<figure><img{crisp} src="{grid.uri}" width="{grid.width}" height="{grid.height}" alt="{escape(alt)}">'
-        f"<figcaption>step {grid.step:,}{', before training' if grid.step == 0 else ''}</figcaption></figure>"
-    )
+        image = opened.convert("RGB")
+    kind, data = "png", path.read_bytes()
+    if max(image.size) > side or len(data) > SMALL_FILE:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=85, method=2)
+        kind, data = "webp", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", *image.size

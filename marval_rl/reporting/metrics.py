@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl: one JSON object a line, each with an integer "step"."""
+"""Reading metrics.jsonl: one JSON object per line, each with an integer "step"."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 def read_metrics(path: Path | str) -> list[dict]:
     """Read the lines of a metrics.jsonl in their order; [] for an empty file.
 
-    A last line that is no JSON was torn by a killed process and is left out. Raises ValueError, with the line number,
-    for any other unreadable line and for a line without an integer "step".
+    A last line that is not JSON was torn by a killed process and is left out.
+
+    Raises:
+        ValueError: For any other unreadable line and for a line without an integer "step"; it names the line.
     """
     path = Path(path)
     numbered = [
@@ -27,9 +29,9 @@ def read_metrics(path: Path | str) -> list[dict]:
         except json.JSONDecodeError as error:
             if number == numbered[-1][0]:
                 break
-            raise ValueError(f"{path}, line {number} is no JSON ({error.msg}): mend or remove that line") from error
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): fix or remove that line") from error
         if not isinstance(line, dict) or type(line.get("step")) is not int:
-            raise ValueError(f'{path}, line {number} has no integer "step": {text[:80]!r}; mend or remove that line')
+            raise ValueError(f'{path}, line {number} has no integer "step": {text[:80]!r}; fix or remove that line')
         lines.append(line)
     return lines
 
@@ -52,3 +54,36 @@ def metric_keys(lines: list[dict]) -> list[str]:
 def is_number(value: object) -> bool:
     """Whether a JSON value is a number (true and false are not; NaN and the infinities are)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def add_speed(lines: list[dict], images_per_step: int | None) -> None:
+    """Add "seconds_per_step", and "images_per_second" where the batch is known, to each line of training, in place.
+
+    The time between two lines is divided among their steps. A line of evaluation is written when evaluation ends, right
+    after the training line of its step, so the time before it belongs to no step.
+    """
+    before = None
+    for line in lines:
+        if not is_number(line.get("time")):
+            continue
+        steps = line["step"] - before["step"] if before else 0
+        seconds = line["time"] - before["time"] if before else 0.0
+        if "loss" in line and steps > 0 and seconds > 0:
+            line["seconds_per_step"] = seconds / steps
+            if images_per_step:
+                line["images_per_second"] = images_per_step * steps / seconds
+        before = line
+
+
+def time_spent(lines: list[dict]) -> dict[str, float]:
+    """Seconds of a run: "total", and of it "evaluation" (until the evaluation's line, from the line before it).
+
+    A first evaluation, before any training, counts from the start of the run.
+    """
+    evaluation, before = 0.0, 0.0
+    timed = [line for line in lines if is_number(line.get("time"))]
+    for line in timed:
+        if any(key.startswith("eval_") for key in line) and "loss" not in line:
+            evaluation += max(line["time"] - before, 0.0)
+        before = line["time"]
+    return {"total": max((line["time"] for line in timed), default=0.0), "evaluation": evaluation}

@@ -1,21 +1,30 @@
-"""A run folder on disk, read into one object."""
+"""A run folder on disk, read into one object.
+
+What is read, each where it is there: metrics.jsonl, recipe.yaml, evaluation.json (with a table per class under
+"per_class": {class: {measure: number}}), environment.json (a flat mapping), samples/step_000100.png and
+samples/NAME_step_000100.png (further grids, such as exploration), samples/rows.json (the names of a grid's rows), and
+whether there is a final/.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from PIL import Image
 
-from marval_rl.reporting.metrics import metric_keys, read_metrics, series
+from marval_rl.reporting.metrics import add_speed, metric_keys, read_metrics, series, time_spent
 from marval_rl.text import load_yaml, read_text, yaml_problem
 
 METRICS_FILE, RECIPE_FILE, EVALUATION_FILE = "metrics.jsonl", "recipe.yaml", "evaluation.json"
+ENVIRONMENT_FILE, ROWS_FILE = "environment.json", "samples/rows.json"
 KIND_NAMES = {
     "grpo": "GRPO",
     "reward_backprop": "Reward back-propagation",
@@ -26,15 +35,18 @@ KIND_NAMES = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind. `samples` are (step, file) pairs in order of step; `torn_samples` could not be read."""
+    """What a run left behind. `samples` are name -> (step, file) pairs in order of step, "" for those of evaluation;
+    `torn_samples` could not be read; `row_names` stand beside the rows of a grid."""
 
     name: str
     path: Path
     lines: list[dict] = field(default_factory=list)
     recipe: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
-    samples: list[tuple[int, Path]] = field(default_factory=list)
+    environment: dict = field(default_factory=dict)
+    samples: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
     torn_samples: list[str] = field(default_factory=list)
+    row_names: list[str] = field(default_factory=list)
     finished: bool = False
 
     @cached_property
@@ -44,7 +56,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """The recipe's `method` ("grpo", "reward_backprop"), or what the metrics tell: "distill", "pretrain" or ""."""
+        """The recipe's `method` ("grpo", "reward_backprop"), or by the metrics: "distill", "pretrain" or ""."""
         if self.recipe.get("method"):
             return str(self.recipe["method"])
         if "auxiliary_loss" in self.keys and "reward" not in self.keys:
@@ -56,9 +68,9 @@ class Run:
         return max((line["step"] for line in self.lines), default=0)
 
     @property
-    def seconds(self) -> float:
-        """Seconds from the start of the run to its last line."""
-        return max(self.series("time")[1].tolist(), default=0.0)
+    def seconds(self) -> dict[str, float]:
+        """Seconds from the start of the run to its last line ("total"), and of it those of "evaluation"."""
+        return time_spent(self.lines)
 
     @property
     def reward_names(self) -> set[str]:
@@ -73,7 +85,8 @@ class Run:
 def load_runs(folders: list[Path]) -> list[Run]:
     """Read run folders, under names that tell them apart (the shortest unique ends of their paths).
 
-    Raises ValueError for an empty list, a folder given twice, a folder that is no run, and files that cannot be read.
+    Raises:
+        ValueError: For an empty list, a folder given twice, a folder that is not a run, and files that cannot be read.
     """
     if not folders:
         raise ValueError("no run folder was given: name at least one, such as runs/grpo")
@@ -90,56 +103,51 @@ def load_runs(folders: list[Path]) -> list[Run]:
 
 def _load_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no run: there is no such folder")
+        raise ValueError(f"{folder} is not a run: there is no such folder")
     if not (folder / METRICS_FILE).is_file() and not (folder / RECIPE_FILE).is_file():
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}"))
         hint = f"; did you mean {', '.join(inside[:5])}?" if inside else ""
-        raise ValueError(f"{folder} is no run: it holds neither {METRICS_FILE} nor {RECIPE_FILE}{hint}")
-    recipe = _read_recipe(folder / RECIPE_FILE)
+        raise ValueError(f"{folder} is not a run: it holds neither {METRICS_FILE} nor {RECIPE_FILE}{hint}")
+    recipe = _read(folder / RECIPE_FILE, load_yaml, "YAML", {})
+    lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    batch, accumulated = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps") or 1
+    add_speed(lines, batch * accumulated if isinstance(batch, int) and isinstance(accumulated, int) else None)
     samples, torn = _find_samples(folder / "samples")
     return Run(
         name=name,
         path=folder,
-        lines=read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else [],
+        lines=lines,
         recipe=recipe,
-        evaluation=_read_evaluation(folder / EVALUATION_FILE),
+        evaluation=_read(folder / EVALUATION_FILE, json.loads, "JSON", {}),
+        environment=_read(folder / ENVIRONMENT_FILE, json.loads, "JSON", {}),
         samples=samples,
         torn_samples=torn,
+        row_names=_read(folder / ROWS_FILE, json.loads, "JSON", []),
         finished=(folder / "final").is_dir(),
     )
 
 
-def _read_recipe(path: Path) -> dict:
+def _read(path: Path, parse: Callable[[str], Any], language: str, empty: dict | list) -> Any:
+    """The content of a file, of the type of `empty`, which stands for a file that is not there."""
     if not path.is_file():
-        return {}
+        return empty
     try:
-        recipe = load_yaml(read_text(path))
-    except UnicodeError as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {yaml_problem(error)}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must be a mapping of names to values, but holds {type(recipe).__name__}")
-    return recipe
+        content = parse(read_text(path))
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: what json raises, and text in no known encoding
+        reason = yaml_problem(error) if isinstance(error, yaml.YAMLError) else str(error)
+        raise ValueError(f"{path} is not {language} ({reason}): fix it, or remove it to leave it out") from error
+    if not isinstance(content, type(empty)):
+        wanted = "a list" if isinstance(empty, list) else "a mapping of names to values"
+        raise ValueError(f"{path} must be {wanted}, but holds {type(content).__name__}: fix it or remove it")
+    return content
 
 
-def _read_evaluation(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        evaluation = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): evaluate the model again") from error
-    if not isinstance(evaluation, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds {type(evaluation).__name__}: evaluate again")
-    return evaluation
-
-
-def _find_samples(folder: Path) -> tuple[list[tuple[int, Path]], list[str]]:
+def _find_samples(folder: Path) -> tuple[dict[str, list[tuple[int, Path]]], list[str]]:
     """Readable grids in order of step, and the names of those that a killed process left half written."""
-    good, torn = [], []
-    for path in folder.glob("step_*.png"):
-        if not (match := re.fullmatch(r"step_(\d+)", path.stem)):
+    good: dict[str, list[tuple[int, Path]]] = {}
+    torn = []
+    for path in sorted(folder.glob("*step_*.png")):
+        if not (match := re.fullmatch(r"(?:(.+)_)?step_(\d+)", path.stem)):
             continue
         try:
             with Image.open(path) as image:
@@ -147,5 +155,5 @@ def _find_samples(folder: Path) -> tuple[list[tuple[int, Path]], list[str]]:
         except (OSError, SyntaxError):  # what Pillow raises for truncated and for broken PNG files
             torn.append(path.name)
         else:
-            good.append((int(match[1]), path))
-    return sorted(good), sorted(torn)
+            good.setdefault(match[1] or "", []).append((int(match[2]), path))
+    return {name: sorted(good[name]) for name in sorted(good)}, torn

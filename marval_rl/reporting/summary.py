@@ -1,15 +1,30 @@
-"""The figures: each measure before and after, and the evaluation of the final models."""
+"""The figures: each measure before and after, over seeds, and the tables beside it; and numbers as text."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 
 from marval_rl.reporting.catalogue import Metric, catalogue, readable
-from marval_rl.reporting.run_folder import Run
-from marval_rl.reporting.scales import format_number
+from marval_rl.reporting.run_folder import KIND_NAMES, Run
+from marval_rl.text import dump_yaml
+
+# Settings worth a line at the top, where the recipe has them: key -> words, with {} for the value.
+_HEADLINE = {
+    "reward_funcs": "rewards {}",
+    "labelling": "classes by {}",
+    "learning_rate": "learning rate {}",
+    "num_unmasking_steps": "{} unmasking steps",
+    "num_generations": "groups of {}",
+    "beta": "KL weight {}",
+    "anchor_weight": "anchor weight {}",
+    "guidance_scale": "guidance {}",
+    "seed": "seed {}",
+}
+_PLACES = {"output_dir", "logging_dir", "run_name", "hub_model_id"}
+_SEEDS = {"seed", "data_seed"}
 
 
 @dataclass(frozen=True)
@@ -20,10 +35,12 @@ class Change:
     after: float
     first_step: int
     averaged: int = 1  # number of logged values in each end's mean
+    spread: float = math.nan  # standard deviation of the values in the last end's mean; NaN of one value
+    extremes: tuple[float, float] = (math.nan, math.nan)  # over the run
 
     @property
     def difference(self) -> float:
-        return self.after - self.before if self.before is not None else float("nan")
+        return self.after - self.before if self.before is not None else math.nan
 
 
 def change_of(metric: Metric, run: Run) -> Change | None:
@@ -35,7 +52,9 @@ def change_of(metric: Metric, run: Run) -> Change | None:
     if len(values) == 1:
         return Change(None, float(values[0]), int(steps[0]))
     width = 1 if metric.key.startswith("eval_") else max(len(values) // 10, 1)
-    return Change(float(values[:width].mean()), float(values[-width:].mean()), int(steps[0]), width)
+    spread = float(values[-width:].std(ddof=1)) if width > 1 else math.nan
+    ends = float(values[:width].mean()), float(values[-width:].mean())
+    return Change(*ends, int(steps[0]), width, spread, (float(values.min()), float(values.max())))
 
 
 def reference_levels(metric: Metric, runs: list[Run]) -> list[float]:
@@ -48,84 +67,114 @@ def reference_levels(metric: Metric, runs: list[Run]) -> list[float]:
     return sorted({float(f"{level:.3g}") for level in last if np.isfinite(level)})
 
 
-def summary(metrics: list[Metric], runs: list[Run]) -> str:
-    """HTML of each measure before, after, and the difference: tiles for one run, a table for several; "" for none."""
-    rows = [(metric, [change_of(metric, run) for run in runs]) for metric in metrics]
-    rows = [(metric, changes) for metric, changes in rows if any(changes)]
-    if not rows:
+def comparison(metrics: list[Metric], runs: list[Run]) -> list[tuple[Metric, list[Change | None]]]:
+    """Rewards, held-out judges and distribution of each run; losses too, unless all are RL, whose loss says nothing."""
+    sections = {"rewards", "judges", "distribution"}
+    losses = {"loss", "auxiliary_loss"} if any(run.kind in ("pretrain", "distill") for run in runs) else set()
+    shown = [m for m in metrics if (m.section in sections or m.key in losses) and not m.trained_on]
+    rows = [(metric, [change_of(metric, run) for run in runs]) for metric in shown]
+    return [(metric, changes) for metric, changes in rows if any(changes)]
+
+
+def seed_groups(runs: list[Run]) -> list[list[int]]:
+    """Indices of runs whose recipes differ in the seed, and in nothing but that and where they write."""
+    groups: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        same = {key: run.recipe[key] for key in sorted(run.recipe.keys() - _PLACES - _SEEDS)}
+        groups.setdefault(dump_yaml(same), []).append(index)
+    seeds = {index: tuple(run.recipe.get(key) for key in sorted(_SEEDS)) for index, run in enumerate(runs)}
+    return [group for group in groups.values() if len({seeds[index] for index in group}) == len(group) > 1]
+
+
+def over_seeds(changes: list[Change | None], group: list[int]) -> str:
+    """Mean and standard deviation of the last values of a group of runs; "" where one is missing."""
+    values = [changes[index].after for index in group if changes[index] is not None]
+    if len(values) < len(group):
         return ""
-    if len(runs) == 1:
-        tiles = (
-            f"<div><dt>{_name(metric, runs)}</dt><dd>{_ends(changes[0], metric)}</dd></div>" for metric, changes in rows
-        )
-        return f'<dl class="tiles">{"".join(tiles)}</dl>'
-    lines = []
-    for metric, changes in rows:
-        cells = "".join(f"<td>{_ends(change, metric)}</td>" for change in changes)
-        lines.append(f'<tr><th scope="row">{_name(metric, runs)}</th>{cells}</tr>')
-    return _table("before → after", runs, lines)
+    return f"{format_number(float(np.mean(values)))} ± {format_number(float(np.std(values, ddof=1)), 2)}"
 
 
-def _name(metric: Metric, runs: list[Run]) -> str:
-    hints = [metric.direction]
-    if levels := reference_levels(metric, runs):
-        hints.append(f"{metric.reference_label} {' / '.join(map(format_number, levels))}")
-    if not metric.key.startswith("eval_"):
-        hints.append("in training")
-    return f"{escape(metric.label)}<small>{escape(', '.join(filter(None, hints)))}</small>"
+def headline(run: Run, runs: list[Run]) -> str:
+    """One line: kind, length, duration, and the main settings; of several runs those that differ."""
+    parts = [KIND_NAMES.get(run.kind, run.kind)] if run.kind else []
+    parts += [f"{run.last_step:,} training steps"] if run.lines else ["nothing logged yet"]
+    parts += [format_seconds(run.seconds["total"])] if run.seconds["total"] else []
+    for key, words in _HEADLINE.items():
+        value = run.recipe.get(key)
+        is_common = len(runs) > 1 and all(other.recipe.get(key) == value for other in runs)
+        if value is not None and value != [] and not is_common:
+            parts.append(words.format(format_number(value) if isinstance(value, float) else setting(value)))
+    return " · ".join(parts)
 
 
-def _ends(change: Change | None, metric: Metric) -> str:
-    if change is None:
-        return '<span class="soft">not measured</span>'
-    after = f"<b>{format_number(change.after)}</b>"
-    if change.before is None:
-        return f"{after}<small>measured once, at step {change.first_step:,}</small>"
-    tone = "soft"
-    if metric.better and change.difference:
-        tone = "good" if (change.difference > 0) == (metric.better == "higher") else "bad"
-    sign = "+" if change.difference > 0 else ""
-    details = f'<span class="{tone}">{sign}{format_number(change.difference)}</span>'
-    if change.averaged > 1:
-        details += f", means of {change.averaged}"
-    elif change.first_step > 0:
-        details += f", since step {change.first_step:,}"
-    return f'<span class="soft">{format_number(change.before)} →</span> {after}<small>{details}</small>'
+def setting(value: object) -> str:
+    """A setting on one line: lists and mappings as YAML writes them in flow style."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    if isinstance(value, list | dict):
+        return dump_yaml(value, default_flow_style=True, width=10_000).strip()
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def evaluation_table(runs: list[Run]) -> str:
-    """HTML table of evaluation.json, nested settings flattened; "" where no run has one."""
-    flat = [{key: _value(value) for key, value in _flatten(run.evaluation).items()} for run in runs]
+def differences(settings: list[dict]) -> dict[str, list[str]]:
+    """The settings in which several recipes or environments differ: name -> the value in each."""
+    keys = dict.fromkeys(key for one in settings for key in one if key not in _PLACES)
+    rows = {key: [setting(one[key]) if key in one else "absent" for one in settings] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def evaluations(runs: list[Run]) -> dict[str, list[str]]:
+    """Each figure of evaluation.json, nested ones flattened, without the classes: label -> the value of each run."""
+    flat = [_flatten({key: value for key, value in run.evaluation.items() if key != "per_class"}) for run in runs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
-    known = catalogue([f"eval_{key}" for key in keys], set())
-    labels = {metric.key: metric.label for metric in known if metric.section != "other"}
-    rows = [
-        f'<tr><th scope="row">{escape(labels.get(f"eval_{key}", readable(key)))}</th>'
-        + "".join(f"<td>{values.get(key, '&ndash;')}</td>" for values in flat)
-        + "</tr>"
-        for key in keys
-    ]
-    return _table("measure", runs, rows, "compact") if rows else ""
+    labels = {metric.key: metric.label for metric in catalogue([f"eval_{key}" for key in keys], set())}
+    return {labels.get(f"eval_{key}", readable(key)): [values.get(key, "–") for values in flat] for key in keys}
 
 
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+def per_class(run: Run) -> tuple[list[str], dict[str, list[float | None]]]:
+    """The measures of evaluation.json's "per_class", and of each class their values."""
+    classes = run.evaluation.get("per_class")
+    if not isinstance(classes, dict) or not all(isinstance(row, dict) for row in classes.values()):
+        return [], {}
+    measures = list(dict.fromkeys(measure for row in classes.values() for measure in row))
+    return measures, {name: [row.get(measure) for measure in measures] for name, row in classes.items()}
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, str]:
     flat = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = format_number(value, 4) if isinstance(value, float) else setting(value)
     return flat
 
 
-def _value(value: object) -> str:
-    if isinstance(value, float):
-        return format_number(value, 4)
-    return "n/a" if value is None else escape(str(value))
+def format_number(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` significant digits, as short as it goes: "0.0312", "12,400", "3e-5"."""
+    if value is None:
+        return "n/a"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if 999.5 <= size < 1e7:
+        text = f"{size:,.{max(digits - len(str(int(size))), 0)}f}"
+    elif 1e-4 <= size < 999.5:
+        text = f"{size:.{digits}g}"
+    else:
+        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        text = f"{mantissa}e{int(exponent)}"
+    return ("\N{MINUS SIGN}" if value < 0 else "") + text
 
 
-def _table(corner: str, runs: list[Run], rows: list[str], style: str = "roomy") -> str:
-    heads = "".join(
-        f'<th scope="col" class="s{index}"><i></i>{escape(run.name)}</th>' for index, run in enumerate(runs)
-    )
-    return (
-        f'<div class="scroll"><table class="{style}"><thead><tr><th scope="col">{corner}</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def format_seconds(seconds: float) -> str:
+    """A duration as "42 s", "3 min 20 s" or "2 h 5 min"."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
