@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import re
+import shutil
+import subprocess
+import threading
 
-import numpy as np
 import pytest
-from tiny_reports import TagBalance, add_grids, make_run, report, rl_lines, text_of
+from tiny_reports import (
+    TagBalance,
+    add_grids,
+    chart_of,
+    data_of,
+    make_run,
+    report,
+    rl_lines,
+    rows_of,
+    text_of,
+    without_scripts,
+)
 
+from marval_rl.cli import main as cli
 from marval_rl.reporting import read_metrics, write_report
-from marval_rl.reporting.curves import MOST_POINTS
 from marval_rl.reporting.metrics import series
 from marval_rl.reporting.run_folder import load_runs
+from marval_rl.reporting.watch import make_server
 
 # --- metrics.jsonl ---
 
@@ -61,13 +76,16 @@ def test_what_is_no_run_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("recipe.yaml", "- a\n- b\n", "mapping"),
-        ("recipe.yaml", "a: [", "no YAML"),
-        ("evaluation.json", "{", "no JSON"),
-        ("evaluation.json", "[]", "JSON object"),
+        ("recipe.yaml", "a: [", "not YAML"),
+        ("evaluation.json", "{", "not JSON"),
+        ("evaluation.json", "[]", "mapping"),
+        ("environment.json", "3", "mapping"),
+        ("samples/rows.json", "{}", "list"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
     run = make_run(tmp_path / "a", rl_lines())
+    (run / "samples").mkdir()
     (run / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}.*{message}"):
         load_runs([run])
@@ -103,18 +121,21 @@ def test_report_that_cannot_be_written(tmp_path):
 # --- the page ---
 
 
-def test_page_is_whole_and_self_contained(tmp_path):
+def test_page_is_complete_and_self_contained(tmp_path):
     folders = [make_run(tmp_path / name, rl_lines()) for name in ("a", "b", "c")]
     for folder in folders:
         add_grids(folder, [0, 10, 20])
         (folder / "evaluation.json").write_text(json.dumps({"frechet_distance": 6.5, "settings": {"steps": 4}}))
     page = report(*folders)
     tags = TagBalance()
-    tags.feed(page)
+    tags.feed(without_scripts(page))
     assert not tags.open
-    assert not tags.seen & {"script", "link", "iframe", "object"}
-    assert len(tags.links) == 9 and all(link.startswith("data:image/png;base64,") for link in tags.links)
-    assert not re.search(r"https?:|url\(|@import", page)
+    assert not tags.seen & {"link", "iframe", "object"} and tags.links == []
+    assert "default-src 'none'; img-src data:;" in page and "connect-src 'none'" in page  # the browser refuses the rest
+    assert not re.search(r"https?:|url\(|@import", without_scripts(page))
+    strips = data_of(page)["strips"]
+    assert [[grid["step"] for grid in strip] for strip in strips] == [[0, 10, 20]] * 3
+    assert all(grid["src"].startswith("data:image/png;base64,") for strip in strips for grid in strip)
 
 
 def test_text_from_runs_is_escaped(tmp_path):
@@ -125,33 +146,39 @@ def test_text_from_runs_is_escaped(tmp_path):
     run = make_run(
         tmp_path / evil.replace("/", ""), lines, f"method: '{evil.replace(chr(39), '')}'\n'{evil[:3]}': '<i>'\n"
     )
-    (run / "evaluation.json").write_text(json.dumps({evil: evil, "settings": {"<s>": ["<t>"]}}))
+    (run / "evaluation.json").write_text(
+        json.dumps({evil: evil, "settings": {"<s>": ["<t>"]}, "per_class": {evil: {"<q>": 1.0}}})
+    )
+    (run / "environment.json").write_text(json.dumps({"<v>": "</script>"}))
+    add_grids(run, [0])
+    (run / "samples" / "rows.json").write_text(json.dumps(["</ol><w>"]))
     other = make_run(tmp_path / "b", rl_lines(), "method: '<u>'")
     for page in (report(run), report(run, other)):
         tags = TagBalance()
-        tags.feed(page)
-        assert not tags.seen & {"script", "t", "s", "once", "sc", "u", "b<"}
+        tags.feed(without_scripts(page))
+        assert not tags.open and not tags.seen & {"script", "t", "s", "q", "v", "w", "once", "sc", "u", "b<"}
+        assert page.count("<script") == 3 == page.count("</script>")
         assert "&lt;script&gt;" in page
 
 
 def test_before_and_after(tmp_path):
     page = text_of(report(make_run(tmp_path / "a", rl_lines(fd=(6.25, 5.75)))))
-    assert "Fréchet distance lower is better, floor 1.08 6.25 → 5.75 \N{MINUS SIGN}0.5" in page
+    assert "Fréchet distance lower is better, floor 1.08 6.25 → 5.75 \N{MINUS SIGN}0.5 , between 5.75 and 6.25" in page
     assert "Held out classifier, log-probability higher is better \N{MINUS SIGN}0.2 → \N{MINUS SIGN}0.1 +0.1" in page
     # The reward is noisy in training: first and last tenth, here the means of steps 1, 2 and of 19, 20.
-    assert "in training \N{MINUS SIGN}0.925 → \N{MINUS SIGN}0.025 +0.9 , means of 2" in page
+    assert "in training \N{MINUS SIGN}0.925 → \N{MINUS SIGN}0.025 ± 0.035 +0.9 , means of 2" in page
 
 
 def test_several_runs_share_axes_and_are_compared(tmp_path):
     a = make_run(tmp_path / "low", rl_lines(fd=(6.0, 5.0)), "method: grpo\nbeta: 0.1\nseed: 7\noutput_dir: x\n")
     b = make_run(tmp_path / "high", rl_lines(fd=(6.0, 9.0)), "method: grpo\nbeta: 0.4\nseed: 7\noutput_dir: y\n")
     page = report(a, b)
-    chart = re.search(r"Fréchet distance</figcaption>(<svg.*?</svg>)", page, re.DOTALL)[1]
-    assert [f'<g class="r{run}"><path class="line"' in chart for run in range(3)] == [True, True, False]
-    assert "step 20\nlow: 5\nhigh: 9" in chart
-    differences = re.search(r'<table class="settings">.*?</table>', page)[0]
-    assert text_of(differences) == "where they differ low high beta 0.1 0.4"
-    assert 'id="run1"' in page and "body:has(#run1:not(:checked)) .r1{display:none}" in page
+    rows = rows_of(chart_of(page, "Fréchet distance"))
+    assert [(row["r"], row["s"], row["v"]) for row in rows] == [(0, 0, 6.0), (0, 20, 5.0), (1, 0, 6.0), (1, 20, 9.0)]
+    path = rows_of(chart_of(page, "Held out classifier, log-probability", "frontier"))
+    assert [(row["run"], row["x"], row["end"]) for row in path][2:] == [("high", 6.0, 0), ("high", 9.0, 1)]
+    assert "where they differ low high beta 0.1 0.4 low" in text_of(page)
+    assert 'class="run" value="1"' in page
 
 
 def test_missing_things_are_said(tmp_path):
@@ -162,7 +189,7 @@ def test_missing_things_are_said(tmp_path):
     assert "There is no samples/ yet." in page and "There is no evaluation.json yet." in page
 
 
-def test_missing_things_are_said_of_the_runs_that_lack_them(tmp_path):
+def test_missing_things_are_said_of_the_runs_that_miss_them(tmp_path):
     without = [{key: value for key, value in line.items() if key != "kl"} for line in rl_lines()]
     runs = {"a": rl_lines(), "b": without, "c": without}
     page = text_of(report(*(make_run(tmp_path / name, lines) for name, lines in runs.items())))
@@ -180,7 +207,7 @@ def test_run_that_has_just_begun(tmp_path):
     page = text_of(report(make_run(tmp_path / "a", [], finished=False)))
     assert "nothing logged yet" in page and "There is no metrics.jsonl yet." in page and "no final model" in page
     one_line = text_of(report(make_run(tmp_path / "b", rl_lines()[:1], finished=False)))
-    assert "Logged once, so no curve: Fréchet distance 6" in one_line
+    assert "Too few finite values for a curve: Fréchet distance 6, Diversity 0.9." in one_line
 
 
 @pytest.mark.parametrize("auxiliary", [{}, {"auxiliary_loss": 0.5}])
@@ -188,24 +215,106 @@ def test_pretraining_and_distillation(tmp_path, auxiliary):
     lines = [{"step": step, "time": 1.0 * step, "loss": 1.0 / step} | auxiliary for step in range(1, 40)]
     lines += [{"step": 20 * k, "time": 1.0, "eval_frechet_distance": 300.0 / (1 + 40 * k)} for k in range(3)]
     page = report(make_run(tmp_path / "a", lines, "learning_rate: 1e-3\n"))
-    assert ("Distillation · 39" if auxiliary else "Pretraining · 40") in page.replace(
-        "40 training", "40 training"
-    ) or True
+    assert f"{'Distillation' if auxiliary else 'Pretraining'} · 40 training steps" in page
     assert "<h2>Rewards</h2>" not in page and "<h2>Policy</h2>" not in page
-    assert "squared feature units, log scale, lower is better" in page
     assert ("Loss of the auxiliary network" in page) == bool(auxiliary)
     assert "GRPO loss" not in page
 
 
 def test_judge_with_the_name_of_a_reward_is_marked(tmp_path):
     page = report(make_run(tmp_path / "a", rl_lines()))
-    assert "Classifier, accuracy<span>trained on</span>" in page
-    assert "Held out classifier, log-probability</figcaption>" in page
+    assert "<b>Classifier, accuracy</b> <em>trained on</em>" in page
+    label = "<b>Held out classifier, log-probability</b>"
+    assert label in page and f"{label} <em>" not in page
+
+
+def test_classes_rows_and_environment_are_shown_where_the_run_has_them(tmp_path):
+    run = make_run(tmp_path / "a", rl_lines())
+    add_grids(run, [0, 20])
+    (run / "samples" / "rows.json").write_text('["cat", "dog"]')
+    (run / "evaluation.json").write_text('{"per_class": {"cat": {"accuracy": 0.5}, "dog": {"accuracy": null}}}')
+    (run / "environment.json").write_text('{"torch": "2.14.1"}')
+    page = report(run)
+    assert page.count("<li>cat</li><li>dog</li>") == 2  # before training, and at the slider
+    assert "Each class class accuracy cat 0.5 dog none" in text_of(page)
+    assert "Environment All 1 versions torch 2.14.1" in text_of(page)
 
 
 def test_long_run_stays_a_small_page(tmp_path):
-    generator = np.random.default_rng(0)
-    lines = [{"step": step, "time": 1.0, "loss": float(generator.random())} for step in range(1, 5001)]
-    page = report(make_run(tmp_path / "a", lines, "seed: 0\n"))
-    assert len(page) < 60_000
-    assert len(re.search(r'class="logged" d="([^"]*)"', page)[1].split("L")) == MOST_POINTS
+    def size(name: str, steps: int) -> int:
+        lines = [{"step": step, "time": 1.0, "loss": math.sin(step)} for step in range(1, steps + 1)]
+        return len(report(make_run(tmp_path / name, lines, "seed: 0\n")))
+
+    assert size("long", 20_000) - size("short", 2) < 60_000
+
+
+# --- while a run goes ---
+
+
+def test_watched_page_changes_with_its_run(tmp_path):
+    run = make_run(tmp_path / "a", rl_lines(steps=4), finished=False)
+
+    def get(path: str, host: str = "127.0.0.1") -> tuple[int, str]:
+        connection = http.client.HTTPConnection(*server.server_address, timeout=60)
+        connection.request("GET", path, headers={"Host": host})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode("utf-8")
+
+    with make_server([run], port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        version = get("/version")[1]
+        status, page = get("/")
+        assert status == 200 and data_of(page)["version"] == version and "connect-src 'self'" in page
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "time": 9.0, "loss": 0.5}\n')
+        assert get("/version")[1] != version and "5 training steps" in get("/")[1]
+        (run / "recipe.yaml").write_text("a: [")  # half written: said, and tried again
+        assert "is not YAML" in get("/")[1] and 'http-equiv="refresh"' in get("/")[1]
+        assert get("/metrics.jsonl")[0] == 404 and get("/", host="evil.example")[0] == 403
+        with pytest.raises(ValueError, match="choose another with --port"):
+            make_server([run], server.server_address[1])
+        server.shutdown()
+
+
+def test_watch_writes_no_file(tmp_path, capsys):
+    run = make_run(tmp_path / "a", rl_lines())
+    assert cli.main(["report", str(run), "--watch", "--format", "csv"]) == 2
+    assert "leave out --format and --output" in capsys.readouterr().err
+
+
+# --- in a browser, where this machine has one ---
+
+CHECKS = """<script type="module">
+const seen = [];
+addEventListener("error", event => seen.push(event.message));
+addEventListener("securitypolicyviolation", event => seen.push(event.violatedDirective));
+const wait = () => new Promise(done => setTimeout(done, 50));
+while (!("drawn" in document.body.dataset)) await wait();
+const cells = () => [...document.querySelectorAll(".sortable tbody tr")].map(row => row.cells[0].textContent).join();
+const image = document.querySelector(".samples:not([data-pinned]) img"), slider = document.getElementById("training");
+const last = image.alt;
+slider.value = 0;
+slider.dispatchEvent(new Event("input"));
+const before = cells();
+document.querySelectorAll(".sortable th button")[1].click();
+document.body.dataset.result = [last, image.alt, image.naturalWidth > 0, before, cells(),
+  document.querySelectorAll(".plot svg path").length > 20, document.documentElement.scrollWidth <= innerWidth,
+  "errors " + seen.join()].join(" | ");
+</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium: this test looks at the page in it")
+def test_page_in_a_browser(tmp_path):
+    run = make_run(tmp_path / "a", rl_lines())
+    add_grids(run, [0, 10, 20])
+    (run / "evaluation.json").write_text('{"per_class": {"cat": {"accuracy": 0.9}, "dog": {"accuracy": 0.15}}}')
+    page = tmp_path / "page.html"
+    page.write_text(CHECKS.join(report(run).rsplit("</body>", 1)), encoding="utf-8")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--window-size=600,800", "--virtual-time-budget=60000", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(["chromium", "--headless", *flags], capture_output=True, text=True, timeout=120)
+    assert re.search(r'data-result="([^"]*)"', shown.stdout)[1] == (
+        "samples of a, step 20 | samples of a, step 0, before training | true | cat,dog | dog,cat | true | true "
+        "| errors "
+    )

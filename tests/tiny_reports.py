@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -71,10 +72,30 @@ def report(*folders: Path) -> str:
     return write_report(list(folders), folders[0].parent / "report.html").read_text(encoding="utf-8")
 
 
+def without_scripts(page: str) -> str:
+    return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+
+
 def text_of(page: str) -> str:
-    """What a reader sees: no style, no tags, single spaces."""
-    without_style = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", without_style).split())
+    """What a reader sees: no style, no script, no tags, single spaces."""
+    without_style = re.sub(r"<style>.*?</style>", "", without_scripts(page), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", without_style)).split())
+
+
+def data_of(page: str) -> dict:
+    """What the page's script draws: charts (Vega), names of the runs, strips of sample grids."""
+    return json.loads(re.search(r'<script type="application/json" id="page">(.*?)</script>', page)[1])
+
+
+def rows_of(chart: dict) -> list[dict]:
+    """The points of a chart."""
+    return next(data["values"] for data in chart["data"] if data["name"] == "rows")
+
+
+def chart_of(page: str, label: str, kind: str = "curve") -> dict:
+    """The chart below a label."""
+    pattern = rf'<figure class="chart {kind}" data-chart="(\d+)"[^>]*>\s*<figcaption><b>{re.escape(label)}</b>'
+    return data_of(page)["charts"][int(re.search(pattern, page)[1])]
 
 
 class TagBalance(HTMLParser):

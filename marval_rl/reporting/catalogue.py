@@ -26,60 +26,33 @@ class Metric:
         return self.section == "judges" and not self.trained_on
 
     @property
+    def is_evaluation(self) -> bool:
+        return self.key.startswith("eval_")
+
+    @property
     def direction(self) -> str:
         return f"{self.better} is better" if self.better else ""
 
 
-@dataclass(frozen=True)
-class Section:
-    """A group of charts; `expected` are (words, pattern of a key): what runs of `kinds` (() is all) should log."""
-
-    name: str
-    title: str
-    text: str
-    expected: tuple[tuple[str, str], ...] = ()
-    kinds: tuple[str, ...] = ()
-
-
-_DISTRIBUTION_KEYS = (
-    ("Fréchet distance", r"eval_frechet_distance"),
-    ("diversity", r"eval_diversity"),
-    ("mode coverage", r"eval_mode_coverage"),
-)
-SECTIONS = (
-    Section(
-        "rewards",
-        "Rewards",
-        "What the run was trained on. A band is the logged standard deviation, to either side of the mean.",
-        (("the reward", r"reward"), ("its components", r"rewards/.+/mean")),
-        ("grpo", "reward_backprop"),
-    ),
-    Section(
-        "judges",
-        "Judges",
-        "Scores of images generated for evaluation. A held-out judge was never trained on: it is the one to believe.",
-        (("a held-out judge", r"eval_.+"),),
-    ),
-    Section(
-        "distribution",
-        "Distribution",
-        "Are the images still as good, and as different from each other, as real ones?",
-        _DISTRIBUTION_KEYS,
-    ),
-    Section(
-        "policy",
-        "Policy",
-        "How far each update goes, and how many groups it can learn from.",
-        (("KL (beta above 0 turns it on)", r"kl"), ("clip fraction", r"clip_ratio/region_mean")),
-        ("grpo",),
-    ),
-    Section("optimisation", "Optimisation", "", (("loss", r"loss"),)),
-    Section("speed", "Speed", "From the time of each line of metrics.jsonl; evaluations are not part of a step."),
-    Section("other", "Everything else that was logged", ""),
-)
+# Sections in the order of the page; what a run should log there: words -> pattern of the key.
+SECTIONS: dict[str, dict[str, str]] = {
+    "rewards": {"the reward": r"reward", "its components": r"rewards/.+/mean"},
+    "judges": {"a held-out judge": r"eval_.+"},
+    "distribution": {
+        "Fréchet distance": r"eval_frechet_distance",
+        "diversity": r"eval_diversity",
+        "mode coverage": r"eval_mode_coverage",
+    },
+    "policy": {"KL (beta above 0 turns it on)": r"kl", "clip fraction": r"clip_ratio/region_mean"},
+    "optimisation": {"loss": r"loss"},
+    "speed": {},
+    "other": {},
+}
+KINDS = {"rewards": ("grpo", "reward_backprop"), "policy": ("grpo",)}  # of runs that should; all in other sections
 
 # Here `key` is a pattern; {0} in a label or a spread_key is what its group matched. In order of appearance on the page.
 _REAL = {"unit": "relative to real images", "better": "higher", "reference": 1.0, "reference_label": "real"}
+_FLOOR = {"reference": "eval_frechet_floor", "reference_label": "floor", "log": True}
 _RULES = (
     Metric(r"reward", "rewards", "Reward, weighted sum", "reward", "higher", "reward_std"),
     Metric(r"rewards/(.+)/mean", "rewards", "{0}", "reward", "higher", "rewards/{0}/std"),
@@ -87,16 +60,7 @@ _RULES = (
     Metric(r"eval_(.+)/accuracy", "judges", "{0}, accuracy", "fraction right", "higher"),
     Metric(r"eval_(.+)/log_probability", "judges", "{0}, log-probability", "nats", "higher"),
     Metric(r"eval_(.+)/confidence", "judges", "{0}, confidence", "probability", "higher"),
-    Metric(
-        r"eval_frechet_distance",
-        "distribution",
-        "Fréchet distance",
-        "squared feature units",
-        "lower",
-        reference="eval_frechet_floor",
-        reference_label="floor",
-        log=True,
-    ),
+    Metric(r"eval_frechet_distance", "distribution", "Fréchet distance", "squared feature units", "lower", **_FLOOR),
     Metric(r"eval_diversity", "distribution", "Diversity", **_REAL),
     Metric(r"eval_mode_coverage", "distribution", "Mode coverage", **_REAL),
     Metric(r"kl", "policy", "KL to the reference model", "nats"),
@@ -135,8 +99,7 @@ def _describe(key: str, trained_on: set[str]) -> tuple[tuple[bool, int], Metric]
         if match := re.fullmatch(rule.key, key):
             name = match[1] if match.groups() else ""
             trained = rule.section == "judges" and name in trained_on
-            label = readable(rule.label.format(name))
-            spread_key = rule.spread_key.format(name)
+            label, spread_key = readable(rule.label.format(name)), rule.spread_key.format(name)
             return (trained, rank), replace(rule, key=key, label=label, spread_key=spread_key, trained_on=trained)
     return (False, len(_RULES)), Metric(key, "other", readable(key), "")
 

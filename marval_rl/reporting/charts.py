@@ -1,4 +1,4 @@
-"""Charts as Vega-Lite specifications: the page draws them with Vega's runtime, papers get the same ones as PNG or PDF."""
+"""Charts as Vega-Lite specifications: the page draws them, papers get the same ones as PNG or PDF."""
 
 from __future__ import annotations
 
@@ -71,14 +71,15 @@ def curve_chart(metric: Metric, runs: list[Run], smoothing: float | None = None)
     if counts.max() < 2 or not finite:
         return None
     is_log = metric.log and min(finite) > 0 and max(finite) / min(finite) > LOG_RATIO
-    last = max(run.last_step for run in runs)
+    last = max(max(run.last_step for run in runs), 1)
     is_page = smoothing is None
-    half = 0 if is_page or metric.key.startswith("eval_") else round(smoothing * counts.max() / 2)
+    half = 0 if is_page or metric.is_evaluation else round(smoothing * counts.max() / 2)
     scale_x = {"domainMin": {"expr": "x0"}, "domainMax": {"expr": "x1"}, "nice": False}
     y = {"type": "quantitative", "title": None, "scale": {"zero": False, "type": "log" if is_log else "linear"}}
     faint = 0.3 if len(runs) == 1 else 0.16
+    band = {"mark": {"type": "area", "opacity": faint / 2}, "encoding": {"y": y | {"field": "a"}, "y2": {"field": "b"}}}
     layers = [
-        {"mark": {"type": "area", "opacity": faint / 2}, "encoding": {"y": y | {"field": "a"}, "y2": {"field": "b"}}},
+        *([band] if any(row["d"] is not None for row in rows) else []),
         {
             "mark": {"type": "area", "fillOpacity": faint / 2, "strokeWidth": 1, "strokeOpacity": faint},
             "encoding": {"y": y | {"field": "l"}, "y2": {"field": "h"}, "stroke": {**_colour(runs), "legend": None}},
@@ -109,24 +110,20 @@ def curve_chart(metric: Metric, runs: list[Run], smoothing: float | None = None)
                 "sort": [{"field": "s"}],
             },
             {"calculate": "isValid(datum.v) ? datum.m : null", "as": "m"},
-            *({"calculate": _edge(sign, is_log), "as": name} for sign, name in (("-", "a"), ("+", "b"))),
+            {"calculate": "isValid(datum.d) && isValid(datum.m) ? datum.m - datum.e : null", "as": "a"},
+            {"calculate": "isValid(datum.d) && isValid(datum.m) ? datum.m + datum.e : null", "as": "b"},
             {"filter": "datum.s >= x0 && datum.s <= x1 && indexof(hidden, datum.r) < 0"},
         ],
         "layer": [
-            *({**layer, "encoding": base | layer["encoding"]} for layer in layers[not any_spread(rows) :]),
+            *({**layer, "encoding": base | layer["encoding"]} for layer in layers),
             *(_reference(level, metric.reference_label, y) for level in levels),
         ],
-        "params": _params(x0=0, x1=max(last, 1), hidden=[], at=-1),
+        "params": [{"name": n, "value": v} for n, v in {"x0": 0, "x1": last, "hidden": [], "at": -1}.items()],
     }
     if is_page:
         cursor = {"x": {"value": {"expr": "scale('x', at)"}}, "opacity": {"value": {"expr": "at < 0 ? 0 : 1"}}}
         chart["layer"].append({"mark": {"type": "rule", "color": "var(--soft)"}, "encoding": cursor})
     return _framed(chart, metric.label if not is_page else None)
-
-
-def any_spread(rows: list[dict]) -> bool:
-    """Whether any row has a logged deviation."""
-    return any(row["d"] is not None for row in rows)
 
 
 def frontier_chart(metric: Metric, runs: list[Run], is_page: bool = True) -> dict | None:
@@ -142,7 +139,7 @@ def frontier_chart(metric: Metric, runs: list[Run], is_page: bool = True) -> dic
         points, before = [], -1
         for step, distance in distances.items():
             known = values[(steps > before) & (steps <= step) & np.isfinite(values)]
-            if metric.key.startswith("eval_"):
+            if metric.is_evaluation:
                 known = values[(steps == step) & np.isfinite(values)]
             before = step
             if len(known) and math.isfinite(distance):
@@ -170,31 +167,22 @@ def frontier_chart(metric: Metric, runs: list[Run], is_page: bool = True) -> dic
                 "encoding": base | {"size": end, "tooltip": tooltip},
             },
         ],
-        "params": _params(hidden=[]),
+        "params": [{"name": "hidden", "value": []}],
     }
     return _framed(chart, None if is_page else f"{metric.label} against Fréchet distance")
 
 
 def _framed(chart: dict, title: str | None) -> dict:
     size = {"width": "container", "height": 190} if title is None else {"width": 420, "height": 260, "title": title}
-    padding = {"left": 2, "right": 6, "top": 6, "bottom": 2}
-    return {
-        **chart,
-        **size,
-        "padding": padding,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "config": _CONFIG,
-    }
-
-
-def _params(**values: object) -> list[dict]:
-    return [{"name": name, "value": value} for name, value in values.items()]
+    size |= {"padding": {"left": 2, "right": 6, "top": 6, "bottom": 2}}
+    return {**chart, **size, "autosize": {"type": "fit-x", "contains": "padding"}, "config": _CONFIG}
 
 
 def _run_encoding(runs: list[Run], legend: bool) -> dict:
     """Runs by colour and, beyond NUM_COLOURS, by dashes. A legend, on paper, has their names."""
     names = json.dumps([run.name for run in runs])
     shown = {"title": None, "labelExpr": f"{names}[datum.value]", "labelLimit": 400, "orient": "bottom"}
+    shown |= {"symbolOpacity": 1, "symbolStrokeWidth": 0}
     return {
         "color": {**_colour(runs), "legend": shown if legend and len(runs) > 1 else None},
         "strokeDash": {"condition": {"test": f"datum.r >= {NUM_COLOURS}", "value": [5, 3]}, "value": [1, 0]},
@@ -205,12 +193,6 @@ def _run_encoding(runs: list[Run], legend: bool) -> dict:
 def _colour(runs: list[Run]) -> dict:
     colours = [f"var(--c{index % NUM_COLOURS})" for index in range(len(runs))]
     return {"field": "r", "type": "nominal", "scale": {"domain": list(range(len(runs))), "range": colours}}
-
-
-def _edge(sign: str, is_log: bool) -> str:
-    """An edge of the band; a logarithmic axis has no place below zero."""
-    edge = f"datum.m {sign} datum.e"
-    return f"isValid(datum.d) && isValid(datum.m){' && datum.m > datum.e' * is_log} ? {edge} : null"
 
 
 def _reference(level: float, label: str, y: dict) -> dict:

@@ -13,7 +13,7 @@ import vl_convert
 from marval_rl.reporting.charts import curve_chart, frontier_chart
 from marval_rl.reporting.findings import findings_of
 from marval_rl.reporting.page import metrics_of, write_text
-from marval_rl.reporting.run_folder import Run, load_runs
+from marval_rl.reporting.run_folder import load_runs
 from marval_rl.reporting.summary import Change, comparison, format_number, headline, over_seeds, seed_groups
 
 SMOOTHING = 0.04  # width of the running mean in figures, as a fraction of the run: the page's default
@@ -53,7 +53,7 @@ def write_csv(runs: list[Path], output: Path) -> Path:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["run", "step", "metric", "value"])
     for run in load_runs(runs):
-        for key in run.keys:
+        for key in (key for key in run.keys if key != "step"):
             table.writerows([run.name, step, key, value] for step, value in zip(*run.series(key), strict=True))
     return write_text(text.getvalue(), output)
 

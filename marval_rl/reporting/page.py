@@ -11,7 +11,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from marval_rl.reporting.catalogue import SECTIONS, Metric, Section, catalogue
+from marval_rl.reporting.catalogue import KINDS, SECTIONS, Metric, catalogue
 from marval_rl.reporting.charts import NUM_COLOURS, curve_chart, frontier_chart
 from marval_rl.reporting.findings import FD_LIMIT, KEPT_LIMIT, findings_of
 from marval_rl.reporting.images import sample_strips
@@ -68,10 +68,9 @@ def render_page(runs: list[Run], version: str = "") -> str:
     """
     metrics = metrics_of(runs)
     charts: list[dict] = []  # Vega specifications, in the order of their places on the page
-    sections = [_section(section, metrics, runs, charts) for section in SECTIONS]
-    frontier = [m for m in metrics if m.key == "reward" or m.key.endswith(("/log_probability", "/accuracy", "/mean"))]
-    frontier = [m for m in frontier if m.section == "judges" or m.key == "reward"]
-    drawn = [(metric, _place(frontier_chart(metric, runs), charts)) for metric in frontier]
+    sections = [_section(name, metrics, runs, charts) for name in SECTIONS]
+    judged = [metric for metric in metrics if metric.key == "reward" or metric.section == "judges"]
+    drawn = [(metric, _place(frontier_chart(metric, runs), charts)) for metric in judged]
     strips = sample_strips(runs)
     page = {
         "charts": charts,
@@ -92,7 +91,7 @@ def render_page(runs: list[Run], version: str = "") -> str:
         strips=strips,
         frontier=[(metric, place) for metric, place in drawn if place is not None],
         sections=[section for section in sections if section["charts"] or section["notes"]],
-        seconds_per_step=[change_of(next(iter(catalogue(["seconds_per_step"], set()))), run) for run in runs],
+        seconds_per_step=[change_of(catalogue(["seconds_per_step"], set())[0], run) for run in runs],
         evaluations=evaluations(runs),
         per_class=[per_class(run) for run in runs],
         differences=differences,
@@ -131,31 +130,31 @@ def _place(chart: dict | None, charts: list[dict]) -> int | None:
     return len(charts) - 1
 
 
-def _section(section: Section, metrics: list[Metric], runs: list[Run], charts: list[dict]) -> dict:
+def _section(name: str, metrics: list[Metric], runs: list[Run], charts: list[dict]) -> dict:
     """What the template needs of a section: the metrics and places of its charts, and notes."""
     drawn, once = [], []
-    for metric in (metric for metric in metrics if metric.section == section.name):
+    for metric in (metric for metric in metrics if metric.section == name):
         place = _place(curve_chart(metric, runs), charts)
-        values = [value for run in runs for value in run.series(metric.key)[1]]
         if place is not None:
             drawn.append((metric, place))
         else:
+            values = [value for run in runs for value in run.series(metric.key)[1]]
             once.append(f"{metric.label} {' / '.join(map(format_number, values[:9]))}")
     notes = [f"Too few finite values for a curve: {', '.join(once)}."] if once else []
-    return {"about": section, "charts": drawn, "notes": notes + _missing(section, runs)}
+    return {"name": name, "charts": drawn, "notes": notes + _missing(name, runs)}
 
 
-def _missing(section: Section, runs: list[Run]) -> list[str]:
+def _missing(section: str, runs: list[Run]) -> list[str]:
     """Sentences on what runs of this kind should have logged and did not, one for runs that miss the same."""
-    expecting = [run for run in runs if run.lines and (not section.kinds or run.kind in section.kinds)]
     missing: dict[str, list[str]] = {}
-    for run in expecting:
-        metrics = catalogue(run.keys, run.reward_names)
-        keys = [metric.key for metric in metrics if section.name != "judges" or metric.is_held_out]
-        nulls = {key for line in run.lines for key, value in line.items() if value is None}
+    for run in runs:
+        if not run.lines or (section in KINDS and run.kind not in KINDS[section]):
+            continue
+        keys = [m.key for m in catalogue(run.keys, run.reward_names) if section != "judges" or m.is_held_out]
+        nulls = [key for line in run.lines for key, value in line.items() if value is None]
         absent = [
             words + (" (null: not defined for these classes)" if _any_matches(pattern, nulls) else "")
-            for words, pattern in section.expected
+            for words, pattern in SECTIONS[section].items()
             if not _any_matches(pattern, keys)
         ]
         if absent:
@@ -165,4 +164,4 @@ def _missing(section: Section, runs: list[Run]) -> list[str]:
 
 
 def _any_matches(pattern: str, keys: Iterable[str]) -> bool:
-    return any(re.fullmatch(pattern, key) for key in keys)
+    return any(re.fullmatch(pattern, key) for key in set(keys))

@@ -51,7 +51,7 @@ def change_of(metric: Metric, run: Run) -> Change | None:
         return None
     if len(values) == 1:
         return Change(None, float(values[0]), int(steps[0]))
-    width = 1 if metric.key.startswith("eval_") else max(len(values) // 10, 1)
+    width = 1 if metric.is_evaluation else max(len(values) // 10, 1)
     spread = float(values[-width:].std(ddof=1)) if width > 1 else math.nan
     ends = float(values[:width].mean()), float(values[-width:].mean())
     return Change(*ends, int(steps[0]), width, spread, (float(values.min()), float(values.max())))
@@ -127,8 +127,9 @@ def evaluations(runs: list[Run]) -> dict[str, list[str]]:
     """Each figure of evaluation.json, nested ones flattened, without the classes: label -> the value of each run."""
     flat = [_flatten({key: value for key, value in run.evaluation.items() if key != "per_class"}) for run in runs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
-    labels = {metric.key: metric.label for metric in catalogue([f"eval_{key}" for key in keys], set())}
-    return {labels.get(f"eval_{key}", readable(key)): [values.get(key, "–") for values in flat] for key in keys}
+    known = catalogue([f"eval_{key}" for key in keys], set())
+    labels = {metric.key: metric.label for metric in known if metric.section != "other"}
+    return {labels.get(f"eval_{key}", readable(key)): [values.get(key, "-") for values in flat] for key in keys}
 
 
 def per_class(run: Run) -> tuple[list[str], dict[str, list[float | None]]]:
