@@ -268,11 +268,11 @@ def test_watched_page_changes_with_its_run(tmp_path):
         with (run / "metrics.jsonl").open("a") as file:
             file.write('{"step": 5, "time": 9.0, "loss": 0.5}\n')
         assert get("/version")[1] != version and "5 training steps" in get("/")[1]
+        with pytest.raises(ValueError, match="choose another with --port"):
+            make_server([run], server.server_address[1])
         (run / "recipe.yaml").write_text("a: [")  # half written: said, and tried again
         assert "is not YAML" in get("/")[1] and 'http-equiv="refresh"' in get("/")[1]
         assert get("/metrics.jsonl")[0] == 404 and get("/", host="evil.example")[0] == 403
-        with pytest.raises(ValueError, match="choose another with --port"):
-            make_server([run], server.server_address[1])
         server.shutdown()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +35,21 @@ def runs(tiny_runs, tmp_path_factory) -> dict[str, Path]:
 def test_a_recipe_leaves_a_complete_run_folder(runs, recipe):
     run = runs[recipe]
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-    assert {"recipe.yaml", "metrics.jsonl", "final/config.json", "final/model.safetensors"} <= files
+    assert {"recipe.yaml", "metrics.jsonl", "environment.json", "final/config.json", "final/model.safetensors"} <= files
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
         for file in ("model.safetensors", "optimizer.pt", "scheduler.pt", "ema.safetensors", "trainer_state.json"):
             assert f"{checkpoint}/{file}" in files
-    grids = sorted(path.name for path in (run / "samples").iterdir())
+    assert json.loads((run / "environment.json").read_text())["torch"] == metadata.version("torch")
+    grids = sorted(path.name for path in (run / "samples").glob("*.png"))
     assert grids == ["step_000000.png", "step_000003.png", "step_000006.png"]
     for grid in grids:
         with Image.open(run / "samples" / grid) as picture:
             width, height = picture.size
             assert picture.mode == "RGB"
             assert (width / (2 * 9 - 1), height / (10 * 9 - 1)) == (3, 3)  # 10 classes, 2 images each, 8 pixels
+    rows = json.loads((run / "samples" / "rows.json").read_text())
+    assert rows == json.loads((run / "final" / "config.json").read_text())["class_names"]
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)

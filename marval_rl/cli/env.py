@@ -36,12 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
     """Prints the table; a package that is missing or broken is a row of it, not an error."""
+    print("| what | value |\n|---|---|")
+    for name, value in environment().items():
+        print(f"| {name} | {value} |")
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware by name."""
     rows = [("marval_rl", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
     rows += [(package, _version(package)) for package in PACKAGES]
-    rows += _hardware()
-    print("| what | value |\n|---|---|")
-    for name, value in rows:
-        print(f"| {name} | {value} |")
+    return dict(rows + _hardware())
 
 
 def _version(package: str) -> str:

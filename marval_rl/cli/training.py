@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from marval_rl.cli.env import environment
 from marval_rl.cli.quiet import quiet_libraries
 from marval_rl.errors import RecipeError, check_folder
 from marval_rl.recipes.planning.dry_run import batch_arithmetic, devices, print_dry_run
@@ -89,6 +91,7 @@ def run_training(
             set_aside_newer(output_dir, checkpoint)
         followed = {key: value for key, value in settings.items() if key != "overwrite_output_dir"}
         save_recipe(output_dir / "recipe.yaml", followed)
+        (output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finished = trainer.has_ended(trainer.state)
     if speaks and finished:

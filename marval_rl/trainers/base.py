@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.batches import EpochBatches, epoch_loader
 from marval_rl.trainers.ema import ExponentialMovingAverage
 from marval_rl.trainers.optimizers import MODEL, rest
-from marval_rl.trainers.sampling import SamplingSettings, generate_images, save_image_grid
+from marval_rl.trainers.sampling import MAX_ROWS, SamplingSettings, generate_images, save_image_grid
 
 
 class MARTrainer(ResumableTrainer):
@@ -237,6 +238,8 @@ class MARTrainer(ResumableTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step_{self.state.global_step:06d}.png"
             save_image_grid(images, class_labels, path, args.sample_grid_columns)
+            if len(shown := class_labels.unique()) <= MAX_ROWS:
+                (folder / "rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
