@@ -15,7 +15,7 @@ _EXPORTS = {
     "DistillConfig": "marval_rl.trainers.distill",
     "DistillTrainer": "marval_rl.trainers.distill",
     "MARConfig": "marval_rl.models",
-    "MARGRPOConfig": "marval_rl.trainers.grpo",
+    "MARGRPOConfig": "marval_rl.trainers.grpo_config",
     "MARGRPOTrainer": "marval_rl.trainers.grpo",
     "MARModel": "marval_rl.models",
     "PretrainConfig": "marval_rl.trainers.pretrain",

@@ -80,13 +80,13 @@ def fill_disk(folder: Path, layout: str) -> str:
 def spoil(folder: Path, layout: str) -> dict[str, Any]:
     """The loss of process 1 is NaN in step 1; which weights moved in each step, and the metrics."""
     trainer = trainer_for(folder / f"{layout}_nan", layout, max_steps=3, auxiliary_updates=1, save_strategy="no")
-    healthy = trainer.matcher.auxiliary_loss
+    healthy = trainer.matching.auxiliary_loss
 
     def auxiliary_loss(*args: Any) -> Tensor:
         bad = trainer.state.global_step == 1 and rank() == 1
         return healthy(*args) * (torch.nan if bad else 1)
 
-    trainer.matcher.auxiliary_loss = auxiliary_loss
+    trainer.matching.auxiliary_loss = auxiliary_loss
     moved: list[bool] = []
 
     class Watch(TrainerCallback):

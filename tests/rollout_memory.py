@@ -9,11 +9,12 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from functools import partial
 
 import torch
 
-from marval_rl.models import MARConfig, MARModel
-from marval_rl.trainers import rollout
+from marval_rl.models import MARConfig, MARModel, sampling
+from marval_rl.models.unmasking import random_order
 
 STEPS = (4, 8, 16, 64)
 BATCH = 16
@@ -44,10 +45,20 @@ def measure(num_unmasking_steps: int, keep_all: bool) -> None:
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)  # there beforehand: they are not what is asked about
     if keep_all:
-        rollout.checkpoint = lambda function, *args, use_reentrant: function(*args)
+        sampling.checkpoint = lambda function, *args, use_reentrant: function(*args)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     labels = torch.arange(BATCH) % 10
-    rollout.differentiable_rollout(student, labels, num_unmasking_steps)["tokens"].square().mean().backward()
+    noise = torch.randn(BATCH, config.num_tokens, config.token_channels)
+    inputs = {"class_labels": labels, "order": random_order(BATCH, config.num_tokens), "noise": noise}
+    predict = partial(sampling.student_mean, student, inputs)
+    *_, last = sampling.unmask(
+        predict,
+        inputs["order"],
+        config.token_channels,
+        num_unmasking_steps,
+        gradient_steps=range(num_unmasking_steps),
+    )
+    last.tokens.square().mean().backward()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 

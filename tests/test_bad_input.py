@@ -32,6 +32,25 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, complaint):
     assert complaint(2, code).startswith(f"{path}: unknown key 'lerning_rate'; did you mean learning_rate")
 
 
+@pytest.mark.parametrize(
+    ("setting", "answer"),
+    [
+        ("sigma", "it is now called policy_std"),
+        ("anchor_weight", "it is now called gsim_weight"),
+        ("guidance_scale", "it is now called gsim_guidance_scale"),  # a setting of distillation still
+        ("mask-ratio-std", "it is now called gsim_mask_ratio_std"),
+        ("num_trained_steps", "it was removed: all unmasking steps explore and are trained"),
+        ("sync_ref_model", "it was removed: the reference model stays the student as it was"),
+        ("importance_sampling_level", "it was removed: each unmasking step has a ratio of its own"),
+    ],
+)
+def test_a_former_setting_is_answered_with_what_became_of_it(train, tmp_path, complaint, setting, answer):
+    assert complaint(2, train(f"--{setting}", "1")) == f"unknown option --{setting}; {answer}"
+    path = tmp_path / "recipe.yaml"
+    path.write_text((RECIPES / "grpo.yaml").read_text() + f"{setting}: 1\n")
+    assert complaint(2, train(path=path)) == f"{path}: unknown key '{setting}'; {answer}"
+
+
 def test_an_unknown_option_is_answered_with_the_nearest(train, complaint):
     line = complaint(2, train("--num_generation", "4"))
     assert line.startswith("unknown option --num_generation; did you mean num_generations")
@@ -61,11 +80,10 @@ def test_a_value_of_the_wrong_type(train, complaint, settings, message):
     [
         ({"num_generations": 5}, ("32 images", "groups of num_generations = 5", "per_device_train_batch_size 16")),
         ({"num_generations": 1}, ("num_generations must be at least 2, not 1",)),
-        ({"sigma": 0}, ("sigma must be positive, not 0",)),
-        ({"num_trained_steps": 3}, ("num_trained_steps 3 is outside 1..2",)),
-        ({"anchor_weight": -1}, ("anchor_weight must not be negative",)),
-        ({"prompt_template": "a digit"}, ("prompt_template", "lacks {name}")),
-        ({"scale_rewards": "groups"}, ("scale_rewards must be one of group, batch, none", "groups")),
+        ({"policy_std": 0}, ("policy_std must be positive, not 0",)),
+        ({"gsim_weight": -1}, ("gsim_weight must not be negative",)),
+        ({"prompt_template": "a digit"}, ("prompt_template", "does not contain {name}")),
+        ({"scale_rewards": "groups"}, ("--scale_rewards: expected one of group, batch, none, got 'groups'",)),
         ({"max_steps": 0}, ("max_steps must be at least 1, not 0",)),
         ({"labelling": "colour"}, ("unknown labelling 'colour'", "digit, parity")),
         ({"reward_weights": [1, 2]}, ("2 reward_weights for 1 reward_funcs (classifier)",)),
@@ -78,7 +96,7 @@ def test_settings_that_do_not_fit(train, complaint, settings, parts):
 
 
 def test_timesteps_outside_the_process(train, complaint):
-    line = complaint(2, train(anchor_weight=1, max_timestep=1000))
+    line = complaint(2, train(gsim_weight=1, gsim_max_timestep=1000))
     assert "20..1000" in line and "0..999" in line and "max_timestep" in line
 
 
@@ -87,8 +105,8 @@ def test_an_anchor_without_a_teacher(train, tmp_path, complaint):
     del recipe["teacher"]
     path = tmp_path / "grpo.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    line = complaint(2, train(path=path, teacher=None, anchor_weight=10))
-    assert line == "anchor_weight 10.0 needs the teacher the student came from (--teacher ...)"
+    line = complaint(2, train(path=path, teacher=None, gsim_weight=10))
+    assert line == "gsim_weight 10.0 needs the teacher the student came from (--teacher ...)"
 
 
 def test_a_distillation_without_a_teacher(tmp_path, complaint):
@@ -123,7 +141,7 @@ def test_a_student_where_a_teacher_is_needed(tiny_runs, tmp_path, complaint):
 
 
 def test_a_student_as_the_teacher_of_an_anchor(train, tiny_runs, complaint):
-    line = complaint(1, train(teacher=tiny_runs.student, anchor_weight=1))
+    line = complaint(1, train(teacher=tiny_runs.student, gsim_weight=1))
     assert "is a one-step student, but a many-step teacher is needed here" in line
 
 
@@ -175,7 +193,7 @@ def test_a_configuration_that_is_no_json(train, broken_student, complaint):
 def test_a_model_of_another_kind(train, broken_student, complaint):
     edit_config(broken_student, model_type="bert")
     line = complaint(1, train(model=broken_student))
-    assert line == f'{broken_student} is no MAR model: its config.json says model_type "bert"'
+    assert line == f'{broken_student} is not a MAR model: its config.json says model_type "bert"'
 
 
 def test_a_truncated_file_of_weights(train, broken_student, complaint):
@@ -203,7 +221,7 @@ def test_weights_that_are_not_finite(train, broken_student, complaint, value):
 def test_a_damaged_auxiliary_network(train, broken_student, complaint):
     weights = broken_student / "auxiliary.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    line = complaint(1, train(model=broken_student, anchor_weight=1))
+    line = complaint(1, train(model=broken_student, gsim_weight=1))
     assert "auxiliary.safetensors" in line and "unexpected error" not in line
 
 
@@ -262,7 +280,7 @@ def test_too_few_images_to_evaluate_are_noticed_before_training(train, tmp_path,
             "best_metric needs rewards/judge/mean, which evaluation does not measure here; it measures classif",
         ),
         ({"prompts_per_class": 0}, "train_dataset has no rows"),
-        ({"anchor_weight": 1.0, "anchor_batch_size": 9000}, "anchor_batch_size 9000 takes 4500 rows of data at once"),
+        ({"gsim_weight": 1.0, "gsim_batch_size": 9000}, "gsim_batch_size 9000 takes 4500 rows of data at once"),
         (
             {"prompts_per_class": 1, "per_device_train_batch_size": 32, "num_generations": 2},
             "train_dataset has 10 rows, but 32 are needed: 32 a batch x 1 processes x 1 batches read before one is",

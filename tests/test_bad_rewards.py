@@ -88,7 +88,7 @@ def test_a_reward_that_seeds_does_not_change_the_training(train, rewards, tmp_pa
     weights = []
     for reward in ("plain", "seeds"):
         folder = tmp_path / reward
-        settings = {"anchor_weight": 1.0, "auxiliary_warmup_steps": 0, "auxiliary_updates": 1, "eval_strategy": "steps"}
+        settings = {"gsim_weight": 1.0, "auxiliary_warmup_steps": 0, "auxiliary_updates": 1, "eval_strategy": "steps"}
         judged = {"reward_funcs": f"{rewards}:{reward}", "eval_reward_funcs": f"{rewards}:{reward}", "eval_steps": 1}
         assert train(output_dir=folder, **settings, **judged) == 0
         weights.append(load_file(folder / "final" / "model.safetensors"))

@@ -97,6 +97,6 @@ def test_grpo_reads_rows_where_a_rollout_begins(
         gradient_accumulation_steps=accumulation,
         steps_per_generation=steps_per_generation,
         num_iterations=num_iterations,
-        **({"anchor_weight": 1.0, "auxiliary_updates": cycle} if cycle > 1 else {}),
+        **({"gsim_weight": 1.0, "auxiliary_updates": cycle} if cycle > 1 else {}),
     )
     assert "".join("R" if reads else "." for reads in config.batch_pattern()) == pattern

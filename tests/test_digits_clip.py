@@ -100,7 +100,7 @@ def test_the_recipe_rewards_with_it(trained, tiny_runs, tmp_path):
     settings = {"reward_funcs": None, "eval_reward_funcs": None, "reward_kwargs": json.dumps(kwargs)}
     models = {"model": tiny_runs.student}
     path = RECIPES / "grpo_clip.yaml"
-    assert run_recipe("grpo", tmp_path, path=path, anchor_weight=0, max_steps=2, **models, **settings) == 0
+    assert run_recipe("grpo", tmp_path, path=path, gsim_weight=0, max_steps=2, **models, **settings) == 0
     lines = training_lines(tmp_path)
     assert len(lines) == 2
     assert is_finite(lines[0]["rewards/clip/mean"]) and lines[0]["rewards/clip/std"] > 0

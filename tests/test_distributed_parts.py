@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from marval_rl.runtime.distributed import mean_over_processes, whole_in_chunks, whole_weights
 from marval_rl.trainers.arguments import MARTrainingArguments
-from marval_rl.trainers.optimizers import AUXILIARY, MODEL, NETWORKS, adamw, rest
+from marval_rl.trainers.optimization import AUXILIARY, MODEL, NETWORKS, make_optimizer, pause
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def networks() -> dict[str, nn.Parameter]:
 @pytest.fixture
 def optimizer(networks: dict[str, nn.Parameter], tmp_path: Path) -> torch.optim.Optimizer:
     groups = [{"params": [parameter], "network": network} for network, parameter in networks.items()]
-    return adamw(groups, TrainingArguments(str(tmp_path), weight_decay=0.1))
+    return make_optimizer(groups, TrainingArguments(str(tmp_path), weight_decay=0.1))
 
 
 def step_with(optimizer: torch.optim.Optimizer, networks: dict[str, nn.Parameter], gradient: float) -> None:
@@ -35,30 +35,30 @@ def step_with(optimizer: torch.optim.Optimizer, networks: dict[str, nn.Parameter
     optimizer.step()
 
 
-@pytest.mark.parametrize("resting", [(), (MODEL,), (AUXILIARY,), NETWORKS])
-def test_a_resting_network_keeps_its_weights_and_its_momentum(networks, optimizer, resting):
+@pytest.mark.parametrize("paused", [(), (MODEL,), (AUXILIARY,), NETWORKS])
+def test_a_paused_network_keeps_its_weights_and_its_momentum(networks, optimizer, paused):
     step_with(optimizer, networks, 1.0)  # from here on momentum alone would move the weights
     weights = {network: parameter.detach().clone() for network, parameter in networks.items()}
     moments = {network: optimizer.state[parameter]["exp_avg"].clone() for network, parameter in networks.items()}
-    rest(optimizer, resting)
+    pause(optimizer, paused)
     step_with(optimizer, networks, 0.0)
     for network, parameter in networks.items():
-        rested = network in resting
-        assert torch.equal(parameter, weights[network]) == rested
-        assert torch.equal(optimizer.state[parameter]["exp_avg"], moments[network]) == rested
-        assert optimizer.state[parameter]["step"] == (1 if rested else 2)
+        was_paused = network in paused
+        assert torch.equal(parameter, weights[network]) == was_paused
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], moments[network]) == was_paused
+        assert optimizer.state[parameter]["step"] == (1 if was_paused else 2)
 
 
-def test_the_gradients_of_a_resting_network_are_there_again_after_a_step(networks, optimizer):
-    rest(optimizer, NETWORKS)
+def test_the_gradients_of_a_paused_network_are_there_again_after_a_step(networks, optimizer):
+    pause(optimizer, NETWORKS)
     step_with(optimizer, networks, 2.0)
     for parameter in networks.values():
         assert torch.equal(parameter.grad, torch.full_like(parameter, 2.0))
 
 
-def test_rest_is_over_when_it_is_not_asked_for_again(networks, optimizer):
-    rest(optimizer, NETWORKS)
-    rest(optimizer, (AUXILIARY,))
+def test_a_pause_is_over_when_it_is_not_asked_for_again(networks, optimizer):
+    pause(optimizer, NETWORKS)
+    pause(optimizer, (AUXILIARY,))
     step_with(optimizer, networks, 1.0)
     assert not torch.equal(networks[MODEL], torch.ones(3))
     assert torch.equal(networks[AUXILIARY], torch.ones(3))

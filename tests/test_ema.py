@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from marval_rl.trainers.ema import ExponentialMovingAverage
+from marval_rl.trainers.optimization import ExponentialMovingAverage
 
 
 def scalar_model(value: float) -> nn.Module:

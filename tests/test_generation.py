@@ -1,6 +1,8 @@
-"""Painting images: one function for teacher and student."""
+"""Generating images: one function for teacher and student."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from marval_rl.models import MARModel, generate, patchify
 from marval_rl.models.noise import IndexedNoise
-from marval_rl.models.unmasking import random_order, unmasking_steps
+from marval_rl.models.sampling import student_mean, unmask
+from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions, unmasking_steps
 
 LABELS = torch.tensor([0, 1, 2, 1])
 BUILDS = {"teacher": tiny_model, "student": tiny_student}
@@ -177,6 +180,36 @@ def test_sampling_under_inference_mode_does_not_spoil_later_training():
     x_start, _ = student.one_step(tokens, LABELS[:2], order, 1, 0, noise)
     x_start.sum().backward()
     assert student.diffloss.net.final_layer.linear.weight.grad.abs().max() > 0
+
+
+def test_a_rollout_without_exploration_is_what_generate_makes():
+    student, order = tiny_student(), random_order(4, 4, generator=seeded(5))
+    generated = generate(student, LABELS, num_unmasking_steps=3, order=order, generator=seeded()).latents
+    noise = torch.randn(16, 4, generator=seeded()).view(4, 4, 4)
+    predict = partial(student_mean, student, {"class_labels": LABELS, "order": order, "noise": noise})
+    exploration = torch.randn(4, 4, 4, generator=seeded(1))
+    for steps, same in (
+        (unmask(predict, order, 4, 3), True),
+        (unmask(predict, order, 4, 3, exploration=exploration), True),  # policy_std 0
+        (unmask(predict, order, 4, 3, exploration=exploration, policy_std=0.1), False),
+    ):
+        *earlier, last = steps
+        assert torch.equal(last.tokens, patchify(generated, 2)) == same
+        assert [step.index for step in (*earlier, last)] == [0, 1, 2]
+
+
+def test_only_what_the_policy_explored_differs_from_its_mean():
+    student, order = tiny_student(), random_order(4, 4, generator=seeded(5))
+    inputs = {"class_labels": LABELS, "order": order, "noise": torch.randn(4, 4, 4, generator=seeded())}
+    exploration = torch.randn(4, 4, 4, generator=seeded(1))
+    for step in unmask(partial(student_mean, student, inputs), order, 4, 3, exploration=exploration, policy_std=0.1):
+        positions = revealed_positions(order, step.num_masked, step.num_kept)
+        torch.testing.assert_close(step.revealed - step.mean, 0.1 * gather_tokens(exploration, positions))
+        assert torch.equal(gather_tokens(step.tokens, positions), step.revealed)
+        assert gather_tokens(step.before, positions).abs().max() == 0
+        # Finished images serve for all steps: only tokens that were unmasked before are read.
+        again = student_mean(student, inputs, step.tokens + 9 * step.tokens.eq(0), step.num_masked, step.num_kept)
+        torch.testing.assert_close(again, step.mean)
 
 
 class HostSyncs(TorchDispatchMode):

@@ -35,8 +35,8 @@ class Spoiled(PretrainTrainer):
     def spoil(self, loss: Tensor, step: int, micro_batch: int) -> Tensor:
         return loss
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.spoil(super().compute_loss(*args, **kwargs), self.state.global_step, self.micro_batch)
+    def training_loss(self, *args: Any) -> Tensor:
+        return self.spoil(super().training_loss(*args), self.state.global_step, self.micro_batch)
 
 
 class Record(TrainerCallback):
@@ -148,8 +148,8 @@ def test_steps_are_counted_in_a_row(tmp_path):
 def test_the_first_figure_that_is_not_finite_is_named(tmp_path, capsys):
     """The teacher's score is what breaks; the loss is only what comes of it."""
     trainer = distiller(tmp_path, tiny_model(), max_steps=4, auxiliary_warmup_steps=0, auxiliary_updates=1)
-    matcher, healthy = trainer.matcher, trainer.matcher._teacher_noise
-    matcher._teacher_noise = lambda *args: healthy(*args) * (torch.nan if trainer.state.global_step == 2 else 1)
+    matching, healthy = trainer.matching, trainer.matching._teacher_noise
+    matching._teacher_noise = lambda *args: healthy(*args) * (torch.nan if trainer.state.global_step == 2 else 1)
     trainer.train()
     assert "step 2 is skipped, it is not finite: student_loss (1 in a row" in capsys.readouterr().err
 

@@ -393,7 +393,7 @@ def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "rewards.py").write_text(PREEMPTION)
     settings = {
-        "anchor_weight": 0,
+        "gsim_weight": 0,
         "steps_per_generation": 1,
         "max_steps": 1000,
         "save_steps": 1000,

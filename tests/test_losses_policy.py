@@ -1,4 +1,4 @@
-"""Log-probabilities, divergence, advantages and the clipped loss against hand computations and torch.distributions."""
+"""Log-probabilities, divergence and the clipped loss against hand computations and torch.distributions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from marval_rl.losses.policy import action_kl, action_log_prob, group_advantages, group_weights, policy_loss
+from marval_rl.losses.advantages import group_weights
+from marval_rl.losses.policy import action_kl, action_log_prob, policy_loss
 
 SIGMA = 0.15
 
@@ -143,77 +144,43 @@ def test_a_policy_that_ran_away_gives_no_nan(log_ratio, advantage):
     assert all(value.isfinite() for value in metrics.values())
 
 
-def test_advantages_of_hand_made_groups():
-    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0, 0.0, 4.0])  # groups (1, 3), (10, 10), (0, 4)
-    advantages, metrics = group_advantages(rewards, 2)
-    first, last = 1 / (math.sqrt(2) + 1e-4), 2 / (math.sqrt(8) + 1e-4)  # standard deviations are unbiased
-    torch.testing.assert_close(advantages, torch.tensor([-first, first, 0.0, 0.0, -last, last]))
-    assert metrics["reward"].item() == pytest.approx(28 / 6)
-    assert metrics["reward_std"].item() == pytest.approx((math.sqrt(2) + 0 + math.sqrt(8)) / 3)
-    assert metrics["frac_reward_zero_std"].item() == pytest.approx(1 / 3)
+def test_a_mean_takes_the_log_prob_and_the_kl_by_the_size_of_the_action():
+    actions, means, reference = gaussians()
+    size = actions[0].numel()
+    policy, reference_policy = (Independent(Normal(mean, SIGMA), 2) for mean in (means, reference))
+    log_prob, kl = action_log_prob(actions, means, SIGMA, "mean"), action_kl(means, reference, SIGMA, "mean")
+    torch.testing.assert_close(log_prob * size, policy.log_prob(actions), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(kl * size, kl_divergence(policy, reference_policy))
+    # One beta weighs both alike: the gradient's ratio of KL to log-probability is that of the sums.
+    means.requires_grad_(True)
+    gradients = [
+        [
+            torch.autograd.grad(part, means, retain_graph=True)[0]
+            for part in (
+                action_log_prob(actions, means, SIGMA, reduction).sum(),
+                action_kl(means, reference, SIGMA, reduction).sum(),
+            )
+        ]
+        for reduction in ("sum", "mean")
+    ]
+    for summed, averaged in zip(*gradients, strict=True):
+        torch.testing.assert_close(averaged * size, summed)
 
 
-def test_advantages_ignore_the_scale_and_offset_of_a_group():
-    rewards = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    plain, _ = group_advantages(rewards, 8)
-    moved, _ = group_advantages(100 * rewards + 7, 8)
-    torch.testing.assert_close(plain, moved, rtol=1e-3, atol=1e-3)
-    assert plain.mean().item() == pytest.approx(0, abs=1e-6)
-    assert plain.std().item() == pytest.approx(1, abs=1e-3)
-
-
-def test_scale_by_the_batch_keeps_the_order_of_groups_spread():
-    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0])
-    advantages, _ = group_advantages(rewards, 2, "batch")
-    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0]) / (rewards.std() + 1e-4)
-    torch.testing.assert_close(advantages, expected)
-
-
-def test_scale_none_only_centres():
-    advantages, _ = group_advantages(torch.tensor([1.0, 3.0, 10.0, 14.0]), 2, "none")
-    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0, -2.0, 2.0]))
-
-
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-def test_a_sample_without_reward_is_left_out(scale_rewards):
-    rewards = torch.tensor([1.0, math.nan, 3.0, 2.0, 2.0, 5.0])
-    advantages, metrics = group_advantages(rewards, 3, scale_rewards)
-    group, batch = math.sqrt(2), torch.tensor([1.0, 3.0, 2.0, 2.0, 5.0]).std().item()
-    divisor = {"group": group + 1e-4, "batch": batch + 1e-4, "none": 1.0}[scale_rewards]
-    assert advantages[:3].tolist() == pytest.approx([-1 / divisor, 0.0, 1 / divisor], rel=1e-5)
-    assert advantages.isfinite().all()
-    assert metrics["reward"].item() == pytest.approx(13 / 5)
-
-
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-def test_a_group_without_any_reward_is_left_out(scale_rewards):
-    rewards = torch.tensor([math.nan, math.nan, 1.0, 3.0])
-    advantages, metrics = group_advantages(rewards, 2, scale_rewards)
-    alone, _ = group_advantages(rewards[2:], 2, scale_rewards)
-    assert advantages[:2].tolist() == [0.0, 0.0]
-    torch.testing.assert_close(advantages[2:], alone)
-    assert metrics["reward"].item() == 2.0
-    assert metrics["reward_std"].item() == pytest.approx(math.sqrt(2))
-    assert metrics["frac_reward_zero_std"].item() == 0.0
-
-
-def test_a_group_with_a_single_reward_has_nothing_to_compare():
-    advantages, metrics = group_advantages(torch.tensor([math.nan, 5.0, 1.0, 3.0]), 2)
-    assert advantages[:2].tolist() == [0.0, 0.0]
-    assert metrics["frac_reward_zero_std"].item() == 0.5
-
-
-def test_advantages_refuse_what_they_do_not_know():
-    with pytest.raises(ValueError, match='one of group, batch, none, not "std"'):
-        group_advantages(torch.zeros(4), 2, "std")
-    with pytest.raises(ValueError, match="5 rewards do not divide into groups of 2"):
-        group_advantages(torch.zeros(5), 2)
-
-
-def test_a_mean_log_prob_is_the_sum_by_the_size_of_the_action():
-    actions, means, _ = gaussians()
-    total, mean = (action_log_prob(actions, means, SIGMA, reduction) for reduction in ("sum", "mean"))
-    torch.testing.assert_close(mean * actions[0].numel(), total)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: action_log_prob(*gaussians()[:2], SIGMA, "none"), 'reduction must be one of sum, mean, not "none"'),
+        (lambda: action_kl(*gaussians()[:2], SIGMA, "none"), 'reduction must be one of sum, mean, not "none"'),
+        (
+            lambda: policy_loss(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2), loss_type="ppo"),
+            'loss_type must be one of grpo, cispo, not "ppo"',
+        ),
+    ],
+)
+def test_the_losses_refuse_what_they_do_not_know(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_cispo_never_silences_an_action():
@@ -237,15 +204,6 @@ def test_cispo_and_grpo_have_one_gradient_before_the_first_update():
     torch.testing.assert_close(*gradients)
 
 
-def test_the_ratio_of_an_image_is_the_geometric_mean_of_its_steps():
-    log_prob = torch.tensor([[0.3, -0.1], [1.0, 0.0]])
-    advantages = torch.tensor([1.0, 1.0])
-    loss, metrics = policy_loss(log_prob, torch.zeros(2, 2), advantages, importance_sampling_level="image")
-    assert metrics["ratio"].item() == pytest.approx((math.exp(0.1) + math.exp(0.5)) / 2)
-    assert loss.item() == pytest.approx(-(math.exp(0.1) + 1.2) / 2)
-    assert metrics["clip_ratio/high_mean"].item() == 0.5
-
-
 def test_groups_without_a_preference_are_dropped_from_the_mean():
     advantages = torch.tensor([1.0, -1.0, 0.0, 0.0, 2.0, -2.0])
     weights = group_weights(advantages, 2)
@@ -257,12 +215,3 @@ def test_groups_without_a_preference_are_dropped_from_the_mean():
     alone, _ = policy_loss(log_prob[kept], old[kept], advantages[kept])
     torch.testing.assert_close(dropped, alone)
     assert group_weights(torch.zeros(4), 2).tolist() == [0.0] * 4
-
-
-def test_a_floor_keeps_a_group_that_barely_differs_from_shouting():
-    rewards = torch.tensor([1.0, 1.01, 0.0, 4.0])
-    free, _ = group_advantages(rewards, 2)
-    held, _ = group_advantages(rewards, 2, std_floor=1.0)
-    assert free[1].item() > 0.6
-    assert held[1].item() == pytest.approx(0.005, rel=1e-3)
-    torch.testing.assert_close(held[2:], free[2:])

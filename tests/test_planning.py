@@ -119,10 +119,10 @@ def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(tmp_path):
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path):
     student, teacher = tiny_config(one_step_timestep=700, encoder_num_layers=6), tiny_config()
     args = DistillConfig(str(tmp_path))
-    small, large = (gsim_bytes(student, teacher, args, batch) for batch in (4, 8))
+    small, large = (gsim_bytes(student, teacher, args, args, batch) for batch in (4, 8))
     assert large == pytest.approx(2 * small, rel=0.1)
     args = DistillConfig(str(tmp_path), gradient_checkpointing=True)
-    assert gsim_bytes(student, teacher, args, 8) < 0.7 * large
+    assert gsim_bytes(student, teacher, args, args, 8) < 0.7 * large
 
 
 # Steps

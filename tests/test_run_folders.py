@@ -66,10 +66,10 @@ TRAINING_NAMES = {
     "distill": {"student_loss", "auxiliary_loss", "score_gap"},
     "grpo": {
         *("reward", "reward_std", "rewards/classifier/mean", "rewards/classifier/std", "frac_reward_zero_std", "kl"),
-        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "anchor_loss", "auxiliary_loss"),
+        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "gsim_loss", "auxiliary_loss"),
     },
     "reward_backprop": {
-        *("reward", "reward_std", "rewards/classifier/mean", "rewards/classifier/std", "anchor_loss"),
+        *("reward", "reward_std", "rewards/classifier/mean", "rewards/classifier/std", "gsim_loss"),
         "auxiliary_loss",
     },
 }

@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from marval_rl.models.generation import balanced_labels
-from marval_rl.trainers.sampling import save_image_grid
+from marval_rl.models.generation import balanced_labels, save_image_grid
 
 
 def test_fewer_images_than_classes_are_of_classes_far_apart():
@@ -20,6 +19,7 @@ def test_fewer_images_than_classes_are_of_classes_far_apart():
     [
         ([0, 0, 0, 1, 1], 10, (2, 2)),  # a row a class, as long as the shortest
         ([0, 0, 0, 1, 1, 1], 2, (2, 2)),
+        ([0], 10, (1, 1)),
         (list(range(16)), 10, (1, 16)),
         (list(range(17)), 10, (5, 4)),  # many classes: a square
         (list(range(36)), 1, (6, 6)),

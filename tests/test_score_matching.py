@@ -8,8 +8,9 @@ from tiny_models import tiny_model, tiny_student
 
 from marval_rl.models.diffusion import predict_start
 from marval_rl.models.mar import new_head
-from marval_rl.trainers import gsim
-from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks, frozen
+from marval_rl.trainers import score_matching
+from marval_rl.trainers.score_matching import Contexts, GSIMArguments, ScoreMatching, frozen
+from marval_rl.trainers.student_networks import StudentNetworks
 
 BATCH, NUM_MASKED = 6, 3
 
@@ -28,16 +29,16 @@ def teacher():
 
 
 @pytest.fixture
-def contexts():
-    """tokens [B, L, C], class labels, order, tokens masked."""
+def contexts() -> Contexts:
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randn(BATCH, 4, 4, generator=generator)
     order = torch.rand(BATCH, 4, generator=generator).argsort(dim=1)
-    return tokens, torch.tensor([0, 1, 2, 0, 1, 2]), order, NUM_MASKED
+    return Contexts(tokens, torch.tensor([0, 1, 2, 0, 1, 2]), order, NUM_MASKED)
 
 
-def matcher_of(teacher, guidance_scale: float = 1.7) -> ScoreMatcher:
-    return ScoreMatcher(teacher, guidance_scale, (200, 800), timestep_draws=2, huber_r=1e-5)
+def matching_of(teacher, guidance_scale: float = 1.7) -> ScoreMatching:
+    args = GSIMArguments(guidance_scale=guidance_scale, min_timestep=200, max_timestep=800, timestep_draws=2)
+    return ScoreMatching(teacher, args)
 
 
 def touched(module: torch.nn.Module) -> set[str]:
@@ -45,7 +46,7 @@ def touched(module: torch.nn.Module) -> set[str]:
 
 
 def test_the_student_loss_trains_the_student_alone(networks, teacher, contexts):
-    loss, _, sample = matcher_of(teacher).student_loss(networks, *contexts)
+    loss, _, sample = matching_of(teacher).student_loss(networks, contexts)
     loss.backward()
     untouched = {name for name, _ in networks.student.named_parameters()} - touched(networks.student)
     assert untouched == {"fake_latent"}  # the student is never asked for the null class
@@ -56,44 +57,46 @@ def test_the_student_loss_trains_the_student_alone(networks, teacher, contexts):
 
 
 def test_the_auxiliary_loss_trains_the_auxiliary_network_alone(networks, teacher, contexts):
-    matcher = matcher_of(teacher)
-    matcher.auxiliary_loss(networks, matcher.sample(networks, *contexts)).backward()
+    matching = matching_of(teacher)
+    matching.auxiliary_loss(networks, matching.sample(networks, contexts)).backward()
     assert touched(networks.auxiliary) == {name for name, _ in networks.auxiliary.named_parameters()}
     assert all(p.grad is None for p in networks.student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def loss_with(matcher, networks, contexts) -> torch.Tensor:
+def loss_with(matching, networks, contexts) -> torch.Tensor:
     torch.manual_seed(5)
-    return matcher.student_loss(networks, *contexts)[0]
+    return matching.student_loss(networks, contexts)[0]
 
 
 def test_the_gradient_flows_through_the_inputs_of_the_frozen_networks(networks, teacher, contexts):
     """Against finite differences in the last bias of the student's head, which changes its tokens and nothing else."""
-    matcher, bias = matcher_of(teacher), networks.student.diffloss.net.final_layer.linear.bias
-    loss_with(matcher, networks, contexts).backward()
+    matching, bias = matching_of(teacher), networks.student.diffloss.net.final_layer.linear.bias
+    loss_with(matching, networks, contexts).backward()
     step = 1e-2
     for channel in range(networks.student.config.token_channels):
         losses = []
         for sign in (1, -1):
             with torch.no_grad():
                 bias[channel] += sign * step
-            losses.append(loss_with(matcher, networks, contexts).item())
+            losses.append(loss_with(matching, networks, contexts).item())
             with torch.no_grad():
                 bias[channel] -= sign * step
         assert bias.grad[channel].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=2e-2, abs=1e-3)
 
 
 def test_control_frozen_networks_with_detached_inputs_give_another_gradient(networks, teacher, contexts, monkeypatch):
-    matcher, bias = matcher_of(teacher), networks.student.diffloss.net.final_layer.linear.bias
-    loss_with(matcher, networks, contexts).backward()
+    matching, bias = matching_of(teacher), networks.student.diffloss.net.final_layer.linear.bias
+    loss_with(matching, networks, contexts).backward()
     right = bias.grad.clone()
     bias.grad = None
-    original = gsim.gsim_loss
+    original = score_matching.gsim_loss
     monkeypatch.setattr(
-        gsim, "gsim_loss", lambda x, auxiliary, teacher, r: original(x, auxiliary.detach(), teacher.detach(), r)
+        score_matching,
+        "gsim_loss",
+        lambda x, auxiliary, teacher, r: original(x, auxiliary.detach(), teacher.detach(), r),
     )
-    loss_with(matcher, networks, contexts).backward()
+    loss_with(matching, networks, contexts).backward()
     assert (bias.grad - right).norm() > 0.1 * right.norm()
 
 
@@ -101,7 +104,7 @@ def test_control_frozen_networks_with_detached_inputs_give_another_gradient(netw
 def test_what_the_networks_are_asked(networks, teacher, contexts, monkeypatch, guidance_scale):
     """The auxiliary network sees the student's own condition, the teacher its own, guided; all at the same x_t."""
     seen = {}
-    add_noise, gsim_loss = gsim.add_noise, gsim.gsim_loss
+    add_noise, gsim_loss = score_matching.add_noise, score_matching.gsim_loss
 
     def recorded_noise(schedule, x_start, noise, t):
         seen["x_t"], seen["t"] = add_noise(schedule, x_start, noise, t), t
@@ -111,9 +114,9 @@ def test_what_the_networks_are_asked(networks, teacher, contexts, monkeypatch, g
         seen["x_start"], seen["auxiliary"], seen["teacher"] = args[:3]
         return gsim_loss(*args)
 
-    monkeypatch.setattr(gsim, "add_noise", recorded_noise)
-    monkeypatch.setattr(gsim, "gsim_loss", recorded_loss)
-    _, _, sample = matcher_of(teacher, guidance_scale).student_loss(networks, *contexts)
+    monkeypatch.setattr(score_matching, "add_noise", recorded_noise)
+    monkeypatch.setattr(score_matching, "gsim_loss", recorded_loss)
+    _, _, sample = matching_of(teacher, guidance_scale).student_loss(networks, contexts)
 
     tokens, labels, order, num_masked = contexts
     x_t, t, channels = seen["x_t"], seen["t"], tokens.shape[-1]
@@ -146,4 +149,4 @@ def test_frozen_restores_only_what_it_froze():
 @pytest.mark.parametrize("timestep_range", [(-1, 5), (5, 4), (0, 1000)])
 def test_timesteps_outside_the_process_are_refused(teacher, timestep_range):
     with pytest.raises(ValueError, match="min_timestep and max_timestep"):
-        ScoreMatcher(teacher, 1.0, timestep_range, timestep_draws=1)
+        ScoreMatching(teacher, GSIMArguments(min_timestep=timestep_range[0], max_timestep=timestep_range[1]))

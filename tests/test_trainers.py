@@ -52,11 +52,11 @@ def test_only_the_networks_whose_turn_it_is_move(tmp_path, kind):
         make = {"grpo": grpo_trainer, "reward_backprop": backprop_trainer}[kind]
         extra = {"beta": 0.1, "num_iterations": 2} if kind == "grpo" else {}
         trainer = make(tmp_path, tiny_student(1), **ANCHOR, **settings, **extra)
-        teacher = trainer.anchor.matcher.teacher
+        teacher = trainer.anchors.gsim.teacher
     modules = {"student": trainer.mar, "auxiliary": trainer.model.auxiliary, "average": trainer.ema.module}
     modules["teacher"] = teacher
     if kind == "grpo":
-        modules["reference"] = trainer.reference
+        modules["reference"] = trainer.anchors.reference
     states = snapshots_by_step(trainer, modules)
 
     assert len(states) == 9
@@ -77,12 +77,12 @@ def test_only_the_networks_whose_turn_it_is_move(tmp_path, kind):
 @pytest.mark.parametrize("make", [grpo_trainer, backprop_trainer])
 def test_without_an_anchor_there_is_no_auxiliary_network_and_each_step_moves_the_student(tmp_path, make):
     trainer = make(tmp_path, tiny_student(1), max_steps=3, learning_rate=1e-3)
-    assert trainer.model.auxiliary is None and trainer.anchor is None
+    assert trainer.model.auxiliary is None and trainer.anchors.gsim is None
     states = snapshots_by_step(trainer, {"student": trainer.mar})
     assert len(states) == 4
     assert not any(same(a["student"], b["student"]) for a, b in pairwise(states))
     assert not (tmp_path / "final" / "auxiliary.safetensors").exists()
-    assert not any("anchor_loss" in line or "auxiliary_loss" in line for line in trainer.state.log_history)
+    assert not any("gsim_loss" in line or "auxiliary_loss" in line for line in trainer.state.log_history)
 
 
 def test_the_anchor_pulls_the_student_whatever_the_reward_says(tmp_path):

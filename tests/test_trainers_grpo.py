@@ -18,9 +18,7 @@ from tiny_trainers import (
     grey_student,
     grpo_trainer,
     logged,
-    same,
     snapshot,
-    snapshots_by_step,
     tiny_images,
 )
 from torch import Tensor, nn
@@ -32,6 +30,7 @@ from marval_rl.models.checkpoints import load_model
 from marval_rl.models.unmasking import unmasking_steps
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers import grpo as grpo_module
+from marval_rl.trainers.anchors import Anchors
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 
 
@@ -56,7 +55,7 @@ def test_before_the_first_update_every_ratio_is_one(tiny_runs, tmp_path, monkeyp
 
 
 def test_grpo_raises_a_learnable_reward(tmp_path):
-    settings = {"per_device_train_batch_size": 192, "num_generations": 16, "sigma": 0.4, "max_steps": 12}
+    settings = {"per_device_train_batch_size": 192, "num_generations": 16, "policy_std": 0.4, "max_steps": 12}
     trainer = grpo_trainer(tmp_path, grey_student(), **settings, learning_rate=3e-3)
     trainer.train()
     rewards = logged(trainer, "reward")
@@ -80,18 +79,18 @@ def test_grpo_learns_nothing_from_a_constant_reward(tmp_path):
 def recorded_use(monkeypatch, trainer: MARGRPOTrainer) -> list[tuple[int, Tensor]]:
     """Trains; returns (optimizer step, numbers that identify the images it used) for each micro-batch."""
     used, generated = [], []
-    original, policy_loss = trainer.generate_rollouts, trainer._policy_loss
+    original, reward_loss = trainer.generate_rollouts, trainer.reward_loss
 
     def generate(rows: list[dict[str, Any]]) -> None:
         original(rows)
         generated.append(trainer.state.global_step)
 
-    def loss(student: MARModel, rollout: dict[str, Tensor]) -> Tensor:
+    def loss(student: MARModel, rollout: dict[str, Tensor]) -> Any:
         used.append((trainer.state.global_step, rollout["noise"].flatten(1)[:, 0].clone()))
-        return policy_loss(student, rollout)
+        return reward_loss(student, rollout)
 
     monkeypatch.setattr(trainer, "generate_rollouts", generate)
-    monkeypatch.setattr(trainer, "_policy_loss", loss)
+    monkeypatch.setattr(trainer, "reward_loss", loss)
     trainer.train()
     trainer.generated_at = generated
     return used
@@ -140,34 +139,45 @@ def test_two_accumulated_micro_batches_are_one_batch_of_twice_the_size(tmp_path,
     assert (one - other).norm() < 1e-3 * (one - start).norm()
 
 
-def test_a_subset_of_the_unmasking_steps_is_drawn_anew_each_time(tmp_path, monkeypatch):
-    chosen = []
-    original = grpo_module.step_mean
+def three_alike(images: Tensor, class_labels: Tensor, **_: Any) -> list[float]:
+    """Says the same of all images of class 0, and tells those of the others apart."""
+    return torch.where(class_labels == 0, 0.5, darkness(images)).tolist()
 
-    def recording(student: MARModel, rollout: dict[str, Tensor], masked: int, kept: int) -> Any:
-        chosen.append((masked, kept))
-        return original(student, rollout, masked, kept)
 
-    monkeypatch.setattr(grpo_module, "step_mean", recording)
-    settings = {"num_unmasking_steps": 4, "num_trained_steps": 2, "max_steps": 8}
-    grpo_trainer(tmp_path, tiny_student(1), **settings, learning_rate=1e-3).train()
-    pairs = unmasking_steps(4, 4)
-    assert len(chosen) == 2 * 8 and set(chosen) == set(pairs)
-    assert all(chosen[i] != chosen[i + 1] for i in range(0, 16, 2))
+def test_a_group_without_a_preference_keeps_its_divergence(tmp_path, monkeypatch):
+    """As in TRL: it is left out of the policy loss, and held near the reference model all the same."""
+    seen = []
+    original = Anchors.add
+
+    def recording(self: Anchors, loss: Tensor, networks: Any, rollout: dict[str, Tensor], kl: Tensor, *args: Any):
+        total, metrics = original(self, loss, networks, rollout, kl, *args)
+        seen.append((loss.detach(), total.detach(), kl.detach(), rollout["weights"]))
+        return total, metrics
+
+    monkeypatch.setattr(Anchors, "add", recording)
+    settings = {"max_steps": 2, "num_iterations": 2, "learning_rate": 1e-2, "beta": 0.3}
+    trainer = grpo_trainer(tmp_path, tiny_student(1), three_alike, **settings, per_device_train_batch_size=12)
+    trainer.train()
+    loss, total, kl, weights = seen[1]  # after one update
+    dropped = weights == 0
+    assert dropped.sum() == 4 and (weights[~dropped] == 1.5).all()
+    assert (kl[dropped] > 0).all()
+    torch.testing.assert_close(total - loss, 0.3 * kl.mean())
+    assert logged(trainer, "kl")[1] == pytest.approx(kl.mean().item())
 
 
 def test_the_divergence_from_the_reference_is_logged_and_held_down(tmp_path):
     settings = {"max_steps": 8, "learning_rate": 3e-3, "num_iterations": 2}
     free = grpo_trainer(tmp_path / "free", tiny_student(1), **settings, beta=1e-6)
     held = grpo_trainer(tmp_path / "held", tiny_student(1), **settings, beta=1.0)
-    start = snapshot(held.reference)
+    start = snapshot(held.anchors.reference)
     for trainer in (free, held):
         trainer.train()
         kl = logged(trainer, "kl")
         assert len(kl) == 8 and kl[0] == pytest.approx(0, abs=1e-6) and all(value > 0 for value in kl[1:])
     assert logged(held, "kl")[-1] < 0.5 * logged(free, "kl")[-1]
-    assert_equal_states(start, held.reference.state_dict())
-    assert grpo_trainer(tmp_path / "none", tiny_student(1), max_steps=1, beta=0.0).reference is None
+    assert_equal_states(start, held.anchors.reference.state_dict())
+    assert grpo_trainer(tmp_path / "none", tiny_student(1), max_steps=1, beta=0.0).anchors.reference is None
 
 
 def test_rewards_are_asked_about_finished_images_with_their_prompts_and_columns(tmp_path):
@@ -186,35 +196,6 @@ def test_rewards_are_asked_about_finished_images_with_their_prompts_and_columns(
     assert sorted(labels) == [0] * 4 + [2] * 4
     expected = {0: ("a cat!", "cat", "furry"), 2: ("a eel!", "eel", "long")}
     assert list(zip(prompts, names, hints, strict=True)) == [expected[label] for label in labels]
-
-
-def exploration_of(trainer: MARGRPOTrainer, rollout: dict[str, Tensor]) -> list[bool]:
-    """For each unmasking step whether its tokens differ from the student's own."""
-    differs = []
-    for masked, kept in trainer.pairs:
-        with torch.no_grad():
-            actions, means = grpo_module.step_mean(trainer.mar, rollout, masked, kept)
-        differs.append((actions - means).abs().max().item() > 1e-3)
-    return differs
-
-
-@pytest.mark.parametrize(("shift", "windows"), [(0, [0, 0, 0, 0]), (1, [0, 1, 2, 0]), (2, [0, 0, 1, 1])])
-def test_only_the_steps_in_the_window_explore_and_are_trained(tmp_path, monkeypatch, shift, windows):
-    settings = {"num_unmasking_steps": 4, "exploration_window": 2, "exploration_shift": shift, "max_steps": 4}
-    trainer = grpo_trainer(tmp_path, tiny_student(1), **settings, learning_rate=0.0)
-    explored, trained = [], []
-    original = trainer.generate_rollouts
-
-    def generate(rows: list[dict[str, Any]]) -> None:
-        original(rows)
-        explored.append(exploration_of(trainer, trainer.buffer))
-        trained.append(trainer._trained_steps())
-
-    monkeypatch.setattr(trainer, "generate_rollouts", generate)
-    trainer.train()
-    assert trained == [[start, start + 1] for start in windows]
-    assert explored == [[step in steps for step in range(4)] for steps in trained]
-    assert logged(trainer, "ratio") == pytest.approx([1.0] * 4, abs=1e-5)
 
 
 @pytest.mark.parametrize("share_order", [False, True])
@@ -243,12 +224,6 @@ def test_advantages_belong_to_the_images_that_earned_them(tmp_path):
         torch.testing.assert_close(rollout["advantages"][members], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_first_steps_can_be_those_that_are_trained(tmp_path):
-    settings = {"num_unmasking_steps": 4, "num_trained_steps": 2, "trained_steps": "first", "max_steps": 1}
-    trainer = grpo_trainer(tmp_path, tiny_student(1), **settings)
-    assert trainer._trained_steps() == [0, 1]
-
-
 def test_a_student_that_paints_differently_in_training_is_refused(tmp_path):
     student = tiny_student(1, projection_dropout=0.3)
     with pytest.raises(PolicyMismatchError, match=r"differs by .* so ratios would not be 1.*dropout"):
@@ -262,15 +237,6 @@ def test_a_mean_log_prob_brings_a_clip_range_of_its_own(tmp_path):
     assert (summed.epsilon_low, summed.epsilon_high) == (0.2, 0.2)
     assert mean.epsilon_low == pytest.approx(0.2 / 4)  # 4 tokens of 4 channels in 4 steps
     assert (given.epsilon_low, given.epsilon_high) == (0.1, 0.3)
-
-
-def test_the_reference_follows_the_average_when_it_is_told_to(tmp_path):
-    settings = {"max_steps": 3, "learning_rate": 3e-3, "beta": 1e-6, "sync_ref_model": True, "ref_model_sync_steps": 2}
-    trainer = grpo_trainer(tmp_path, tiny_student(1), **settings, ref_model_mixup_alpha=1.0)
-    states = snapshots_by_step(trainer, {"reference": trainer.reference, "ema": trainer.ema.module})
-    assert same(states[1]["reference"], states[0]["reference"])
-    assert same(states[2]["reference"], states[2]["ema"]) and not same(states[2]["ema"], states[1]["ema"])
-    assert same(states[3]["reference"], states[2]["reference"])
 
 
 @pytest.mark.parametrize(
@@ -305,8 +271,8 @@ def test_rows_may_hold_images_and_labels_as_tensors(tmp_path):
     ("batch", "message"), [(0, "takes 0 rows"), (50, "takes 25 rows .* has 24: set it to 1 to 48")]
 )
 def test_an_anchor_needs_as_many_rows_as_it_takes_at_once(tmp_path, batch, message):
-    with pytest.raises(ValueError, match=f"anchor_batch_size {batch} {message}"):
-        grpo_trainer(tmp_path, tiny_student(1), **ANCHOR | {"anchor_batch_size": batch})
+    with pytest.raises(ValueError, match=f"gsim_batch_size {batch} {message}"):
+        grpo_trainer(tmp_path, tiny_student(1), **ANCHOR | {"gsim_batch_size": batch})
 
 
 @pytest.mark.parametrize(
@@ -314,12 +280,10 @@ def test_an_anchor_needs_as_many_rows_as_it_takes_at_once(tmp_path, batch, messa
     [
         ({"loss_type": "dr_grpo"}, 'would be "grpo".*scale_rewards to "none"'),
         ({"loss_type": "ppo"}, 'loss_type must be one of grpo, cispo, not "ppo"'),
-        ({"importance_sampling_level": "token"}, 'must be one of unmasking_step, image, not "token"'),
-        ({"num_unmasking_steps": 4, "exploration_window": 5}, "exploration_window 5 is outside 1..4"),
-        (
-            {"num_unmasking_steps": 4, "exploration_window": 2, "num_trained_steps": 3},
-            "num_trained_steps 3 is outside 1..2",
-        ),
+        ({"scale_rewards": "std"}, 'scale_rewards must be one of group, batch, none, not "std"'),
+        ({"log_prob_reduction": "none"}, 'log_prob_reduction must be one of sum, mean, not "none"'),
+        ({"policy_std": 0.0}, "policy_std must be positive, not 0.0"),
+        ({"gsim_weight": -1.0}, "gsim_weight must not be negative, but is -1.0"),
         (
             {"num_generations": 3},
             "8 images does not divide into groups of num_generations = 3 .* 8 x steps_per_generation 1 x 1 processes",

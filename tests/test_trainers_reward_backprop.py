@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -11,12 +13,11 @@ from tiny_models import tiny_student
 from tiny_trainers import assert_equal_states, backprop_trainer, grey_student, logged, snapshot
 from torch import Tensor, nn
 
-from marval_rl.models import MARModel
-from marval_rl.models.unmasking import unmasking_steps
+from marval_rl.models import MARModel, sampling
+from marval_rl.models.sampling import student_mean, unmask
+from marval_rl.models.unmasking import random_order, unmasking_steps
 from marval_rl.trainers import reward_backprop as backprop_module
-from marval_rl.trainers import rollout as rollout_module
 from marval_rl.trainers.reward_backprop import RewardBackpropTrainer
-from marval_rl.trainers.rollout import differentiable_rollout, step_mean
 
 
 def test_reward_backprop_raises_the_reward(tmp_path):
@@ -30,10 +31,23 @@ def test_reward_backprop_raises_the_reward(tmp_path):
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
+def generate(student: MARModel, num_unmasking_steps: int, gradient_steps: Collection[int]) -> dict[str, Tensor]:
+    """Images of these labels, with a gradient through some unmasking steps."""
+    length, channels = student.config.num_tokens, student.config.token_channels
+    inputs = {
+        "class_labels": LABELS,
+        "order": random_order(len(LABELS), length),
+        "noise": torch.randn(len(LABELS), length, channels),
+    }
+    predict = partial(student_mean, student, inputs)
+    *_, last = unmask(predict, inputs["order"], channels, num_unmasking_steps, gradient_steps=gradient_steps)
+    return {**inputs, "tokens": last.tokens}
+
+
 def rollout_objective(student: MARModel) -> Tensor:
     """A smooth function of a rollout, the same noise and order each time."""
     torch.manual_seed(0)
-    tokens = differentiable_rollout(student, LABELS, num_unmasking_steps=4)["tokens"]
+    tokens = generate(student, 4, range(4))["tokens"]
     weights = torch.linspace(-1, 1, tokens.numel()).view_as(tokens)
     return (weights * tokens.tanh()).sum()
 
@@ -48,7 +62,7 @@ def rollout_gradient(student: MARModel) -> Tensor:
 def test_the_gradient_through_a_rollout_is_that_of_the_plain_one(monkeypatch):
     student = tiny_student(1)
     gradient = rollout_gradient(student)
-    monkeypatch.setattr(rollout_module, "checkpoint", lambda reveal, *args, use_reentrant: reveal(*args))
+    monkeypatch.setattr(sampling, "checkpoint", lambda predict, *args, use_reentrant: predict(*args))
     torch.testing.assert_close(gradient, rollout_gradient(student), rtol=1e-5, atol=1e-6)
 
 
@@ -69,7 +83,7 @@ def test_the_gradient_through_a_rollout_is_the_slope_of_its_objective(monkeypatc
 
     # Control: a gradient that is cut between the unmasking steps is another one.
     monkeypatch.setattr(
-        rollout_module, "checkpoint", lambda reveal, tokens, *args, use_reentrant: reveal(tokens.detach(), *args)
+        sampling, "checkpoint", lambda predict, tokens, *args, use_reentrant: predict(tokens.detach(), *args)
     )
     assert (rollout_gradient(student) @ direction - slope).abs() > 0.01 * slope
 
@@ -77,14 +91,13 @@ def test_the_gradient_through_a_rollout_is_the_slope_of_its_objective(monkeypatc
 def steps_with_gradient(trainer: RewardBackpropTrainer, monkeypatch) -> list[list[int]]:
     """Trains; returns the unmasking steps of each update whose means took a gradient."""
     seen: list[list[int]] = []
-    original = backprop_module.differentiable_rollout
 
-    def recording(student: MARModel, labels: Tensor, num_steps: int, with_gradient: list[int], *args: Any) -> Any:
-        seen.append(sorted(with_gradient))
-        return original(student, labels, num_steps, with_gradient, *args)
+    def recording(*args: Any, gradient_steps: list[int]) -> Any:
+        seen.append(sorted(gradient_steps))
+        return unmask(*args, gradient_steps=gradient_steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backprop_module, "differentiable_rollout", recording)
+        patch.setattr(backprop_module, "unmask", recording)
         trainer.train()
     return seen
 
@@ -106,13 +119,12 @@ def test_steps_without_a_gradient_are_constants():
     """With the last step alone, the gradient is that of its tokens given all the others."""
     student = grey_student()
     torch.manual_seed(0)
-    tokens = differentiable_rollout(student, LABELS, 4, with_gradient=[3])["tokens"]
+    tokens = generate(student, 4, [3])["tokens"]
     (partial,) = torch.autograd.grad(tokens.square().sum(), student.mask_token)
     torch.manual_seed(0)
-    state = differentiable_rollout(student, LABELS, 4, with_gradient=[])
-    assert not state["tokens"].requires_grad
-    masked, kept = unmasking_steps(4, 4)[3]
-    _, mean = step_mean(student, state, masked, kept)
+    rollout = generate(student, 4, [])
+    assert not rollout["tokens"].requires_grad
+    mean = student_mean(student, rollout, rollout["tokens"], *unmasking_steps(4, 4)[3])
     (expected,) = torch.autograd.grad(mean.square().sum(), student.mask_token)
     torch.testing.assert_close(partial, expected)
 
@@ -154,7 +166,7 @@ def test_memory_grows_with_a_step_and_not_with_their_number():
 
         student = tiny_student(1, image_size=16)  # 64 tokens
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = differentiable_rollout(student, LABELS, num_unmasking_steps)
+            result = generate(student, num_unmasking_steps, range(num_unmasking_steps))
             total = sum(kept.values())
         assert result["tokens"].requires_grad
         return total

@@ -136,7 +136,7 @@ def test_the_configuration_of_a_model_names_its_vae(folder):
 @pytest.mark.parametrize("sizes", [{"latent_stride": 8}, {"latent_channels": 16}])
 def test_a_vae_of_other_latents_is_refused(folder, sizes):
     config = tiny_config(**{"image_size": 16, "latent_stride": 4, "latent_channels": 4, "vae": str(folder), **sizes})
-    with pytest.raises(CheckpointError, match="has latents of stride 4 with 4 channels; the model paints"):
+    with pytest.raises(CheckpointError, match="has latents of stride 4 with 4 channels; the model generates"):
         codec_for(config)
 
 
@@ -199,8 +199,11 @@ def test_pickled_weights_are_not_read(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "AsymmetricAutoencoderKL"}, "is no AutoencoderKL: .* _class_name 'AsymmetricAutoencoderKL'"),
-        ({"_class_name": None}, "is no AutoencoderKL: its config.json says _class_name None"),
+        (
+            {"_class_name": "AsymmetricAutoencoderKL"},
+            "is not an AutoencoderKL: .* _class_name 'AsymmetricAutoencoderKL'",
+        ),
+        ({"_class_name": None}, "is not an AutoencoderKL: its config.json says _class_name None"),
         ({"scaling_factor": "0.5"}, "has scaling_factor '0.5'"),
         ({"scaling_factor": 0}, "has scaling_factor 0"),
         ({"block_out_channels": [8, 8, 15]}, "must be divisible by"),
@@ -214,9 +217,9 @@ def test_configurations_that_are_no_vae(folder, changes, message):
 
 
 def test_paths_that_hold_no_vae(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="is no VAE folder: it holds no config"):
+    with pytest.raises(CheckpointError, match="is not a VAE folder: it holds no config"):
         load_autoencoder(folder / WEIGHTS)
-    with pytest.raises(CheckpointError, match="is no VAE folder: it holds no config"):
+    with pytest.raises(CheckpointError, match="is not a VAE folder: it holds no config"):
         load_autoencoder(tmp_path)
     for name in (tmp_path / "nowhere", "vae", "./vae", "runs/vae", "a/b/c"):
         with pytest.raises(CheckpointError, match=f"no VAE at {Path(name)}: the path does not exist"):
@@ -229,7 +232,7 @@ def test_a_configuration_that_cannot_be_read(folder, tmp_path):
         load_autoencoder(folder)
     shutil.rmtree(folder)
     tiny_config().save_pretrained(folder)
-    with pytest.raises(CheckpointError, match="is no AutoencoderKL"):
+    with pytest.raises(CheckpointError, match="is not an AutoencoderKL"):
         load_autoencoder(folder)
 
 

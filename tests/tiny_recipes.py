@@ -46,8 +46,8 @@ TINY_REWARDED = {
     "reward_funcs": ["classifier"],
     "eval_reward_funcs": ["held_out_classifier"],
     "num_unmasking_steps": 2,
-    "anchor_weight": 1.0,
-    "anchor_batch_size": 16,
+    "gsim_weight": 1.0,
+    "gsim_batch_size": 16,
     "auxiliary_warmup_steps": 1,
     "auxiliary_updates": 2,
 }

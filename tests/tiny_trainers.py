@@ -27,8 +27,8 @@ QUIET = {
     "lr_scheduler_type": "constant",
     "per_device_train_batch_size": 8,
 }
-GRPO = {**QUIET, "num_generations": 4, "num_unmasking_steps": 2, "sigma": 0.2}
-ANCHOR = {"anchor_weight": 1.0, "anchor_batch_size": 8, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3}
+GRPO = {**QUIET, "num_generations": 4, "num_unmasking_steps": 2, "policy_std": 0.2}
+ANCHOR = {"gsim_weight": 1.0, "gsim_batch_size": 8, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3}
 
 
 def grey_student() -> MARModel:
@@ -68,7 +68,8 @@ def distiller(folder: Path, teacher: MARModel, **settings: Any) -> DistillTraine
 
 def grpo_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any) -> MARGRPOTrainer:
     config = MARGRPOConfig(str(folder), **{**GRPO, **settings})
-    return MARGRPOTrainer(student, RewardSet([reward]), config, train_dataset=class_rows(3), **anchor_of(config))
+    rewards = RewardSet(reward if isinstance(reward, list) else [reward])
+    return MARGRPOTrainer(student, rewards, config, train_dataset=class_rows(3), **anchor_of(config))
 
 
 def backprop_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any):
@@ -78,7 +79,7 @@ def backprop_trainer(folder: Path, student: MARModel, reward: Any = darkness, **
 
 def anchor_of(config: Any) -> dict[str, Any]:
     """Teacher and data, as both are needed by an anchor."""
-    return {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.anchor_weight > 0 else {}
+    return {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.gsim_weight > 0 else {}
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from marval_rl.cli.main import path_or_id
 from marval_rl.cli.quiet import is_watched, quiet_libraries
 from marval_rl.models import LatentCodec, MARModel, codec_for
 from marval_rl.models.checkpoints import load_model
-from marval_rl.trainers.sampling import SamplingSettings
+from marval_rl.models.generation import SamplingSettings
 
 AUTOCAST_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 

@@ -9,7 +9,7 @@ import torch
 
 from marval_rl.cli.model_arguments import add_sampling_arguments, load_for_sampling, sampling_settings
 from marval_rl.errors import check_output
-from marval_rl.trainers.sampling import generate_images, save_image_grid
+from marval_rl.models.generation import generate_images, save_image_grid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from marval_rl.recipes.reading import nearest, peek_setting
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-from marval_rl.trainers.reward_base import RewardTrainer
+from marval_rl.trainers.reward_trainer import RewardTrainer
 
 METHODS = {
     "grpo": (MARGRPOConfig, MARGRPOTrainer),
@@ -42,10 +42,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         raise RecipeError("model is not set: name the student's folder, its run folder or a hub id (--model ...)")
     if not rewarded.reward_funcs:
         raise RecipeError("reward_funcs is empty: name at least one reward (`marval-rl rewards list` shows some)")
-    if config.anchor_weight > 0 and source.teacher is None:
-        raise RecipeError(
-            f"anchor_weight {config.anchor_weight} needs the teacher the student came from (--teacher ...)"
-        )
+    if config.gsim_weight > 0 and source.teacher is None:
+        raise RecipeError(f"gsim_weight {config.gsim_weight} needs the teacher the student came from (--teacher ...)")
     if method == "grpo" and lora.lora_dropout > 0:
         raise RecipeError(f"grpo needs lora_dropout 0, not {lora.lora_dropout}: its ratios must begin at 1")
 
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
             judges = RewardSet(rewarded.eval_reward_funcs, reward_kwargs=rewarded.eval_reward_kwargs)
         student = load_model(rewarded.model, one_step=True)
         source.check_size(student.config, rewarded.model)
-        anchored = config.anchor_weight > 0
+        anchored = config.gsim_weight > 0
         images = data.load_training(student.config.image_size, config.seed) if anchored or data.are_digits else None
         if images is not None:
             data.announce(images, config.process_index)

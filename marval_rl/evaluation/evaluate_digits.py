@@ -13,8 +13,8 @@ from marval_rl.cli.evaluate import default_output, write_results
 from marval_rl.cli.model_arguments import load_for_sampling, sampling_settings
 from marval_rl.errors import check_output
 from marval_rl.evaluation.diversity import check_num_images
+from marval_rl.models.generation import generate_images
 from marval_rl.recipes.data_arguments import DIGITS, DataArguments
-from marval_rl.trainers.sampling import generate_images
 
 
 def evaluate_digits(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def resolve_model(name_or_path: str | Path) -> str:
     if path.is_dir():
         raise CheckpointError(
             f"{path} holds no model: config.json is in neither it nor its folder final/ (has its run finished? "
-            "`--resume` goes on with it)"
+            "`--resume` continues it)"
         )
     looks_like_hub_id = str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "runs/"))
     if not looks_like_hub_id or is_official_path(path):
@@ -51,10 +51,10 @@ def load_config(name_or_path: str | Path) -> MARConfig:
         raise CheckpointError(f"cannot read the configuration of {resolved}: {first_line(error)}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != MARConfig.model_type:
-        raise CheckpointError(f'{resolved} is no MAR model: its config.json says model_type "{model_type}"')
+        raise CheckpointError(f'{resolved} is not a MAR model: its config.json says model_type "{model_type}"')
     try:
         return MARConfig.from_dict(config)
-    except (TypeError, ArithmeticError) as error:  # a size that is no number, or zero heads
+    except (TypeError, ArithmeticError) as error:  # a size that is not a number, or zero heads
         raise CheckpointError(f"the configuration of {resolved} is wrong: {first_line(error)}") from error
 
 
@@ -67,7 +67,7 @@ def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MAR
         one_step: True asks for a student, False for a teacher, None takes either.
 
     Raises:
-        CheckpointError: If it does not exist, is damaged, has other sizes than its configuration, lacks weights, has
+        CheckpointError: If it does not exist, is damaged, has other sizes than its configuration, misses weights, has
             too many or non-finite ones, or is of the other kind.
     """
     config = load_config(name_or_path)

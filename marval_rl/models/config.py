@@ -143,7 +143,7 @@ class MARConfig(PreTrainedConfig):
 
     @property
     def token_channels(self) -> int:
-        """C, channels a token."""
+        """C, channels per token."""
         return self.latent_channels * self.patch_size**2
 
     @property

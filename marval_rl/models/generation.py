@@ -1,25 +1,29 @@
-"""Sampling: one function for teacher and student. The outer loop reveals tokens, the inner one denoises them."""
+"""Generating images: one function for teacher and student; many images in batches, and as a grid."""
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from marval_rl.models.diffusion import make_schedule, reverse_step
-from marval_rl.models.latents import unpatchify
+from marval_rl.models.diffusion import make_schedule
+from marval_rl.models.head import sample_chain
+from marval_rl.models.latents import LatentCodec, unpatchify
 from marval_rl.models.mar import MARModel
 from marval_rl.models.noise import Noise, as_noise
-from marval_rl.models.unmasking import (
-    gather_tokens,
-    guidance_scales,
-    revealed_positions,
-    scatter_tokens,
-    unmasking_steps,
-)
+from marval_rl.models.sampling import unmask
+from marval_rl.models.unmasking import check_order, gather_tokens, guidance_scales, revealed_positions, unmasking_steps
+from marval_rl.runtime.randomness import derive_generator
+
+MAX_GRID_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,6 @@ def check_class_labels(class_labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"class label {bad} is outside 0..{num_classes - 1}, the classes this model knows")
 
 
-def check_order(order: Tensor, batch_size: int, num_tokens: int) -> None:
-    """Raises ValueError unless each row of order [B, L] is a permutation of the tokens."""
-    everything = torch.arange(num_tokens, device=order.device).expand(batch_size, -1)
-    if order.shape != everything.shape or not torch.equal(order.sort(dim=1).values, everything):
-        raise ValueError(f"order must hold a permutation of 0..{num_tokens - 1} for each of the {batch_size} images")
-
-
 @torch.no_grad()
 def generate(
     model: MARModel,
@@ -91,7 +88,7 @@ def generate(
     return_steps: bool = False,
     progress: bool = False,
 ) -> GenerationOutput:
-    """Paints a batch of images.
+    """Generates a batch of images.
 
     Args:
         model: A teacher or a one-step student (its configuration says which); put it in eval mode first.
@@ -128,84 +125,96 @@ def generate(
         order = noise.order(batch, config.num_tokens)
     else:
         check_order(order, batch, config.num_tokens)
-    tokens = torch.zeros(batch, config.num_tokens, config.token_channels, device=device)
     if config.is_one_step:
         # Drawn for all tokens at once, by position: an image's noise does not depend on K.
-        token_noise = temperature * noise.normal(batch * config.num_tokens, config.token_channels).view_as(tokens)
-    scales = guidance_scales(config.num_tokens, num_unmasking_steps, guidance_scale, guidance_schedule)
+        token_noise = temperature * noise.normal(batch * config.num_tokens, config.token_channels)
+        token_noise = token_noise.view(batch, config.num_tokens, config.token_channels)
+    else:
+        num_diffusion_steps = config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
+        schedule = make_schedule(config.num_train_timesteps, num_diffusion_steps)
+    guided = guidance_scale != 1.0
     pairs = unmasking_steps(config.num_tokens, num_unmasking_steps)
+    scales = guidance_scales(config.num_tokens, num_unmasking_steps, guidance_scale, guidance_schedule)
+    scale_of = dict(zip(pairs, scales, strict=True))
+    conditions = []
+
+    def predict(tokens: Tensor, num_masked: int, num_kept: int) -> Tensor:
+        if config.is_one_step:
+            step_noise = gather_tokens(token_noise, revealed_positions(order, num_masked, num_kept))
+            revealed, condition = model.one_step(tokens, class_labels, order, num_masked, num_kept, step_noise)
+        else:
+            # As in MAR, the null class is run whenever guidance is asked for, also while its scale is still 1.
+            condition = model(tokens, class_labels, order, num_masked, num_kept, guidance_pass=guided).condition
+            scale = scale_of[num_masked, num_kept] if guided else None
+            revealed = sample_chain(
+                model.diffloss, schedule, condition.flatten(0, 1), noise, scale, temperature, config.clip_sample_range
+            ).view(batch, -1, config.token_channels)
+        if return_steps:
+            conditions.append(condition)
+        return revealed
+
+    steps = unmask(predict, order, config.token_channels, num_unmasking_steps)
     kept_steps = []
     precision = nullcontext() if autocast_dtype is None else torch.autocast(device.type, autocast_dtype)
     with precision:  # once around all steps, so that the weights are cast once
-        for (masked, kept), scale in tqdm(
-            list(zip(pairs, scales, strict=True)), desc="unmasking", leave=False, disable=not progress
-        ):
-            positions = revealed_positions(order, masked, kept)
-            if config.is_one_step:
-                revealed, condition = model.one_step(
-                    tokens, class_labels, order, masked, kept, gather_tokens(token_noise, positions)
-                )
-            else:
-                # As in MAR, the null class is run whenever guidance is asked for, also while its scale is still 1.
-                guided = guidance_scale != 1.0
-                condition = model(tokens, class_labels, order, masked, kept, guidance_pass=guided).condition
-                revealed = sample_chain(
-                    model, condition.flatten(0, 1), scale if guided else None, temperature, num_diffusion_steps, noise
-                ).view(batch, -1, config.token_channels)
-            tokens = scatter_tokens(tokens, positions, revealed)
+        for step in tqdm(steps, desc="unmasking", total=len(pairs), leave=False, disable=not progress):
             if return_steps:
-                kept_steps.append(GenerationStep(scale, condition, revealed, tokens))
-    return GenerationOutput(unpatchify(tokens, config.patch_size, config.grid_size), kept_steps)
+                scale = scale_of[step.num_masked, step.num_kept]
+                kept_steps.append(GenerationStep(scale, conditions[step.index], step.revealed, step.tokens))
+    return GenerationOutput(unpatchify(step.tokens, config.patch_size, config.grid_size), kept_steps)
 
 
-def sample_chain(
+def generate_images(
     model: MARModel,
-    condition: Tensor,
-    guidance_scale: float | None,
-    temperature: float = 1.0,
-    num_diffusion_steps: int | None = None,
-    generator: torch.Generator | Noise | None = None,
-    return_trajectory: bool = False,
-) -> Tensor:
-    """The teacher's reverse diffusion chain for N tokens.
+    codec: LatentCodec,
+    num_images: int,
+    settings: SamplingSettings,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+    class_labels: Tensor | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W] in 0..1 and their labels [N], on `device`, generated in batches.
+
+    The noise of a batch depends on the seed and the batch's index: the same call always generates the same images.
+    class_labels None gives every class equally often.
+    """
+    labels = balanced_labels(num_images, model.config.num_classes) if class_labels is None else class_labels
+    was_training = model.training
+    model.eval()
+    images = []
+    batches = labels.to(device).split(batch_size)
+    for index, batch in enumerate(tqdm(batches, desc="sampling", disable=not progress, leave=False)):
+        output = generate(model, batch, generator=derive_generator(device, seed, "sample", index), **vars(settings))
+        with torch.no_grad():
+            images.append(codec.decode(output.latents).float())
+    model.train(was_training)
+    return torch.cat(images), labels.to(device)
+
+
+def save_image_grid(images: Tensor, class_labels: Tensor, path: Path, columns: int, min_height: int = 24) -> None:
+    """Writes a PNG with a row a class, the first `columns` images of each, as many as every class has.
+
+    Of more classes than `MAX_GRID_ROWS` it is a square of images in the order of their classes.
 
     Args:
-        condition: [N, D]; with guidance [2N, D], the null class in the second half.
-        guidance_scale: None for no guidance.
-        generator: As for `generate`; with an `IndexedNoise` the tokens stand image by image, equally many each.
-        return_trajectory: Return every state, [steps, N, C], instead of the last.
-
-    Returns:
-        Tokens [N, C], float32.
+        images: [N, C, H, W] in 0..1.
+        class_labels: [N].
+        path: The file.
+        columns: Images a class, at most.
+        min_height: Smaller images are enlarged to this many pixels or more, without smoothing.
     """
-    config, device = model.config, condition.device
-    schedule = make_schedule(
-        config.num_train_timesteps, config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
-    )
-    rows = condition.shape[0] // (1 if guidance_scale is None else 2)
-    channels = config.token_channels
-    noise = as_noise(generator, device)
-    x = noise.normal(rows, channels)
-    states = []
-    for index in reversed(range(len(schedule))):
-        t = torch.full((1,), int(schedule.timesteps[index]), device=device)
-        if guidance_scale is None:
-            output = model.diffloss(x, t, condition).float()
-        else:
-            output = guide(model.diffloss(x.repeat(2, 1), t, condition).float(), guidance_scale)
-        # MAR draws noise for both halves and for index 0 too; drawing alike keeps a seed's images the same.
-        step_noise = noise.normal(rows, channels, num_unused_rows=condition.shape[0] - rows)
-        x = reverse_step(schedule, output, x, index, step_noise, temperature, config.clip_sample_range)
-        states.append(x)
-    return torch.stack(states) if return_trajectory else x
-
-
-def guide(model_output: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: eps = eps_null + s (eps_c - eps_null); the variance values stay the labels' own.
-
-    model_output [2N, ..., 2C], labels first -> [N, ..., 2C].
-    """
-    labelled, null = model_output.chunk(2)
-    channels = labelled.shape[-1] // 2
-    eps = null[..., :channels] + scale * (labelled[..., :channels] - null[..., :channels])
-    return torch.cat([eps, labelled[..., channels:]], dim=-1)
+    labels = class_labels.unique().tolist()
+    if len(labels) > MAX_GRID_ROWS:
+        columns = math.isqrt(len(images) - 1) + 1
+    else:
+        columns = min(columns, *(int((class_labels == label).sum()) for label in labels))
+        images = torch.cat([images[class_labels == label][:columns] for label in labels])
+    grid = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1.0)
+    if len(images) > 1:  # a single image gets no border
+        grid = grid[:, 1:-1, 1:-1]
+    picture = to_pil_image((grid * 255).round().byte())
+    scale = max(1, -(-min_height // images.shape[-2]))
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)

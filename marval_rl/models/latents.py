@@ -11,7 +11,7 @@ from marval_rl.models.config import MARConfig
 
 
 class LatentCodec(Protocol):
-    """Turns images into the latents a MAR model paints, and back."""
+    """Turns images into the latents that a MAR model generates, and back."""
 
     def to(self, device: torch.device | str) -> Self:
         """Move to a device; returns itself."""

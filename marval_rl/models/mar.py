@@ -1,4 +1,4 @@
-"""The MAR model: an MAE encoder/decoder that gives each masked token a condition, and a diffusion head that paints it.
+"""The MAR model: an MAE encoder/decoder gives each masked token a condition, and a diffusion head generates the token.
 
 Parameter names equal the official ones (LTH14/mar), so official weights load strictly. Teacher and one-step student are
 the same class; the student's configuration names its timestep t*.

@@ -12,7 +12,7 @@ from marval_rl.models.unmasking import random_order
 
 
 class Noise(Protocol):
-    """The draws that painting a batch of B images takes, in the order in which they are taken."""
+    """The draws that generating a batch of B images takes, in their order."""
 
     def order(self, batch_size: int, num_tokens: int) -> Tensor:
         """A uniformly random unmasking order for each image, int64 [B, L]."""
@@ -49,7 +49,7 @@ class IndexedNoise:
     """Draws that depend on nothing but the seed, the image's index, the number of the draw and the element.
 
     An image is then the same (up to the rounding of the networks) in whatever batch, on whichever process and beside
-    whichever other images it is painted. Element e of a draw is output e of SplitMix64 (Steele, Lea & Flood 2014,
+    whichever other images it is generated. Element e of a draw is output e of SplitMix64 (Steele, Lea & Flood 2014,
     doi 10.1145/2660193.2660195) started from a key of seed, index and draw; two halves of it make a normal number
     (Box-Muller in float64). Equal on a CPU and a GPU: orders exactly, normal numbers to float32 rounding.
 

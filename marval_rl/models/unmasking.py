@@ -21,6 +21,13 @@ def random_order(
     return torch.rand(batch_size, num_tokens, device=device, generator=generator).argsort(dim=1)
 
 
+def check_order(order: Tensor, batch_size: int, num_tokens: int) -> None:
+    """Raises ValueError unless each row of order [B, L] is a permutation of the tokens."""
+    everything = torch.arange(num_tokens, device=order.device).expand(batch_size, -1)
+    if order.shape != everything.shape or not torch.equal(order.sort(dim=1).values, everything):
+        raise ValueError(f"order must hold a permutation of 0..{num_tokens - 1} for each of the {batch_size} images")
+
+
 def num_masked_after(num_tokens: int, num_unmasking_steps: int) -> list[int]:
     """How many tokens are still masked after each of the K unmasking steps: MAR's cosine schedule, ending in 0.
 
@@ -41,6 +48,25 @@ def unmasking_steps(num_tokens: int, num_unmasking_steps: int) -> list[tuple[int
     after = num_masked_after(num_tokens, num_unmasking_steps)
     before = [num_tokens, *after[:-1]]
     return [(b, a) for b, a in zip(before, after, strict=True) if b > a]
+
+
+def draw_num_masked(
+    num_tokens: int, ratio_min: float, ratio_std: float, generator: torch.Generator | None = None
+) -> int:
+    """ceil(L r) with r from a normal distribution of mean 1 and deviation `ratio_std`, truncated to [ratio_min, 1].
+
+    One draw serves a whole batch, so that its gathers are dense. MAR uses 0.7 and 0.25 (arXiv 2406.11838, section 4.3).
+    """
+    if not 0 < ratio_min <= 1:
+        raise ValueError(f"mask_ratio_min must lie in (0, 1], not {ratio_min}")
+    if ratio_std <= 0:
+        raise ValueError(f"mask_ratio_std must be positive, not {ratio_std}")
+    # Inverse-cdf sampling of the left half of a normal: uniform between cdf(ratio_min) and cdf(1) = 1/2.
+    standard = torch.distributions.Normal(0.0, 1.0)
+    low = standard.cdf(torch.tensor((ratio_min - 1) / ratio_std, dtype=torch.float64)).item()
+    uniform = low + (0.5 - low) * torch.rand((), dtype=torch.float64, generator=generator).item()
+    ratio = 1 + ratio_std * standard.icdf(torch.tensor(uniform, dtype=torch.float64)).item()
+    return min(num_tokens, max(1, math.ceil(num_tokens * min(1.0, max(ratio_min, ratio)))))
 
 
 def guidance_scales(num_tokens: int, num_unmasking_steps: int, scale: float, schedule: str) -> list[float]:

@@ -43,7 +43,7 @@ class VAECodec:
 
         Args:
             name_or_path: What `AutoencoderKL.save_pretrained` or `marval-rl convert` wrote, or a hub id.
-            config: A model's configuration, to check that the latents are those it paints.
+            config: A model's configuration, to check that the latents are those it generates.
 
         Raises:
             CheckpointError: If it is missing, damaged, incomplete, or has other latents than the model's.
@@ -52,8 +52,9 @@ class VAECodec:
         found = (stride_of(autoencoder), autoencoder.config.latent_channels)
         if config is not None and found != (config.latent_stride, config.latent_channels):
             raise CheckpointError(
-                f"the VAE {name_or_path} has latents of stride {found[0]} with {found[1]} channels; the model paints "
-                f"latents of stride {config.latent_stride} with {config.latent_channels}: choose its own (--vae ...)"
+                f"the VAE {name_or_path} has latents of stride {found[0]} with {found[1]} channels; the model "
+                f"generates latents of stride {config.latent_stride} with {config.latent_channels}: choose its own "
+                "(--vae ...)"
             )
         return cls(autoencoder)
 
@@ -114,7 +115,7 @@ def load_autoencoder(name_or_path: str | Path) -> AutoencoderKL:
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} is no VAE folder: it holds no config.json (`marval-rl convert kl16.ckpt OUT` makes one)"
+            f"{path} is not a VAE folder: it holds no config.json (`marval-rl convert kl16.ckpt OUT` makes one)"
         )
     looks_local = str(name_or_path).startswith((".", "/", "~", "runs/")) or str(name_or_path).count("/") != 1
     if looks_local and not path.exists():
@@ -142,7 +143,9 @@ def _check_config(config: object, name_or_path: str | Path) -> None:
     """Raises CheckpointError unless a config.json is an AutoencoderKL's, with a scale and shift that are numbers."""
     class_name = config.get("_class_name") if isinstance(config, dict) else None
     if class_name != AutoencoderKL.__name__:
-        raise CheckpointError(f"{name_or_path} is no AutoencoderKL: its config.json says _class_name {class_name!r}")
+        raise CheckpointError(
+            f"{name_or_path} is not an AutoencoderKL: its config.json says _class_name {class_name!r}"
+        )
     scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (scale, shift)) or scale == 0:
         raise CheckpointError(f"the VAE {name_or_path} has scaling_factor {scale!r} and shift_factor {shift!r}")

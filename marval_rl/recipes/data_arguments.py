@@ -21,7 +21,7 @@ from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
 from marval_rl.rewarding import load_reward
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
-from marval_rl.trainers.anchor import ANCHORED
+from marval_rl.trainers.anchors import ANCHORED
 
 DIGITS = "digits"
 DIGIT_JUDGES = ("classifier", "held_out_classifier")

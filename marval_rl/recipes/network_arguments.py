@@ -11,7 +11,7 @@ from marval_rl.errors import RecipeError
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.checkpoints import load_config, load_model
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
-from marval_rl.trainers.anchor import ANCHORED
+from marval_rl.trainers.anchors import ANCHORED
 from marval_rl.trainers.lora import LORA_TARGETS
 
 PUBLISHED_SIZES = {"base": MARConfig.base, "large": MARConfig.large, "huge": MARConfig.huge}

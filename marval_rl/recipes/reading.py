@@ -37,6 +37,33 @@ PATH_SETTINGS = (
 COMMAND_OPTIONS = ("dry_run", "resume", "debug", "help")  # not settings, but worth suggesting for `--dryrun`
 SECRET_KEYS = ("hub_token",)  # never written down: run folders are shared
 
+RENAMED = {
+    "sigma": "policy_std",
+    "anchor_weight": "gsim_weight",
+    "anchor_batch_size": "gsim_batch_size",
+    "guidance_scale": "gsim_guidance_scale",  # in RL; distillation keeps these names
+    "min_timestep": "gsim_min_timestep",
+    "max_timestep": "gsim_max_timestep",
+    "timestep_draws": "gsim_timestep_draws",
+    "mask_ratio_min": "gsim_mask_ratio_min",
+    "mask_ratio_std": "gsim_mask_ratio_std",
+}
+_ALL_STEPS = "all unmasking steps explore and are trained"
+_REFERENCE = "the reference model stays the student as it was"
+_ADVANTAGES = "advantages are scaled by scale_rewards alone"
+REMOVED = {
+    "num_trained_steps": _ALL_STEPS,
+    "trained_steps": _ALL_STEPS,
+    "exploration_window": _ALL_STEPS,
+    "exploration_shift": _ALL_STEPS,
+    "sync_ref_model": _REFERENCE,
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
+    "reward_std_floor": _ADVANTAGES,
+    "advantage_clip": _ADVANTAGES,
+    "importance_sampling_level": "each unmasking step has a ratio of its own",
+}
+
 
 def parse_recipe(path: str | Path | None, overrides: Sequence[str], config_types: Sequence[type]) -> tuple:
     """Returns one instance of each dataclass, filled from the recipe at `path` (if any), then from `--key value`.
@@ -64,7 +91,7 @@ def read_settings(path: str | Path | None, overrides: Sequence[str], config_type
         environment = recipe.pop("env", None) or {}
         for key, value in recipe.items():
             if key not in fields:
-                told = explain_trl_setting(str(key), fields) or f"unknown key {str(key)!r}{nearest(str(key), fields)}"
+                told = explain_trl_setting(str(key), fields) or f"unknown key {str(key)!r}{_advice(str(key), fields)}"
                 raise RecipeError(f"{path}: {told}")
             settings[key] = _checked(value, fields[key], hints[key], f"{path}: {key}")
         if not isinstance(environment, dict) or not all(isinstance(value, str) for value in environment.values()):
@@ -173,6 +200,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
+def _advice(name: str, known: Iterable[str]) -> str:
+    """What became of a setting that there was before; else as `nearest`."""
+    former = name.replace("-", "_")
+    if RENAMED.get(former) in known:
+        return f"; it is now called {RENAMED[former]}"
+    if former in REMOVED:
+        return f"; it was removed: {REMOVED[former]}"
+    return nearest(name, known)
+
+
 class _OptionParser(TrlParser):
     """TRL's option names (`--a_b` and `--a-b`, `--no_x` for a field that is true), with errors raised, not printed."""
 
@@ -190,7 +227,7 @@ def _command_line(overrides: Sequence[str], config_types: Sequence[type], fields
     given, unknown = parser.parse_known_args(list(overrides))
     if unknown and unknown[0].startswith("-"):
         name = unknown[0].lstrip("-").split("=")[0]
-        hint = nearest(name, [*fields, *COMMAND_OPTIONS])
+        hint = _advice(name, [*fields, *COMMAND_OPTIONS])
         raise RecipeError(explain_trl_setting(name, fields) or f"unknown option {unknown[0].split('=')[0]}{hint}")
     if unknown:
         raise RecipeError(f"unexpected argument {unknown[0]!r}: settings are given as --key value")

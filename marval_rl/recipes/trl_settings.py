@@ -20,8 +20,11 @@ _REASONS = (
     ),
     ("^log_|completions_to_print", "images of each evaluation are written to <output_dir>/samples"),
     ("completion|prompt_length|chat_template|tool_calling|pad_to", "images are generated, all of equally many tokens"),
-    ("^(temperature|top_[pk]|min_p|repetition_penalty|generation_kwargs)$", "the policy is a Gaussian of width sigma"),
-    ("entropy", "the policy is a Gaussian of fixed width sigma, so its entropy never changes"),
+    (
+        "^(temperature|top_[pk]|min_p|repetition_penalty|generation_kwargs)$",
+        "the policy is a Gaussian of width policy_std",
+    ),
+    ("entropy", "the policy is a Gaussian of fixed width policy_std, so its entropy never changes"),
     ("^(delta|sapo_|vespo_|off_policy_|use_bias_corr)", "that loss is not implemented; loss_type names those that are"),
     ("^(load_in|use_bnb|bnb_|attn_|cast_lm|trust_|model_|router_)", "models are folders that marval-rl wrote"),
     ("^dataset_", "dataset, image_column and label_column name the data"),

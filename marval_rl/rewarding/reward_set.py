@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marval_rl.rewarding.aggregation import weighted_sum
+from marval_rl.losses.advantages import weighted_sum
 from marval_rl.rewarding.calling import call_rewards
 from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Reward, is_differentiable, load_reward, reward_name
 from marval_rl.rewarding.process_state import kept_settings

@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from marval_rl.errors import NonFiniteError
-from marval_rl.trainers.optimizers import NETWORKS, rest
 
 
 class NonFiniteGuard:
@@ -54,7 +53,7 @@ class NonFiniteGuard:
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def judge(self, optimizer: Any) -> None:
-        """Find out whether the step is bad, after the last backward pass; if it is, the optimizer's step does nothing.
+        """Find out whether the step is bad, after the last backward pass.
 
         DeepSpeed has stepped by then, or has skipped the step.
         """
@@ -63,8 +62,6 @@ class NonFiniteGuard:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.step_is_bad = bool(gradients) and not torch.stack(torch._foreach_norm(gradients)).isfinite().all().item()
-        if self.step_is_bad:
-            rest(optimizer, NETWORKS)
 
     def count(self, step: int) -> None:
         """After a step: tell of a bad one. All processes call it.
@@ -106,13 +103,19 @@ class NonFiniteGuard:
 
 
 class GuardCallback(TrainerCallback):
-    """Lets the guard look at each step; `forget` is called in a bad one, to drop the metrics that it recorded.
+    """Lets the guard look at each step.
+
+    Args:
+        guard: The guard.
+        skip: Called in a bad step with its optimizer, whose step must then do nothing.
+        forget: Called after a bad step, to drop the metrics that it recorded.
 
     With float16 a loss scaler skips steps by itself, as it should while it looks for its scale.
     """
 
-    def __init__(self, guard: NonFiniteGuard, forget: Callable[[], None]):
+    def __init__(self, guard: NonFiniteGuard, skip: Callable[[Any], None], forget: Callable[[], None]):
         self.guard = guard
+        self.skip = skip
         self.forget = forget
 
     def on_pre_optimizer_step(
@@ -120,6 +123,8 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         if not args.fp16:
             self.guard.judge(optimizer)
+            if self.guard.step_is_bad:
+                self.skip(optimizer)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.guard.step_is_bad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,13 +29,22 @@ from marval_rl.runtime.conversion import load_other_layout
 from marval_rl.runtime.peers import Peers
 
 
+class BeforeStep(NamedTuple):
+    """What a step may change before it moves a weight, as it was before."""
+
+    buffer: dict[str, Tensor]
+    metrics: dict[str, list[Tensor]]
+    summed_loss: Tensor
+
+
 class ResumableTrainer(Trainer):
     """Base of `MARTrainer`; not used by itself.
 
     Expects of it: `mar` (the model), `ema` (its average), `buffer` (what a step keeps for the next), `interrupt` (the
-    callback of Ctrl-C), and `_before_step` with `_last_step` (what the running step may have changed).
+    callback of Ctrl-C), `recorded` (the metrics since the last log), and `last_step` (the one that runs, or ran last).
     """
 
+    before_step: BeforeStep
     peers: Peers | None = None
     _writer: CheckpointWriter | None = None
 
@@ -59,6 +68,12 @@ class ResumableTrainer(Trainer):
         """Whether a run in this state is over, so that nothing is left but to write `final`."""
         # By epochs, max_steps is -1 and the number of steps follows from the data; the first start noted it.
         return state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps)
+
+    def remember_before_step(self) -> None:
+        """Called when a step begins, for `_keep_completed_steps`."""
+        # Tensors are replaced in a step and not changed, so lists of them are enough.
+        metrics = {name: list(values) for name, values in self.recorded.items()}
+        self.before_step = BeforeStep(dict(self.buffer), metrics, self._tr_loss.clone())
 
     # ---- Writing and going on ----
 
@@ -219,15 +234,15 @@ class ResumableTrainer(Trainer):
         """Write a checkpoint of the steps that were completed, after a reward has failed in the one that followed
         or that was skipped, like others before it.
 
-        A step scores before it moves a weight, so all that it may have changed is what `_before_step` holds; a resumed
+        A step scores before it moves a weight, so all that it may have changed is what `before_step` holds; a resumed
         run does it anew. Returns what to tell the user.
         """
         step = self.state.global_step
         if step == 0:
             return "no step was completed, so there is no checkpoint: correct it and start the run again"
-        if self._last_step == step:  # in a step, and not in the evaluation after one
-            buffer, metrics, self._tr_loss = self._before_step
-            self.buffer, self._metrics = buffer, defaultdict(list, metrics)
+        if self.last_step == step:  # in a step, and not in the evaluation after one
+            self.buffer, metrics, self._tr_loss = self.before_step
+            self.recorded = defaultdict(list, metrics)
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         whole = damage(folder, checksums=False) is None
         self.accelerator.wait_for_everyone()  # nobody writes before all have looked

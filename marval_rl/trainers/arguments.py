@@ -52,9 +52,16 @@ def only_cpu_here(num_processes: int) -> bool:
     return accelerator_here() is None or (num_processes > 1 and accelerator_here() == "mps")
 
 
-def cycle_pattern(accumulation: int, cycle: int) -> list[bool]:
-    """Batches are read in the first of each `cycle` steps, in all of its micro-steps."""
-    return [True] * accumulation + [False] * accumulation * (cycle - 1)
+@dataclass
+class MaskingArguments:
+    """How many tokens a training step masks; see `draw_num_masked`."""
+
+    mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked."})
+    mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the truncated normal of mask ratios."})
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("a mask_ratio_min below 1", ("mask_ratio_min",), lambda ratio: ratio != 1): ("mask_ratio_std",),
+    }
 
 
 @dataclass
@@ -138,9 +145,23 @@ class MARTrainingArguments(TrainingArguments):
         """Processes among which the batches are dealt out."""
         return self.world_size
 
+    @property
+    def cycle(self) -> int:
+        """Steps of which the first reads data and may move the model; the others train a network beside it."""
+        return 1
+
+    def starts_cycle(self, step: int) -> bool:
+        """Whether the step with this index reads data."""
+        return step % self.cycle == 0
+
+    def moves_model(self, step: int) -> bool:
+        """Whether the step with this index moves the model that is averaged and saved."""
+        return self.starts_cycle(step)
+
     def batch_pattern(self) -> list[bool]:
-        """Over the micro-steps, repeated: whether one reads a batch, or goes on with what an earlier one read."""
-        return cycle_pattern(self.gradient_accumulation_steps, 1)
+        """Over the micro-steps, repeated: whether one reads a batch, or continues with what an earlier one read."""
+        accumulation = self.gradient_accumulation_steps
+        return [True] * accumulation + [False] * accumulation * (self.cycle - 1)
 
     def __post_init__(self):
         check_python(self)
@@ -158,9 +179,9 @@ class MARTrainingArguments(TrainingArguments):
         else:
             self._plan()
         if self.data_seed is None:
-            self.data_seed = self.seed  # else the order of the data would hang on the state of the global generator
+            self.data_seed = self.seed  # else the order of the data would depend on the state of the global generator
         # Under ZeRO-3 transformers would load every model in parts from here on, the teacher and the rewards too. All
-        # models are made whole; the engine takes apart the one that it trains.
+        # models are made complete; the engine partitions the one that it trains.
         unset_hf_deepspeed_config()
         for name in ("eval_num_images", "eval_batch_size", "sample_grid_columns"):
             if getattr(self, name) < 1:

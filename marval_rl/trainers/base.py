@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from marval_rl.evaluation.diversity import check_num_images
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
+from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, generate_images, save_image_grid
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
 from marval_rl.runtime.distributed import (
@@ -33,15 +34,15 @@ from marval_rl.runtime.randomness import derive_seed, kept_random_state
 from marval_rl.runtime.resumable import ResumableTrainer
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.batches import EpochBatches, epoch_loader
-from marval_rl.trainers.ema import ExponentialMovingAverage
-from marval_rl.trainers.optimizers import MODEL, rest
-from marval_rl.trainers.sampling import MAX_ROWS, SamplingSettings, generate_images, save_image_grid
+from marval_rl.trainers.optimization import MODEL, NETWORKS, ExponentialMovingAverage, make_optimizer, pause
 
 
 class MARTrainer(ResumableTrainer):
     """Base of the trainers; not used by itself.
 
-    A subclass computes its loss in `compute_loss` and says with `sampling_settings` how its model is sampled.
+    A subclass computes its loss in `training_loss`, and says with `parameter_groups` what is optimized and with
+    `sampling_settings` how its model is sampled.
+
     Randomness is seeded anew in each micro-batch from (seed, step, number of the micro-batch among those of the step
     in all processes): a run that was killed and resumed draws the same noise as one that was not, and one process that
     accumulates two micro-batches what two processes draw. A checkpoint holds, besides what `Trainer` saves, the weight
@@ -76,7 +77,7 @@ class MARTrainer(ResumableTrainer):
         unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
         self._read_order()  # raises if the rows are too few, before any work
         if self.is_deepspeed_enabled and self.layout.zero_stage == 3:
-            # Whole weights belong to each checkpoint: a run of another layout, or one that has ended, begins with them.
+            # Each checkpoint holds complete weights: a run of another layout, or one that has ended, begins with them.
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         self.mar = model
@@ -87,12 +88,10 @@ class MARTrainer(ResumableTrainer):
         self.eval_rewards = eval_rewards
         self.ema = ExponentialMovingAverage(model, args.ema_decay)
         self.buffer: dict[str, Tensor] = {}
-        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self.recorded: dict[str, list[Tensor]] = defaultdict(list)
         self.micro_batch = 0  # its index within the optimizer step
-        self._last_step = -1
+        self.last_step = -1
         self.guard = NonFiniteGuard(args.max_skipped_steps)
-        # A loss is seen where it is made: DeepSpeed steps before transformers' training_step returns it.
-        self.compute_loss = self._guarded(self.compute_loss)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressBarCallback())
@@ -100,10 +99,24 @@ class MARTrainer(ResumableTrainer):
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
         self.add_callback(EpochCallback())
-        self.add_callback(GuardCallback(self.guard, self._forget_step))
+        skip_step = partial(pause, networks=NETWORKS)
+        self.add_callback(GuardCallback(self.guard, skip_step, self._forget_step))
         self.add_callback(AverageCallback(self.update_average))
 
     # ---- What a subclass says ----
+
+    def training_loss(self, model: nn.Module, inputs: Any) -> Tensor:
+        """The loss of a micro-batch.
+
+        Args:
+            model: The network, in the wrapper of the distributed engine if there is one.
+            inputs: What the data loader read.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, each with the "network" it belongs to."""
+        raise NotImplementedError
 
     def sampling_settings(self) -> SamplingSettings:
         """How evaluation samples the model."""
@@ -114,17 +127,25 @@ class MARTrainer(ResumableTrainer):
         out of it."""
         for name, value in metrics.items():
             self.guard.blame(name, value)
-            self._metrics[name].append(value.detach().float())
+            self.recorded[name].append(value.detach().float())
 
     def prompts_for(self, class_names: list[str]) -> list[str]:
         """The prompt of each image, given the names of their classes."""
         return class_names
 
-    def updates_student(self, step: int) -> bool:
-        """Whether the optimizer step with this index moves the model that is averaged."""
-        return True
-
     # ---- Training ----
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        # Watched here and not in training_step: DeepSpeed steps before transformers' training_step returns the loss.
+        return self.guard.watch(self.training_loss(model, inputs))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.parameter_groups(), self.args)
+        return self.optimizer
+
+    def goes_on_with_buffer(self, step: int) -> bool:
+        return not self.args.starts_cycle(step)
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
@@ -149,40 +170,35 @@ class MARTrainer(ResumableTrainer):
 
     def update_average(self) -> None:
         """Called after each optimizer step."""
-        if self.updates_student(self.state.global_step - 1) and not self.guard.step_is_bad:
+        if self.args.moves_model(self.state.global_step - 1) and not self.guard.step_is_bad:
             self.ema.update(self.mar)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         step = self.state.global_step
-        self.micro_batch = self.micro_batch + 1 if step == self._last_step else 0
-        self._last_step = step
-        if self.micro_batch == 0:  # tensors are replaced in a step and not changed, so lists of them are enough
-            metrics = {name: list(values) for name, values in self._metrics.items()}
-            self._before_step = (dict(self.buffer), metrics, self._tr_loss.clone())
+        self.micro_batch = self.micro_batch + 1 if step == self.last_step else 0
+        self.last_step = step
+        if self.micro_batch == 0:
+            self.remember_before_step()
             self.guard.begin_step()
             if self.peers is not None:
                 self.peers.note_step(step)
-            if self.updates_student(step):
-                rest(self.optimizer, ())
+            if self.args.moves_model(step):
+                pause(self.optimizer, ())
             else:
-                rest(self.optimizer, (MODEL,))
+                pause(self.optimizer, (MODEL,))
                 forget_gradients(self.mar.parameters())
         place = self.micro_batch * self.args.world_size + self.args.process_index
         torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _guarded(self, compute_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: self.guard.watch(compute_loss(*args, **kwargs))
-
     def _forget_step(self) -> None:
         """Drop the metrics of a step that was skipped."""
-        _, metrics, _ = self._before_step
-        self._metrics = defaultdict(list, metrics)
+        self.recorded = defaultdict(list, self.before_step.metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # not the line of an evaluation, which may fall between two of training
-            logs |= mean_over_processes(self._metrics)  # a reward may have left every sample out: no line then
-            self._metrics.clear()
+            logs |= mean_over_processes(self.recorded)  # a reward may have left every sample out: no line then
+            self.recorded.clear()
             logs |= self.guard.report()
             if not math.isfinite(logs.get("grad_norm", 0.0)):
                 del logs["grad_norm"]  # of a step that was skipped
@@ -238,7 +254,7 @@ class MARTrainer(ResumableTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step_{self.state.global_step:06d}.png"
             save_image_grid(images, class_labels, path, args.sample_grid_columns)
-            if len(shown := class_labels.unique()) <= MAX_ROWS:
+            if len(shown := class_labels.unique()) <= MAX_GRID_ROWS:
                 (folder / "rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)

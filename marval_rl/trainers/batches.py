@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from marval_rl.runtime.randomness import derive_seed
 
-REUSE = {"reuse": True}  # stands in for a batch in micro-steps that go on with what an earlier one read
+REUSE = {"reuse": True}  # stands in for a batch in micro-steps that continue with what an earlier one read
 
 
 @runtime_checkable

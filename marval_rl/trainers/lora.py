@@ -52,7 +52,7 @@ def adapters_off(student: MARModel) -> Iterator[None]:
 
 
 def merged_student(student: MARModel) -> MARModel:
-    """A student without adapters that paints what this one paints: W + (alpha / r) B A in place of W."""
+    """A student without adapters that generates what this one does: W + (alpha / r) B A in place of W."""
     adapted = copy.deepcopy(student)
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, BaseTunerLayer):

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from marval_rl.models import MARModel
 from marval_rl.models.diffusion import add_noise, diffusion_losses
-from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions
+from marval_rl.models.generation import SamplingSettings
+from marval_rl.models.unmasking import draw_num_masked, gather_tokens, random_order, revealed_positions
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
-from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.arguments import MARTrainingArguments, MaskingArguments
 from marval_rl.trainers.base import MARTrainer
-from marval_rl.trainers.masking import draw_num_masked
-from marval_rl.trainers.optimizers import adamw, decay_groups
-from marval_rl.trainers.sampling import SamplingSettings
+from marval_rl.trainers.optimization import decay_groups
 
 
 @dataclass
-class PretrainConfig(MARTrainingArguments):
+class PretrainConfig(MaskingArguments, MARTrainingArguments):
     """Arguments of `PretrainTrainer`. The defaults are those of the official code where it has them."""
 
     learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate of AdamW."})
@@ -31,10 +30,8 @@ class PretrainConfig(MARTrainingArguments):
         default=0.9999, metadata={"help": "Decay of the weight average that is sampled and saved."}
     )
     label_dropout: float = field(default=0.1, metadata={"help": "Share of labels replaced by the null class."})
-    mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked."})
-    mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the truncated normal of mask ratios."})
     timestep_draws: int = field(
-        default=4, metadata={"help": "(t, noise) draws a token and step (diffusion_batch_mul)."}
+        default=4, metadata={"help": "(t, noise) draws per token and step (diffusion_batch_mul)."}
     )
     eval_guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale in evaluation; 1.0 is none."})
     eval_guidance_schedule: str = field(default="linear", metadata={"help": '"linear" or "constant".'})
@@ -45,7 +42,6 @@ class PretrainConfig(MARTrainingArguments):
         Needs("an eval_guidance_scale other than 1", ("eval_guidance_scale",), lambda scale: scale != 1): (
             "eval_guidance_schedule",
         ),
-        Needs("a mask_ratio_min below 1", ("mask_ratio_min",), lambda ratio: ratio != 1): ("mask_ratio_std",),
     }
 
 
@@ -93,12 +89,10 @@ class PretrainTrainer(MARTrainer):
             num_diffusion_steps=args.eval_diffusion_steps,
         )
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = adamw(decay_groups(self.mar, self.args.weight_decay), self.args)
-        return self.optimizer
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decay_groups(self.mar, self.args.weight_decay)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+    def training_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         args, config = self.args, self.mar.config
         tokens = self.tokens_of(inputs)
         batch, device = tokens.shape[0], tokens.device

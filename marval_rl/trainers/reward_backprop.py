@@ -1,21 +1,26 @@
-"""Reward back-propagation, what MARVAL-RL (arXiv 2511.15190) does itself: minimise -R(decode(G_theta(z, class, K)))."""
+"""Reward back-propagation, what MARVAL-RL (arXiv 2511.15190) does itself: minimise -R(decode(G_theta(z, class, K))).
+
+G_theta is the whole generation, K unmasking steps from noise z to tokens. The gradient runs through all of them, or
+through the last ones or random ones alone: those are the published baselines DRaFT-K (arXiv 2309.17400) and ReFL (arXiv
+2304.05977; its loss is relu(threshold - R)).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from marval_rl.losses.policy import action_kl
+from marval_rl.losses.advantages import group_std
 from marval_rl.models import MARModel
-from marval_rl.models.unmasking import unmasking_steps
+from marval_rl.models.sampling import student_mean, unmask
+from marval_rl.models.unmasking import random_order, unmasking_steps
 from marval_rl.runtime.randomness import derive_generator
 from marval_rl.runtime.settings import Conditions, Needs
-from marval_rl.trainers.gsim import StudentNetworks
-from marval_rl.trainers.reward_base import RewardTrainer, RewardTrainingArguments
-from marval_rl.trainers.rollout import differentiable_rollout
+from marval_rl.trainers.reward_trainer import RewardTrainer, RewardTrainingArguments
 
 BACKPROP_STEPS = ("all", "last", "random")
 
@@ -41,7 +46,7 @@ class RewardBackpropConfig(RewardTrainingArguments):
         Needs("backprop_steps last or random", ("backprop_steps",), lambda which: which != "all"): (
             "num_backprop_steps",
         ),
-        Needs("a KL divergence (beta > 0), whose unit it is", ("beta",), lambda beta: beta != 0): ("sigma",),
+        Needs("a KL divergence (beta > 0), whose unit it is", ("beta",), lambda beta: beta != 0): ("policy_std",),
     }
 
     def __post_init__(self):
@@ -66,52 +71,48 @@ class RewardBackpropTrainer(RewardTrainer):
                 f"reward_backprop needs differentiable rewards, but not all of {', '.join(self.rewards.names)} are: "
                 "use method grpo, or a reward class with `differentiable = True`"
             )
+        self.num_steps = len(unmasking_steps(self.mar.config.num_tokens, args.num_unmasking_steps))
+        if args.backprop_steps != "all" and not 1 <= args.num_backprop_steps <= self.num_steps:
+            raise ValueError(f"num_backprop_steps {args.num_backprop_steps} is outside 1..{self.num_steps}")
 
-        most = len(unmasking_steps(self.mar.config.num_tokens, args.num_unmasking_steps))
-        self.num_steps = most
-        if args.backprop_steps != "all" and not 1 <= args.num_backprop_steps <= most:
-            raise ValueError(f"num_backprop_steps {args.num_backprop_steps} is outside 1..{most}")
+    def reward_loss(
+        self, student: MARModel, rows: list[dict[str, Any]]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        labels, columns = self.labels_and_columns(rows)
+        moves_student = self.args.moves_model(self.state.global_step)
+        with torch.set_grad_enabled(moves_student):
+            rollout, divergences = self.generate(student, labels)
+        if not moves_student:
+            return torch.zeros((), device=labels.device), rollout, None
+        scores = self.score(rollout["tokens"], labels, columns, with_grad=True)
+        self.record_scores(scores.by_reward(), len(labels))
+        return self.loss_of(scores.total), rollout, torch.stack(divergences) if divergences else None
 
-    def compute_loss(self, model: nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> Tensor:
-        if self.state.global_step % self.args.cycle:
-            return model(self.auxiliary_losses)
-        return model(self._losses, inputs)
+    def generate(self, student: MARModel, class_labels: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """G_theta(z, class, K), with a gradient through the steps that `backprop_steps` names.
 
-    def _losses(self, networks: StudentNetworks, rows: list[dict[str, Any]]) -> Tensor:
-        args, student = self.args, networks.student
-        labels, columns = self.rollout_labels(rows)
-        updates_student = self.updates_student(self.state.global_step)
-        divergences: list[Tensor] = []
+        Returns {class_labels [B], order [B, L], noise [B, L, C], tokens [B, L, C]}, and for each step with a gradient
+        the divergences [B] from the reference model (none without `beta`).
+        """
+        args, config, device = self.args, student.config, class_labels.device
+        order = random_order(len(class_labels), config.num_tokens, device)
+        noise = torch.randn(len(class_labels), config.num_tokens, config.token_channels, device=device)
+        rollout = {"class_labels": class_labels, "order": order, "noise": noise}
+        chosen = self.steps_with_gradient()
+        divergences = []
+        for step in unmask(
+            partial(student_mean, student, rollout),
+            order,
+            config.token_channels,
+            args.num_unmasking_steps,
+            gradient_steps=chosen,
+        ):
+            if args.beta > 0 and torch.is_grad_enabled() and step.index in chosen:
+                kl = self.anchors.kl(step.mean, student, rollout, step.before, step.num_masked, step.num_kept)
+                divergences.append(kl)  # [B]
+        return {**rollout, "tokens": step.tokens}, divergences
 
-        def diverge(mean: Tensor, state: dict[str, Tensor], masked: int, kept: int) -> None:
-            divergences.append(action_kl(mean, self.reference_mean(student, state, masked, kept), args.sigma))
-
-        with torch.set_grad_enabled(updates_student):
-            rollout = differentiable_rollout(
-                student, labels, args.num_unmasking_steps, self._backprop_steps(), diverge if args.beta > 0 else None
-            )
-        loss = torch.zeros((), device=labels.device)
-        if updates_student:
-            scores = self.score(rollout["tokens"], labels, columns, with_grad=True)
-            self.record_scores(scores.by_reward())
-            loss = self._reward_loss(scores.total)
-            if divergences:
-                kl = torch.stack(divergences).mean()
-                self.record({"kl": kl})
-                loss = loss + args.beta * kl
-        if self.anchor is not None:
-            loss = loss + self.anchor_losses(networks, rollout)
-        return loss
-
-    def _reward_loss(self, reward: Tensor) -> Tensor:
-        """-R, or relu(threshold - R), over the images that were scored."""
-        scored = ~reward.isnan()
-        self.record({"reward": reward.detach().nanmean(), "reward_std": reward.detach()[scored].std()})
-        threshold = self.args.reward_threshold
-        losses = -reward if threshold is None else (threshold - reward).relu()
-        return torch.where(scored, losses, 0).sum() / scored.sum().clamp(min=1)
-
-    def _backprop_steps(self) -> list[int]:
+    def steps_with_gradient(self) -> list[int]:
         """Indices of the unmasking steps that take a gradient: a function of the step, so alike in all processes."""
         args = self.args
         if args.backprop_steps == "all":
@@ -120,3 +121,12 @@ class RewardBackpropTrainer(RewardTrainer):
             return list(range(self.num_steps - args.num_backprop_steps, self.num_steps))
         generator = derive_generator("cpu", args.seed, "backprop steps", self.state.global_step)
         return torch.randperm(self.num_steps, generator=generator)[: args.num_backprop_steps].tolist()
+
+    def loss_of(self, reward: Tensor) -> Tensor:
+        """-R, or relu(threshold - R), averaged over the images that were scored; reward [B], NaN where one was not."""
+        values = reward.detach()
+        self.record({"reward": values.nanmean(), "reward_std": group_std(values, len(values)).squeeze()})
+        threshold = self.args.reward_threshold
+        losses = -reward if threshold is None else (threshold - reward).relu()
+        scored = ~reward.isnan()
+        return torch.where(scored, losses, 0).sum() / scored.sum().clamp(min=1)

@@ -8,8 +8,7 @@ from mar_reference import WEIGHTS, assert_parity, golden, meets_parity, referenc
 from torch import Tensor
 
 from marval_rl.models.diffusion import add_noise, diffusion_losses, make_schedule, posterior, reverse_step
-from marval_rl.models.generation import guide
-from marval_rl.models.head import timestep_embedding
+from marval_rl.models.head import guide, timestep_embedding
 
 CHANNELS = 16
 STEP_INDICES = (99, 98, 50, 3, 1, 0)

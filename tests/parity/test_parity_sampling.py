@@ -18,8 +18,9 @@ from mar_reference import (
 from torch import Tensor
 
 from marval_rl.models import GenerationOutput, MARModel, diffusion, generate, generation
-from marval_rl.models.diffusion import make_schedule, respaced_timesteps
-from marval_rl.models.generation import sample_chain
+from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, respaced_timesteps
+from marval_rl.models.head import sample_chain
+from marval_rl.models.noise import GeneratorNoise
 
 CHAIN_SEED, GENERATION_SEED = 111, 131
 CHAINS = [(1.0, 1.0), (0.9, 1.0), (1.0, 3.0), (0.9, 3.0)]  # temperature, guidance scale
@@ -37,17 +38,24 @@ def models():
     return {weights: reference_model(weights) for weights in WEIGHTS}
 
 
-def chain(model: MARModel, temperature: float, scale: float, conditions: Tensor | None = None) -> Tensor:
+def chain(
+    model: MARModel,
+    temperature: float,
+    scale: float,
+    conditions: Tensor | None = None,
+    schedule: DiffusionSchedule | None = None,
+) -> Tensor:
     """All states [100, 5, C] of the figures' chain."""
     conditions = golden("sample")["z"] if conditions is None else conditions
     guided = scale != 1.0
     return sample_chain(
-        model,
+        model.diffloss,
+        make_schedule(1000, 100) if schedule is None else schedule,
         conditions if guided else conditions[:5],
+        GeneratorNoise(torch.Generator().manual_seed(CHAIN_SEED), "cpu"),
         scale if guided else None,
         temperature,
-        100,
-        generator=torch.Generator().manual_seed(CHAIN_SEED),
+        model.config.clip_sample_range,
         return_trajectory=True,
     )
 
@@ -118,11 +126,10 @@ def test_control_a_chain_with_the_guidance_halves_swapped_fails(models):
 
 
 @torch.no_grad()
-def test_control_a_chain_that_feeds_timesteps_one_off_fails(models, monkeypatch):
+def test_control_a_chain_that_feeds_timesteps_one_off_fails(models):
     schedule = make_schedule(1000, 100)
     shifted = replace(schedule, timesteps=(schedule.timesteps - 1).clip(min=0))
-    monkeypatch.setattr(generation, "make_schedule", lambda *_: shifted)
-    states = chain(models["stable"], 1.0, 1.0)
+    states = chain(models["stable"], 1.0, 1.0, schedule=shifted)
     assert chain_error(models["stable"], "stable.temp1.0.cfg1.0", states) > 2 * CHAIN_TOLERANCE
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from marval_rl.models import MARModel, patchify
 from marval_rl.models.diffusion import add_noise, diffusion_losses
 from marval_rl.models.unmasking import revealed_positions
-from marval_rl.trainers.ema import ExponentialMovingAverage
-from marval_rl.trainers.optimizers import decay_groups
+from marval_rl.trainers.optimization import ExponentialMovingAverage, decay_groups
 from marval_rl.trainers.pretrain import pretraining_loss
 
 REPEATS, BATCH, TOKENS, CHANNELS = 4, 3, 16, 16

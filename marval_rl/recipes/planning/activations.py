@@ -11,11 +11,12 @@ from torch import Tensor
 from marval_rl.losses.policy import action_log_prob, policy_loss
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.mar import new_head
+from marval_rl.models.sampling import student_mean
 from marval_rl.models.unmasking import random_order, unmasking_steps
 from marval_rl.recipes.planning.memory import adapted_on_meta, saved_bytes
-from marval_rl.trainers.gsim import ScoreMatcher, StudentNetworks
 from marval_rl.trainers.pretrain import pretraining_loss
-from marval_rl.trainers.rollout import step_mean
+from marval_rl.trainers.score_matching import Contexts, GSIMArguments, ScoreMatching
+from marval_rl.trainers.student_networks import StudentNetworks
 
 
 def pretrain_bytes(config: MARConfig, args: Any) -> int:
@@ -33,7 +34,12 @@ def pretrain_bytes(config: MARConfig, args: Any) -> int:
 
 
 def gsim_bytes(
-    student: MARConfig, teacher: MARConfig, args: Any, batch_size: int, peft_config: LoraConfig | None = None
+    student: MARConfig,
+    teacher: MARConfig,
+    args: Any,
+    gsim: GSIMArguments,
+    batch_size: int,
+    peft_config: LoraConfig | None = None,
 ) -> int:
     """The student's and the auxiliary network's loss with all tokens masked."""
 
@@ -41,26 +47,25 @@ def gsim_bytes(
         return [StudentNetworks(_trained(student, args, peft_config), new_head(student)), MARModel(teacher).eval()]
 
     def run(networks: StudentNetworks, teacher: MARModel) -> Any:
-        timestep_range = (args.min_timestep, args.max_timestep)
-        matcher = ScoreMatcher(teacher, args.guidance_scale, timestep_range, args.timestep_draws)
-        tokens, labels, order = example_batch(student, batch_size)
-        loss, _, sample = matcher.student_loss(networks, tokens, labels, order, student.num_tokens)
-        return loss, matcher.auxiliary_loss(networks, sample)
+        matching = ScoreMatching(teacher, gsim)
+        contexts = Contexts(*example_batch(student, batch_size), student.num_tokens)
+        loss, _, sample = matching.student_loss(networks, contexts)
+        return loss, matching.auxiliary_loss(networks, sample)
 
     return saved_bytes(networks, run, student, args.precision != "float32")
 
 
 def grpo_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> int:
-    """The policy loss over the trained unmasking steps."""
+    """The policy loss over all unmasking steps."""
     pairs = unmasking_steps(config.num_tokens, args.num_unmasking_steps)
 
     def run(student: MARModel) -> Any:
         tokens, labels, order = example_batch(config, args.per_device_train_batch_size)
-        rollout = {"tokens": tokens, "class_labels": labels, "order": order, "noise": torch.randn_like(tokens)}
-        log_probs = [
-            action_log_prob(*step_mean(student, rollout, masked, kept), args.sigma)
-            for masked, kept in pairs[: args.num_trained_steps or args.exploration_window]
-        ]
+        rollout = {"class_labels": labels, "order": order, "noise": torch.randn_like(tokens)}
+        log_probs = []
+        for masked, kept in pairs:
+            mean = student_mean(student, rollout, tokens, masked, kept)
+            log_probs.append(action_log_prob(torch.randn_like(mean), mean, args.policy_std))
         log_prob = torch.stack(log_probs, dim=1)
         return policy_loss(log_prob, torch.zeros_like(log_prob), torch.zeros(len(tokens)))
 

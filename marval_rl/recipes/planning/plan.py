@@ -77,7 +77,7 @@ def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any
     counts = {"student": mar_parameters(student), "auxiliary network": head_parameters(student)}
     frozen = {"teacher": mar_parameters(teacher), **_named("VAE", _vae(plan, teacher.vae))}
     plan.networks = counts | frozen
-    activations = gsim_bytes(student, teacher, config, config.per_device_train_batch_size)
+    activations = gsim_bytes(student, teacher, config, config, config.per_device_train_batch_size)
     plan.footprint = Footprint(sum(counts.values()), counts["student"], frozen, activations)
     return plan
 
@@ -90,7 +90,7 @@ def plan_reward_training(
     config: Any,
 ) -> TrainingPlan:
     plan = TrainingPlan()
-    anchored = config.anchor_weight > 0
+    anchored = config.gsim_weight > 0
     dataset = _data(plan, data, config.seed) if anchored or data.are_digits else None
     student = _model_config(plan, rewarded.model, GET_STUDENT, source, data, dataset)
     teacher = _model_config(plan, source.teacher, GET_TEACHER, source, data, dataset) if anchored else None
@@ -121,7 +121,8 @@ def plan_reward_training(
     count = grpo_bytes if rewarded.method == "grpo" else reward_backprop_bytes
     activations = count(student, config, peft_config)
     if anchored:
-        activations += gsim_bytes(student, teacher, config, config.anchor_batch_size, peft_config)
+        gsim = config.gsim_arguments()
+        activations += gsim_bytes(student, teacher, config, gsim, config.gsim_batch_size, peft_config)
     plan.footprint = Footprint(trained, averaged, frozen, activations, held=sum(engine.values()) - trained)
     return plan
 

@@ -1,14 +1,22 @@
-"""Several rewards to one advantage: against TRL's arithmetic, and what either order of summing is for."""
+"""Rewards to advantages: of one reward by hand, of several against TRL's arithmetic, and what either order is for."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor, nan
 from trl.trainer.utils import nanstd
 
+from marval_rl.losses.advantages import (
+    MULTI_OBJECTIVE_AGGREGATIONS,
+    aggregate_advantages,
+    group_advantages,
+    group_std,
+    weighted_sum,
+)
 from marval_rl.rewarding import RewardSet
-from marval_rl.rewarding.aggregation import MULTI_OBJECTIVE_AGGREGATIONS, aggregate_advantages, weighted_sum
 
 WEIGHTS = [2.0, -0.5, 1.0]
 GROUP = 4
@@ -132,3 +140,81 @@ def test_wrong_arguments_name_the_remedy(components):
             aggregate_advantages(components, WEIGHTS, 3, aggregation=aggregation)
         with pytest.raises(ValueError, match="scale_rewards must be one of"):
             aggregate_advantages(components, WEIGHTS, GROUP, "std", aggregation)
+
+
+# One reward
+
+
+def test_advantages_of_hand_made_groups():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0, 0.0, 4.0])  # groups (1, 3), (10, 10), (0, 4)
+    advantages, metrics = group_advantages(rewards, 2)
+    first, last = 1 / (math.sqrt(2) + 1e-4), 2 / (math.sqrt(8) + 1e-4)  # standard deviations are unbiased
+    torch.testing.assert_close(advantages, torch.tensor([-first, first, 0.0, 0.0, -last, last]))
+    assert metrics["reward"].item() == pytest.approx(28 / 6)
+    assert metrics["reward_std"].item() == pytest.approx((math.sqrt(2) + 0 + math.sqrt(8)) / 3)
+    assert metrics["frac_reward_zero_std"].item() == pytest.approx(1 / 3)
+
+
+def test_advantages_ignore_the_scale_and_offset_of_a_group():
+    rewards = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    plain, _ = group_advantages(rewards, 8)
+    moved, _ = group_advantages(100 * rewards + 7, 8)
+    torch.testing.assert_close(plain, moved, rtol=1e-3, atol=1e-3)
+    assert plain.mean().item() == pytest.approx(0, abs=1e-6)
+    assert plain.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_there_is_one_standard_deviation_unbiased_and_within_groups():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0, math.nan, 4.0, math.nan, math.nan])
+    expected = torch.tensor([math.sqrt(2), 0.0, 0.0, math.nan])
+    torch.testing.assert_close(group_std(rewards, 2), expected, equal_nan=True)
+    _, metrics = group_advantages(rewards, 2)
+    torch.testing.assert_close(metrics["reward_std"], expected[:3].mean())
+
+
+def test_scale_by_the_batch_keeps_the_order_of_groups_spread():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0])
+    advantages, _ = group_advantages(rewards, 2, "batch")
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0]) / (rewards.std() + 1e-4)
+    torch.testing.assert_close(advantages, expected)
+
+
+def test_scale_none_only_centres():
+    advantages, _ = group_advantages(torch.tensor([1.0, 3.0, 10.0, 14.0]), 2, "none")
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0, -2.0, 2.0]))
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_a_sample_without_reward_is_left_out(scale_rewards):
+    rewards = torch.tensor([1.0, math.nan, 3.0, 2.0, 2.0, 5.0])
+    advantages, metrics = group_advantages(rewards, 3, scale_rewards)
+    group, batch = math.sqrt(2), torch.tensor([1.0, 3.0, 2.0, 2.0, 5.0]).std().item()
+    divisor = {"group": group + 1e-4, "batch": batch + 1e-4, "none": 1.0}[scale_rewards]
+    assert advantages[:3].tolist() == pytest.approx([-1 / divisor, 0.0, 1 / divisor], rel=1e-5)
+    assert advantages.isfinite().all()
+    assert metrics["reward"].item() == pytest.approx(13 / 5)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_a_group_without_any_reward_is_left_out(scale_rewards):
+    rewards = torch.tensor([math.nan, math.nan, 1.0, 3.0])
+    advantages, metrics = group_advantages(rewards, 2, scale_rewards)
+    alone, _ = group_advantages(rewards[2:], 2, scale_rewards)
+    assert advantages[:2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(advantages[2:], alone)
+    assert metrics["reward"].item() == 2.0
+    assert metrics["reward_std"].item() == pytest.approx(math.sqrt(2))
+    assert metrics["frac_reward_zero_std"].item() == 0.0
+
+
+def test_a_group_with_a_single_reward_has_nothing_to_compare():
+    advantages, metrics = group_advantages(torch.tensor([math.nan, 5.0, 1.0, 3.0]), 2)
+    assert advantages[:2].tolist() == [0.0, 0.0]
+    assert metrics["frac_reward_zero_std"].item() == 0.5
+
+
+def test_advantages_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match='one of group, batch, none, not "std"'):
+        group_advantages(torch.zeros(4), 2, "std")
+    with pytest.raises(ValueError, match="5 rewards do not divide into groups of 2"):
+        group_advantages(torch.zeros(5), 2)

@@ -1,0 +1,193 @@
+"""What GRPO and reward back-propagation share: prompts, rewards, anchors, and what a run writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainerState
+
+from marval_rl.data.class_rows import check_class_rows, labels_of
+from marval_rl.losses.advantages import group_std
+from marval_rl.models import MARModel
+from marval_rl.models.checkpoints import load_model
+from marval_rl.models.head import DiffusionHead
+from marval_rl.rewarding import Reward, RewardScores, RewardSet
+from marval_rl.runtime.distributed import failing_together
+from marval_rl.runtime.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
+from marval_rl.runtime.randomness import kept_random_state
+from marval_rl.trainers.anchors import AnchorArguments, Anchors
+from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.lora import add_lora, save_merged
+from marval_rl.trainers.student_networks import StudentNetworks, auxiliary_network
+
+
+@dataclass
+class RewardTrainingArguments(AnchorArguments, LimitArguments, MARTrainingArguments):
+    """Arguments that both reward trainers take."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the student."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the student."})
+    ema_decay: float = field(default=0.98, metadata={"help": "Decay of the weight average that is sampled and saved."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each reward; default 1."})
+    num_unmasking_steps: int = field(default=8, metadata={"help": "K, unmasking steps of a rollout."})
+    eval_unmasking_steps: int | None = field(
+        default=None, metadata={"help": "K in evaluation (default: as in training)."}
+    )
+    prompt_template: str = field(default="{name}", metadata={"help": "Prompt of a class; {name} is the class's name."})
+    policy_std: float = field(
+        default=0.1,
+        metadata={"help": "Standard deviation of the policy, in latent units; it is the unit of the KL, too."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_unmasking_steps is None:
+            self.eval_unmasking_steps = self.num_unmasking_steps
+        if self.policy_std <= 0:
+            raise ValueError(f"policy_std must be positive, not {self.policy_std}: without noise there is no policy")
+        self.check_anchors()
+        self.check_limits()
+        if "{name}" not in self.prompt_template:
+            raise ValueError(
+                f'prompt_template "{self.prompt_template}" does not contain {{name}}, the place of the class\'s name'
+            )
+
+
+class RewardTrainer(MARTrainer):
+    """Base of the two reward trainers; not used by itself.
+
+    Args:
+        model: A one-step student, or the path of one.
+        reward_funcs: What is trained on: a RewardSet, or one or a list of names, `file.py:attribute` and callables.
+        args: The settings.
+        train_dataset: Rows {"class_labels": int, ...}; further columns are passed to the rewards, but "images" are not
+            looked at. `check_class_rows` says what is refused.
+        teacher: The MAR teacher; needed by the GSIM anchor.
+        auxiliary: Weights of an auxiliary network that already fits the student (a folder that distillation wrote,
+            or the network); None starts from the teacher's head.
+        anchor_dataset: Images {"images", "class_labels"}, or cached "moments"; needed by the GSIM anchor.
+        peft_config: Trains low-rank adapters of the student instead of its weights; see `lora.py`.
+    """
+
+    args: RewardTrainingArguments
+
+    def __init__(
+        self,
+        model: MARModel | str,
+        reward_funcs: RewardSet | str | Reward | list[str | Reward],
+        args: RewardTrainingArguments,
+        train_dataset: Dataset,
+        teacher: MARModel | None = None,
+        auxiliary: DiffusionHead | Path | None = None,
+        anchor_dataset: Dataset | None = None,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ):
+        if isinstance(model, str):
+            model = load_model(model)
+        if not model.config.is_one_step:
+            raise ValueError("the model is a many-step teacher: distil it first, RL needs a one-step student")
+        check_class_rows(train_dataset, model.config.num_classes)
+        if args.has_auxiliary and (teacher is None or anchor_dataset is None):
+            raise ValueError(f"gsim_weight {args.gsim_weight} needs a teacher and a data set of images")
+        self.has_adapters = peft_config is not None
+        if self.has_adapters:
+            add_lora(model, peft_config, args.seed)
+        network = StudentNetworks(model, auxiliary_network(teacher, auxiliary) if args.has_auxiliary else None)
+        super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
+        self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final, self.evaluation_names))
+        self.rewards = reward_set(reward_funcs, args.reward_weights)
+        self.anchors = Anchors(args, model, self.has_adapters, teacher, anchor_dataset, self.tokens_of)
+
+    def prompts_for(self, class_names: list[str]) -> list[str]:
+        return [self.args.prompt_template.format(name=name) for name in class_names]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self.model.parameter_groups(self.args)
+
+    def has_ended(self, state: TrainerState) -> bool:
+        return super().has_ended(state) or broken_limit(limits_of(self.args), state.log_history) is not None
+
+    # ---- A step: the reward's loss, then the anchors' ----
+
+    def training_loss(self, model: nn.Module, inputs: list[dict[str, Any]]) -> Tensor:
+        if not self.args.starts_cycle(self.state.global_step):
+            return model(self._auxiliary_loss)
+        return model(self._losses, self.prepare_inputs(inputs))
+
+    def prepare_inputs(self, rows: list[dict[str, Any]]) -> Any:
+        """What `reward_loss` gets of the rows of this micro-batch; made outside of the engine's forward pass."""
+        return rows
+
+    def reward_loss(self, student: MARModel, inputs: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The loss of the reward.
+
+        Args:
+            student: The student.
+            inputs: Of `prepare_inputs`.
+
+        Returns:
+            The loss, 0 in a step that does not move the student; the rollout {tokens [B, L, C], class_labels [B], ...};
+            and the divergences from the reference model, of any shape, or None without `beta`.
+        """
+        raise NotImplementedError
+
+    def _losses(self, networks: StudentNetworks, inputs: Any) -> Tensor:
+        loss, rollout, kl = self.reward_loss(networks.student, inputs)
+        step = self.state.global_step
+        loss, metrics = self.anchors.add(loss, networks, rollout, kl, step, self.micro_batch, self.buffer)
+        self.record(metrics)
+        return loss
+
+    def _auxiliary_loss(self, networks: StudentNetworks) -> Tensor:
+        loss, metrics = self.anchors.auxiliary_loss(networks, self.micro_batch, self.buffer)
+        self.record(metrics)
+        return loss
+
+    # ---- Rewards ----
+
+    def labels_and_columns(self, rows: list[dict[str, Any]]) -> tuple[Tensor, dict[str, list[Any]]]:
+        """Class labels [B] of B rows, and their further columns for the rewards."""
+        labels = labels_of(rows, self.mar.config.num_classes).to(self.args.device)
+        names = [name for name in rows[0] if name not in ("class_labels", "images")]
+        return labels, {name: [row[name] for row in rows] for name in names}
+
+    def score(
+        self, tokens: Tensor, class_labels: Tensor, columns: dict[str, list[Any]], with_grad: bool = False
+    ) -> RewardScores:
+        """Rewards of finished tokens [B, L, C]."""
+        names = self.names_of(class_labels)
+        images = self.decode_tokens(tokens)
+        with failing_together(self.args.device), kept_random_state(self.args.device):
+            return self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
+
+    def record_scores(self, scores: Tensor, num_generations: int) -> None:
+        """Record the mean of each reward's scores and their standard deviation within groups.
+
+        scores: [N, R] in the order of the rewards, groups of num_generations in a row.
+        """
+        for name, values in zip(self.rewards.names, scores.detach().unbind(dim=1), strict=True):
+            std = group_std(values, num_generations).nanmean()
+            self.record({f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": std})
+
+    def save_final(self, folder: Path) -> None:
+        if self.has_adapters:
+            save_merged(self.ema.module, folder)
+        else:
+            super().save_final(folder)
+        self.model.save_auxiliary(folder, self.args.should_save)
+
+
+def reward_set(
+    reward_funcs: RewardSet | str | Reward | list[str | Reward], reward_weights: list[float] | None
+) -> RewardSet:
+    """The rewards as a RewardSet, whatever way they were given."""
+    if isinstance(reward_funcs, RewardSet):
+        return reward_funcs
+    return RewardSet(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], reward_weights)
