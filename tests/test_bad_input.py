@@ -40,8 +40,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, complaint):
         ("guidance_scale", "it is now called gsim_guidance_scale"),  # a setting of distillation still
         ("mask-ratio-std", "it is now called gsim_mask_ratio_std"),
         ("num_trained_steps", "it was removed: all unmasking steps explore and are trained"),
-        ("sync_ref_model", "it was removed: the reference model stays the student as it was"),
-        ("importance_sampling_level", "it was removed: each unmasking step has a ratio of its own"),
+        ("advantage_clip", "it was removed: advantages are scaled by scale_rewards alone"),
     ],
 )
 def test_a_former_setting_is_answered_with_what_became_of_it(train, tmp_path, complaint, setting, answer):

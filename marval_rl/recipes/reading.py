@@ -49,19 +49,14 @@ RENAMED = {
     "mask_ratio_std": "gsim_mask_ratio_std",
 }
 _ALL_STEPS = "all unmasking steps explore and are trained"
-_REFERENCE = "the reference model stays the student as it was"
 _ADVANTAGES = "advantages are scaled by scale_rewards alone"
 REMOVED = {
     "num_trained_steps": _ALL_STEPS,
     "trained_steps": _ALL_STEPS,
     "exploration_window": _ALL_STEPS,
     "exploration_shift": _ALL_STEPS,
-    "sync_ref_model": _REFERENCE,
-    "ref_model_mixup_alpha": _REFERENCE,
-    "ref_model_sync_steps": _REFERENCE,
     "reward_std_floor": _ADVANTAGES,
     "advantage_clip": _ADVANTAGES,
-    "importance_sampling_level": "each unmasking step has a ratio of its own",
 }
 
 

@@ -28,6 +28,8 @@ _REASONS = (
     ("^(delta|sapo_|vespo_|off_policy_|use_bias_corr)", "that loss is not implemented; loss_type names those that are"),
     ("^(load_in|use_bnb|bnb_|attn_|cast_lm|trust_|model_|router_)", "models are folders that marval-rl wrote"),
     ("^dataset_", "dataset, image_column and label_column name the data"),
+    ("^importance_sampling_level$", "each unmasking step has a ratio of its own"),
+    ("^(sync_ref_model|ref_model_)", "the reference model stays the student as it was"),
     ("^disable_dropout$", "students have no dropout"),
     ("^shuffle_dataset$", "rows are always shuffled, by data_seed"),
 )  # (pattern of names, what there is instead)

@@ -19,7 +19,8 @@ _HEADLINE = {
     "num_unmasking_steps": "{} unmasking steps",
     "num_generations": "groups of {}",
     "beta": "KL weight {}",
-    "anchor_weight": "anchor weight {}",
+    "gsim_weight": "GSIM weight {}",
+    "gsim_guidance_scale": "GSIM guidance {}",
     "guidance_scale": "guidance {}",
     "seed": "seed {}",
 }
