@@ -1,13 +1,63 @@
-"""What a launcher says in the environment: how many processes it started."""
+"""What a launcher says in the environment: how many processes it started, and which of them this one is."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
 
 from marval_rl.errors import RecipeError
 
 # In the order in which accelerate reads them: torchrun and `accelerate launch`, then MPI (also `srun --mpi=pmi2`).
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+LAUNCHER = "MARVAL_RL_LAUNCHER"  # id of the process that started this one, for `--num_processes`
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torch's launcher has started the processes again
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those that a launcher started."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def find_place() -> Place | None:
+    """Returns the place that a launcher has given to this process; None without a launcher.
+
+    Raises:
+        RecipeError: If the environment variables are not whole numbers, or do not fit each other.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        check_company(1)
+        return None
+    defaults = {"RANK": "0" if os.environ["WORLD_SIZE"] == "1" else "", "LOCAL_RANK": "0", "WORLD_SIZE": ""}
+    values = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    if not all(value.isdecimal() for value in values.values()) or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        raise RecipeError(f"the environment gives this process no place: {values}")
+    return Place(int(values["RANK"]), int(values["LOCAL_RANK"]), int(values["WORLD_SIZE"]))
+
+
+def is_started_here() -> bool:
+    """Whether `--num_processes` started this process, and the one that did so still waits for it."""
+    return os.environ.get(LAUNCHER) == str(os.getppid())
+
+
+def end_with_launcher() -> None:
+    """Interrupts this process, as Ctrl-C does, once the one that `--num_processes` started it from is gone."""
+
+    def watch() -> None:
+        while is_started_here():
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if is_started_here():
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def launched_processes() -> int:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny_images import SIZE, contents, noise_image, tiny_autoencoder, write_partly_corrupt_folder
 
+from marval_rl.cli.launch import Launch
 from marval_rl.cli.main import main
 from marval_rl.data import MomentsCache
-from marval_rl.data.moments import cache_report, cache_workers
-from marval_rl.data.moments.cache_workers import PARENT, Place, find_place, run_workers
-from marval_rl.errors import DataError, RecipeError
+from marval_rl.data.moments import cache_report
+from marval_rl.errors import MarvalError, RecipeError
+from marval_rl.launched import LAUNCHER, find_place
 
 CLASSES = "60 images of 3 classes: ant, bee, cow"
 DONE = "holds 58 images of 3 classes in 8 shards (0.00 GiB); 2 corrupt ones skipped"
@@ -26,7 +24,7 @@ DONE = "holds 58 images of 3 classes in 8 shards (0.00 GiB); 2 corrupt ones skip
 @pytest.fixture(autouse=True)
 def no_place(monkeypatch):
     """The tests may themselves run under a launcher."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", PARENT):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", LAUNCHER):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -103,7 +101,7 @@ def test_processes_that_a_launcher_places_share_the_work(cache, monkeypatch, tmp
     monkeypatch.setenv("RANK", "1")
     code, out, err = cache()
     assert code == 0 and out.startswith("this process is done; the last one writes the manifest")
-    assert err.startswith("process 2 of 2: skipped") and len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
+    assert err.startswith("process 1 of 2: skipped") and len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
     monkeypatch.setenv("RANK", "0")
     assert DONE in cache("--num_processes", "2")[1]  # the number may be said again, if it is the same
     code, _, err = cache("--num_processes", "4")
@@ -113,20 +111,35 @@ def test_processes_that_a_launcher_places_share_the_work(cache, monkeypatch, tmp
 def test_several_processes_are_started_and_the_end_is_told_once(cache, monkeypatch, tmp_path, recipe):
     started = []
 
-    def run_both(arguments, num_processes):
-        started.append((list(arguments), num_processes))
-        for rank in range(num_processes):
-            monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    def run_both(launch, arguments, grace):
+        started.append((launch, list(arguments), grace))
+        for rank in range(launch.num_processes):
+            monkeypatch.setenv("WORLD_SIZE", str(launch.num_processes))
             monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv(PARENT, str(os.getppid()))
+            monkeypatch.setenv(LAUNCHER, str(os.getppid()))
             assert main(list(arguments)) == 0
+        monkeypatch.delenv("WORLD_SIZE")
+        monkeypatch.delenv(LAUNCHER)
 
-    monkeypatch.setattr("marval_rl.cli.cache.run_workers", run_both)
+    monkeypatch.setattr("marval_rl.cli.cache.run_processes", run_both)
     code, out, _ = cache("--num_processes", "2")
     assert code == 0 and out.count("done: ") == 1 and DONE in out
-    assert started == [(["cache", str(recipe), "--cache_dir", str(tmp_path / "cache"), "--num_processes", "2"], 2)]
-    monkeypatch.delenv("WORLD_SIZE")
+    words = ["cache", str(recipe), "--cache_dir", str(tmp_path / "cache"), "--num_processes", "2"]
+    assert started == [(Launch(num_processes=2), words, math.inf)]  # one that fails does not end the others
     assert DONE in cache("--num_processes", "2")[1] and len(started) == 1  # nothing is missing: none is started
+
+
+def test_a_process_that_fails_is_named_with_the_way_to_resume(cache, monkeypatch):
+    def fail(*_, **__):
+        raise MarvalError("process 1 of 2: was killed by SIGKILL")
+
+    monkeypatch.setattr("marval_rl.cli.cache.run_processes", fail)
+    code, _, err = cache("--num_processes", "2")
+    assert (code, err) == (
+        1,
+        "marval-rl: error: process 1 of 2: was killed by SIGKILL; finished shards are kept: run the same command "
+        "again to resume\n",
+    )
 
 
 def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
@@ -173,76 +186,9 @@ def test_lines_of_progress_come_now_and_then(cache, monkeypatch):
     assert out[3].startswith("1 of 8 shards, ") and out[15].endswith(" images/s, 2 skipped")
 
 
-# The processes
-
-
-def worker(monkeypatch, script: str) -> None:
-    """Lets `run_workers` start a script in place of `marval-rl`."""
-    monkeypatch.setattr(cache_workers, "PROGRAM", (sys.executable, "-S", "-c", script))
-
-
-def test_each_worker_is_told_its_place(monkeypatch, tmp_path):
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", PARENT]
-    script = f"""
-import json, os, sys
-values = {{name: os.environ[name] for name in {names}}}
-open(sys.argv[1] + values["RANK"], "w").write(json.dumps(values))
-"""
-    worker(monkeypatch, script)
-    run_workers([str(tmp_path / "rank")], 2)
-    for rank in "01":
-        values = json.loads((tmp_path / f"rank{rank}").read_text())
-        assert values == {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", PARENT: str(os.getpid())}
-
-
-def test_a_worker_that_dies_is_named_and_the_others_go_on(monkeypatch, tmp_path, capfd):
-    script = """
-import os, pathlib, signal, sys, time
-dead = pathlib.Path(sys.argv[1])
-if os.environ["RANK"] == "1":
-    dead.touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-while not dead.exists():
-    time.sleep(0.01)
-time.sleep(0.5)
-dead.with_name("finished").touch()
-"""
-    worker(monkeypatch, script)
-    with pytest.raises(DataError, match=r"^process 2 of 2 was killed by SIGKILL; what is finished stays: run the same"):
-        run_workers([str(tmp_path / "dead")], 2)
-    assert (tmp_path / "finished").exists()
-    assert capfd.readouterr().err == "process 2 of 2 was killed by SIGKILL; the others go on\n"
-
-
-def test_an_interrupt_ends_the_workers(monkeypatch, tmp_path):
-    script = "import os, sys, time; open(sys.argv[1] + os.environ['RANK'], 'w').write(str(os.getpid())); time.sleep(60)"
-    worker(monkeypatch, script)
-    files = [tmp_path / f"pid{rank}" for rank in (0, 1)]
-
-    def interrupt(seconds: float) -> None:
-        if all(file.exists() and file.read_text() for file in files):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(time, "sleep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_workers([str(tmp_path / "pid")], 2)
-    for file in files:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(file.read_text()), 0)
-
-
-def test_a_worker_whose_parent_is_gone_stops():
-    Place(0, 0, 2, parent=os.getppid()).stop_if_orphaned()
-    Place(0, 0, 2, parent=None).stop_if_orphaned()  # torchrun looks after its own
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    with pytest.raises(KeyboardInterrupt):
-        Place(0, 0, 2, parent=ended.pid).stop_if_orphaned()
-
-
 @pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
 def test_a_place_that_makes_no_sense_is_refused(monkeypatch, rank, world_size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(RecipeError, match="the environment gives this process no place"):
-        find_place(1)
+        find_place()

@@ -192,7 +192,7 @@ def test_class_names_from_a_file(evaluate, student, tmp_path):
         (("--reward_kwargs", "{clip: 1}"), 2, "--reward_kwargs must look like"),
         (("--num_images", "0"), 2, "num_images must be at least 1, not 0"),
         (("--batch_size", "0"), 2, "--batch_size must be at least 1, not 0"),
-        (("--num_processes", "0"), 2, "--num_processes 0: give at least 1"),
+        (("--num_processes", "0"), 2, "num_processes 0 and num_machines 1 must be at least 1"),
         (("--inception_batch_size", "0"), 2, "must be at least 1, not 0"),
         (("--guidance_scale", "2.0"), 2, "guidance_scale 2.0 was given to a one-step student"),
         (("--vae", "nowhere"), 1, "no VAE at nowhere"),

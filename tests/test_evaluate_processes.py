@@ -11,14 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import process_work
 import psutil
-import pytest
 from tiny_evaluation import save_student
 
 from marval_rl.cli.main import main
-from marval_rl.errors import RewardError
-from marval_rl.evaluation.processes import run_processes
 
 # Notes each batch that it scores, and while the file `hang` is there stays in a process's third one.
 REWARD = """
@@ -73,7 +69,7 @@ def test_killed_processes_are_gone_on_with_by_torchrun_to_the_images_of_one(tmp_
         ]
 
     command = [sys.executable, "-m", "marval_rl", *arguments("two"), "--num_processes", "2"]
-    process = subprocess.Popen(command, env=ENVIRONMENT)
+    process = subprocess.Popen(command, env=ENVIRONMENT)  # the workers end when it is gone
     wait_until(lambda: len(read_log(tmp_path)) == 6, process)
     process.kill()
     process.wait()
@@ -103,15 +99,3 @@ def test_killed_processes_are_gone_on_with_by_torchrun_to_the_images_of_one(tmp_
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert two["rewards"] == one["rewards"]
     assert (two["settings"]["processes"], one["settings"]["processes"]) == (2, 1)
-
-
-def test_an_error_in_a_process_is_the_callers_and_ends_the_others(tmp_path):
-    with pytest.raises(RewardError, match="reward 'x' raised something"):
-        run_processes(process_work.fail, 2, tmp_path)
-    pids = [int(file.name.split()[1]) for file in tmp_path.iterdir()]
-    assert len(pids) == 2 and all(map(has_ended, pids))
-
-
-def test_a_process_that_is_killed_is_told():
-    with pytest.raises(RuntimeError, match=r"process 0 was killed by SIGKILL; finished batches are kept"):
-        run_processes(process_work.be_killed, 1)

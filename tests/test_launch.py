@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 import yaml
 from tiny_recipes import RECIPES, command_line, read_lines
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from marval_rl.cli import launch as launching
 from marval_rl.cli.accelerate_config import read_accelerate_config
-from marval_rl.cli.launch import Launch, add_launch_arguments, plan_launch, run_processes
+from marval_rl.cli.launch import Launch, add_launch_arguments, plan_launch
 from marval_rl.cli.main import CommandParser, main
+from marval_rl.cli.processes import run_processes
 from marval_rl.errors import MarvalError, RecipeError
 from marval_rl.launched import SIZE_VARIABLES
 from marval_rl.runtime.presets import DEEPSPEED_PRESETS, deepspeed_config
@@ -27,7 +29,7 @@ from marval_rl.runtime.resume import find_checkpoint
 from marval_rl.trainers import arguments
 from marval_rl.trainers.arguments import MARTrainingArguments
 
-HERE = Launch(2, 1, 0, "127.0.0.1", 0)
+HERE = Launch(num_processes=2)
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +55,6 @@ def test_processes_are_counted_over_all_machines():
     words = "--num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 1234"
     launch = planned(*words.split())
     assert (launch.local_processes, launch.first_rank) == (4, 4)
-    environment = launch.environment_of(local_rank=3)
-    expected = {"RANK": "7", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-    expected |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
-    assert {name: environment[name] for name in expected} == expected
     assert planned("--num_processes", "8", "--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "a") == (
         Launch(8, 2, 0, "a", 29500)
     )
@@ -71,6 +69,7 @@ def test_processes_are_counted_over_all_machines():
         ("--num_processes 4 --num_machines 2 --main_process_ip a", "machine_rank is not set: say which of the 2"),
         ("--num_processes 4 --num_machines 2 --machine_rank 1", "main_process_ip is not set"),
         ("--num_processes 2 --main_process_port 70000", "main_process_port 70000 is outside"),
+        ("--num_processes 2 --max_restarts -1", "max_restarts must not be negative"),
         ("--num_processes two", "invalid int value: 'two'"),
         ("--accelerate_config zero4", "'zero4' is neither a file nor one of zero1, zero2, zero3"),
     ],
@@ -134,7 +133,7 @@ def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp
     assert (launch.num_processes, launch.num_machines, launch.machine_rank) == (4, 2, 1)
     assert (launch.main_process_ip, launch.main_process_port) == ("10.0.0.1", 29501)
     assert launch.settings == {"bf16": "true", "deepspeed": str(tmp_path / "ds.json")}
-    assert launch.environment_of(0)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert launch.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
     assert launch.with_settings(["r.yaml", "--bf16", "false", "--deepspeed=zero1"]) == [
         "r.yaml", "--bf16", "false", "--deepspeed=zero1",
     ]  # fmt: skip
@@ -287,7 +286,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_are_one_run_without_a_flag_for_the_cpu(launcher, tiny_runs, tmp_path):
     before, after = LAUNCHERS[launcher]
-    port = launching._with_free_port(HERE).main_process_port
+    port = get_free_port()
     config = write(
         tmp_path / "config.yaml", distributed_type="MULTI_GPU", num_processes=2, main_process_port=port, num_machines=1
     )
@@ -307,47 +306,97 @@ def test_two_processes_are_one_run_without_a_flag_for_the_cpu(launcher, tiny_run
 
 # How processes end: any program will do
 
+SCRIPT = """
+import os, pathlib, signal, sys, time
+from marval_rl.cli.main import record_error
 
-def start(script: str, launch: Launch = HERE) -> None:
-    run_processes(launch, [], program=[sys.executable, "-c", f"import os, pathlib, signal, sys, time\n{script}"])
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def fail(code, text):
+    record_error(pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]), text)
+    sys.exit(code)
+"""
+KILL_ITSELF = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-FAIL = (
-    "def fail(code, text):\n    pathlib.Path(os.environ['MARVAL_RL_ERROR_FILE']).write_text(text)\n    sys.exit(code)\n"
-)
-RANK = "rank = int(os.environ['RANK'])\n"
+def start(script: str, launch: Launch = HERE, grace: float = 30.0, words: tuple[str, ...] = ()) -> None:
+    run_processes(launch, words, grace, program=[sys.executable, "-c", SCRIPT + script])
 
 
-def test_every_process_knows_its_place(tmp_path):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    start(f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(' '.join(os.environ[n] for n in {names}))")
+def test_every_process_knows_its_place_and_gets_the_arguments_as_they_are(tmp_path):
+    names = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "CUDA_VISIBLE_DEVICES",
+        "MASTER_PORT",
+    )
+    said = f"' '.join([*(os.environ[n] for n in {names}), *sys.argv[1:]])"
+    words = ("$HOME", "$$", "${local_rank}", "a")
+    start(
+        f"pathlib.Path({str(tmp_path)!r}, str(rank)).write_text({said})",
+        Launch(num_processes=2, environment={"CUDA_VISIBLE_DEVICES": "3,4"}),
+        words=words,
+    )
     places = [(tmp_path / rank).read_text().split() for rank in ("0", "1")]
-    assert [place[:4] for place in places] == [["0", "0", "2", "127.0.0.1"], ["1", "1", "2", "127.0.0.1"]]
-    assert places[0][4] == places[1][4] != "0"
+    for rank, place in enumerate(places):
+        assert place[:6] == [str(rank), str(rank), "2", "2", "127.0.0.1", "3,4"] and place[7:] == list(words)
+    assert places[0][6] == places[1][6] != "0"
 
 
-def test_what_all_processes_say_is_said_once():
-    with pytest.raises(RecipeError, match=r"^the recipe is wrong$"):
-        start(f"{FAIL}fail(2, 'the recipe is wrong')")
-
-
-def test_a_failure_is_told_in_the_words_of_the_process_that_failed():
-    script = f"{FAIL}{RANK}fail(1, 'disk full' if rank else 'process 1 failed: disk full')"
-    with pytest.raises(MarvalError, match=r"^process 1 of 2: disk full$"):
-        start(script)
-
-
-def test_a_process_that_was_killed_is_named_and_the_others_are_stopped(monkeypatch):
-    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
+@pytest.mark.parametrize(
+    ("script", "error", "message"),
+    [
+        ("fail(2, 'the recipe is wrong')", RecipeError, "the recipe is wrong"),
+        ("fail(1, 'disk full' if rank else 'process 1 failed: disk full')", MarvalError, "process 1 of 2: disk full"),
+        ("sys.exit(3 * rank)", MarvalError, "process 1 of 2: ended with exit code 3"),
+        (f"{KILL_ITSELF} if rank else time.sleep(600)", MarvalError, "process 1 of 2: was killed by SIGKILL"),
+        ("sys.exit(130)", KeyboardInterrupt, ""),
+    ],
+)
+def test_a_failure_is_told_once_in_the_words_of_the_process_that_failed(script, error, message, capfd):
     began = time.monotonic()
+    with pytest.raises(error) as raised:
+        start(script, grace=2)
+    assert (type(raised.value), str(raised.value)) == (error, message)
+    assert time.monotonic() - began < 30  # the sleeping one is not waited for
+    assert capfd.readouterr() == ("", "")
+
+
+def test_failed_processes_are_restarted_so_often_but_not_for_wrong_input(capfd):
+    start("if attempt < 2 and rank: fail(1, f'broken in attempt {attempt}')", Launch(num_processes=2, max_restarts=2))
+    assert capfd.readouterr().err.splitlines() == [
+        f"marval-rl: process 1 of 2: broken in attempt {attempt}; restart {attempt + 1} of 2" for attempt in (0, 1)
+    ]
+    with pytest.raises(RecipeError, match=r"^wrong in attempt 0$"):
+        start("fail(2, f'wrong in attempt {attempt}')", Launch(num_processes=2, max_restarts=2))
+
+
+def test_the_others_can_be_left_to_finish(tmp_path, capfd):
+    script = f"""
+if rank:
+    {KILL_ITSELF}
+while not pathlib.Path({str(tmp_path)!r}, "noticed").exists():
+    time.sleep(0.01)
+pathlib.Path({str(tmp_path)!r}, "finished").touch()
+"""
+
+    def notice() -> None:
+        time.sleep(3)
+        (tmp_path / "noticed").touch()
+
+    threading.Thread(target=notice, daemon=True).start()
     with pytest.raises(MarvalError, match=r"^process 1 of 2: was killed by SIGKILL$"):
-        start(f"{RANK}os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(600)")
-    assert time.monotonic() - began < 30
+        start(script, grace=math.inf)
+    assert (tmp_path / "finished").exists()
+    assert capfd.readouterr().err == "marval-rl: process 1 of 2 was killed by SIGKILL; the others continue\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_reaches_every_process_once_as_ctrl_c(tmp_path, number):
-    script = f"""{RANK}
+    script = f"""
 came = []
 signal.signal(signal.SIGINT, lambda *_: came.append(1))
 pathlib.Path({str(tmp_path)!r}, f"ready-{{rank}}").touch()
@@ -403,7 +452,7 @@ def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
     settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness", "model": tiny_runs.student}
     words = command_line("grpo", run, **settings)
     words += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.2"]
-    words += ["--main_process_port", str(launching._with_free_port(HERE).main_process_port)]
+    words += ["--main_process_port", str(get_free_port())]
     machines = [
         subprocess.Popen(
             [sys.executable, "-m", "marval_rl", *words, "--machine_rank", rank],

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
 import argparse
+import math
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 
+from marval_rl.cli.launch import Launch
+from marval_rl.cli.processes import run_processes
 from marval_rl.cli.quiet import quiet_libraries
 from marval_rl.data import LabelledImages
 from marval_rl.data.class_names import describe_classes
 from marval_rl.data.moments.cache_report import Reporter, print_summary
-from marval_rl.data.moments.cache_workers import Place, find_place, run_workers
 from marval_rl.data.moments.changes import Changes, drop_changed_shards, find_changes
 from marval_rl.data.moments.manifest import (
     begin,
@@ -27,6 +29,7 @@ from marval_rl.data.moments.manifest import (
 from marval_rl.data.moments.shards import DTYPES
 from marval_rl.data.moments.writer import build_cache, cache_settings
 from marval_rl.errors import DataError, MarvalError, RecipeError
+from marval_rl.launched import Place, find_place, is_started_here
 from marval_rl.models.checkpoints import load_config
 from marval_rl.models.vae import VAECodec
 from marval_rl.recipes.data_arguments import DataArguments
@@ -93,14 +96,19 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     if args.dry_run:
         print_plan(data, source, cache)
         return
-    place = find_place(cache.num_processes)
+    place = find_place()
+    if place is not None and cache.num_processes not in (1, place.world_size):
+        raise RecipeError(
+            f"num_processes is {cache.num_processes}, but the environment says WORLD_SIZE={place.world_size}: leave "
+            "--num_processes out under torchrun, or unset WORLD_SIZE"
+        )
     job = prepare(data, source, cache)
-    if place is None or (place.rank == 0 and place.parent is None):
+    if place is None or (place.rank == 0 and not is_started_here()):
         print(describe_classes(len(job.source), job.source.class_names), flush=True)
     if place is None and cache.num_processes > 1:
         encode_in_processes(job, ["cache", args.recipe, *extra], cache.num_processes)
         return
-    place = place or Place(rank=0, local_rank=0, world_size=1, parent=None)
+    place = place or Place()
     manifest = build_cache(
         job.source,
         job.codec,
@@ -115,8 +123,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         progress=Reporter(place),
         report_changes=report_changes,
     )
-    if place.parent is not None:
-        return  # it tells how all ended
+    if is_started_here():
+        return  # the process that started this one says how all of them ended
     if manifest is None:
         print("this process is done; the last one writes the manifest (if it died, run the same command again)")
     else:
@@ -152,7 +160,10 @@ def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> N
     if missing_shards(job.folder, settings):
         if not torch.cuda.is_available():
             print(f"{num_processes} processes on the CPU (there is no GPU here)", flush=True)
-        run_workers(arguments, num_processes)
+        try:
+            run_processes(Launch(num_processes), arguments, grace=math.inf)
+        except MarvalError as error:
+            raise DataError(f"{error}; finished shards are kept: run the same command again to resume") from error
     manifest = write_manifest(job.folder, settings, job.source.class_labels)
     if manifest is None:
         raise DataError(f"{job.folder} is unfinished although all processes ended well: run the same command again")

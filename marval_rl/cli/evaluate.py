@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from marval_rl.cli.launch import add_launch_arguments
 from marval_rl.cli.main import path_or_id
 from marval_rl.cli.model_arguments import add_sampling_arguments
 from marval_rl.data.digits import DIGIT_LABELLINGS
-from marval_rl.launched import check_company
+from marval_rl.launched import launched_processes
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
 from marval_rl.recipes.data_arguments import DIGITS
@@ -27,7 +28,6 @@ SETS_ONLY = (
     "reward_kwargs",
     "prompt_template",
     "class_names",
-    "num_processes",
 )
 
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets.add_argument(
         "--class_names", type=path_or_id, metavar="FILE", help='"imagenet" or a name a line (default: the model\'s)'
     )
-    sets.add_argument("--num_processes", type=int, metavar="N", help="processes to start, one a GPU (default: 1)")
+    add_launch_arguments(parser)  # taken by `marval_rl.cli.main`; here for --help
 
 
 def reward_list(text: str) -> list[str]:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     if args.images is not None:
         from marval_rl.evaluation.evaluate_folder import evaluate_folder
 
-        check_company(1)
+        refuse_company("a folder of images")
         if args.model is not None:
             raise ValueError(f"give either the model {args.model} or the images {args.images}, not both")
         evaluate_folder(args)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     elif args.dataset == DIGITS or paints_digits(load_config(args.model)):
         from marval_rl.evaluation.evaluate_digits import evaluate_digits
 
-        check_company(1)
+        refuse_company(f"{args.model}, which paints digits,")
         refuse(args, SETS_ONLY, f"{args.model} paints digits")
         args.num_images = DIGITS_IMAGES if args.num_images is None else args.num_images
         args.redraws = 1 if args.redraws is None else args.redraws
@@ -107,6 +107,12 @@ def refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> Non
     given = [name for name in names if vars(args)[name] is not None]
     if given:
         raise ValueError(f"--{given[0]} has no effect here, because {reason}: leave it out")
+
+
+def refuse_company(what: str) -> None:
+    """Raises ValueError in one of several processes: all would write the same file."""
+    if launched_processes() > 1:
+        raise ValueError(f"{what} is evaluated by one process: leave out --num_processes, or the launcher")
 
 
 def default_output(model: Path) -> Path:

@@ -8,11 +8,14 @@ Exit codes: 0 fine, 1 the work failed, 2 the input is wrong, 130 interrupted. A 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import json
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,13 +23,13 @@ from pathlib import Path
 
 from marval_rl import __version__
 from marval_rl.errors import MarvalError
-from marval_rl.launched import check_company, launched_processes
+from marval_rl.launched import check_company, is_started_here, launched_processes
 from marval_rl.paths import expand_path
 
 PROGRAM = "marval-rl"
 READER_GONE = 141  # as shells report a program that SIGPIPE ended
 STDOUT = 1  # its file descriptor
-ERROR_FILE = "MARVAL_RL_ERROR_FILE"  # names the file for the error message of a process that was launched
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names the file in which torch's launcher looks for the error of a process
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ COMMANDS = {
     "convert": Command("marval_rl.cli.convert", "official MAR or VAE weights to a model folder, and back"),
     "cache": Command("marval_rl.cli.cache", "encode a data set by the VAE, once", takes_recipe=True),
     "sample": Command("marval_rl.cli.sample", "paint images with a model"),
-    "evaluate": Command("marval_rl.cli.evaluate", "measure quality, diversity, rewards and speed of a model"),
+    "evaluate": Command(
+        "marval_rl.cli.evaluate", "measure quality, diversity, rewards and speed of a model", can_launch=True
+    ),
     "report": Command("marval_rl.cli.report", "write one HTML page about one or several runs"),
     "rewards": Command("marval_rl.cli.rewards", "list, score with, check or serve rewards"),
     "bench": Command("marval_rl.cli.bench", "time a student against its teacher"),
@@ -154,7 +159,7 @@ def run_command(argv: Sequence[str], debug: bool = False) -> int:
         args.recipe = _find_recipe(args.recipe)
     elif extra:
         raise UsageError(f"unexpected argument {extra[0]!r} (see {parser.prog} --help)")
-    if command.can_launch and args.dry_run:
+    if command.can_launch and command.takes_recipe and args.dry_run:
         from marval_rl.trainers.arguments import planned_for
 
         with planned_for(planned or launched_processes()):
@@ -167,7 +172,7 @@ def run_command(argv: Sequence[str], debug: bool = False) -> int:
 def _launch(name: str, arguments: list[str], debug: bool) -> tuple[list[str], int | None] | None:
     """Runs the command in several processes if the arguments ask for that, and returns None. Otherwise returns the
     arguments left for this process, and how many processes a dry run is to count with."""
-    from marval_rl.cli.launch import add_launch_arguments, plan_launch, run_processes
+    from marval_rl.cli.launch import add_launch_arguments, plan_launch
 
     parser = CommandParser(prog=f"{PROGRAM} {name}", add_help=False)
     add_launch_arguments(parser)
@@ -175,10 +180,14 @@ def _launch(name: str, arguments: list[str], debug: bool) -> tuple[list[str], in
     launch = None if {"-h", "--help"} & set(arguments) else plan_launch(options)
     if launch is None:
         return arguments, None
+    if launch.settings and not COMMANDS[name].takes_recipe:
+        raise UsageError(f"{name} cannot do what --accelerate_config asks for: {', '.join(launch.settings)}")
     others = launch.with_settings(others)
     if "--dry_run" in others:
         print(launch.describe([name, *others]) + "\n")
         return others, launch.num_processes
+    from marval_rl.cli.processes import run_processes  # imports torch
+
     run_processes(launch, [name, *others, *(["--debug"] if debug else [])])
     return None
 
@@ -279,8 +288,15 @@ def _fail(code: int, message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     message = " ".join(message.split())
-    if ERROR_FILE in os.environ:  # the process that launched this one tells it, once for all
-        Path(os.environ[ERROR_FILE]).write_text(message)
-    else:
+    if os.environ.get(ERROR_FILE):  # it is empty where torch's launcher keeps no logs
+        record_error(Path(os.environ[ERROR_FILE]), message)
+    if not is_started_here():  # else the process that started this one says it, once for all
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return code
+
+
+def record_error(file: Path, message: str) -> None:
+    """Write the message as torch's launcher reads it: what `torch.distributed.elastic` records, without its import."""
+    details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):  # the folder goes when the launcher does
+        file.write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))

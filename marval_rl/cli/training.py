@@ -12,6 +12,7 @@ from typing import Any
 from marval_rl.cli.env import environment
 from marval_rl.cli.quiet import quiet_libraries
 from marval_rl.errors import RecipeError, check_folder
+from marval_rl.launched import RESTARTS
 from marval_rl.recipes.planning.dry_run import batch_arithmetic, devices, print_dry_run
 from marval_rl.recipes.planning.plan import Planner
 from marval_rl.recipes.reading import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
@@ -71,6 +72,8 @@ def run_training(
     output_dir = Path(config.output_dir)
     checkpoint = None
     changed = []
+    if RESTARTS in os.environ and int(os.environ[RESTARTS]) > 0:
+        args.resume, config.overwrite_output_dir = AUTO, False  # the run that failed is continued
     if args.resume is not None:
         if config.overwrite_output_dir:
             raise RecipeError("--resume keeps the run that overwrite_output_dir deletes: leave out one of them")

@@ -21,7 +21,7 @@ from marval_rl.evaluation.fidelity import SCORE_SPLITS
 from marval_rl.evaluation.inception import Inception
 from marval_rl.evaluation.reference import list_images, open_reference
 
-PAINTING = ("images_dir", "num_processes", "num_images", "rewards", "reward_kwargs", "prompt_template", "class_names")
+PAINTING = ("images_dir", "num_images", "rewards", "reward_kwargs", "prompt_template", "class_names")
 
 
 def evaluate_folder(args: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from marval_rl.cli.evaluate import default_output, write_results
@@ -26,7 +25,6 @@ from marval_rl.evaluation.evaluate_fidelity import (
 from marval_rl.evaluation.image_run import ImageRun
 from marval_rl.evaluation.image_set import ImagePlan, weights_digest
 from marval_rl.evaluation.measures import MeasureSettings, features_of, reward_statistics
-from marval_rl.evaluation.processes import run_processes
 from marval_rl.evaluation.reference import open_reference
 from marval_rl.evaluation.speed import painting_speed
 from marval_rl.launched import check_company, launched_processes
@@ -39,7 +37,7 @@ SLOWEST_SHARE = timedelta(days=7)  # that a process waits for the others: not NC
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun or `accelerate launch` started; alone without them."""
+    """This process among those that a launcher started; alone without one."""
 
     rank: int = 0
     size: int = 1
@@ -72,28 +70,20 @@ def evaluate_images(args: argparse.Namespace) -> None:
 
     Raises ValueError or a MarvalError for what is missing or does not fit, before anything is painted.
     """
-    num_processes = 1 if args.num_processes is None else args.num_processes
     check_fidelity_arguments(args)
     world = join_world(args)
-    if num_processes < 1 or (num_processes > 1 and world.size > 1):
-        raise ValueError(
-            f"--num_processes {num_processes}: give at least 1, and leave it out under torchrun or accelerate launch"
-        )
     model, codec, device = load_for_sampling(args)
     image_run = make_run(args, model.config)
     reference = None
     if world.rank == 0:
-        if device.type == "cpu" and max(num_processes, world.size) > 1:
-            print(f"{max(num_processes, world.size)} processes on the CPU")
+        if device.type == "cpu" and world.size > 1:
+            print(f"{world.size} processes on the CPU")
         reference = None if args.reference is None else open_reference(args.reference)
         count_notes(args, reference, args.num_images)  # raises if they are too few, before any is generated
         check_output(output_file(args))
         image_run.claim({"model": args.model, "vae": model.config.vae, "weights_sha256": weights_digest(model)})
     world.wait()
-    if num_processes == 1:
-        image_run.do_share(model, codec, world.rank, world.size, progress=args.progress and world.rank == 0)
-    else:
-        run_processes(paint_share, num_processes, args)
+    image_run.do_share(model, codec, world.rank, world.size, progress=args.progress and world.rank == 0)
     world.leave()
     if world.rank != 0:
         return
@@ -112,7 +102,7 @@ def evaluate_images(args: argparse.Namespace) -> None:
             "batch_size": args.batch_size,
             "vae": model.config.vae,
             "prompt_template": image_run.measures.prompt_template if args.rewards else None,
-            "processes": max(num_processes, world.size),
+            "processes": world.size,
         },
         "seed": args.seed,
         "model": args.model,
@@ -121,14 +111,6 @@ def evaluate_images(args: argparse.Namespace) -> None:
     print_results(results)
     write_results(results, output_file(args))
     image_run.finish()
-
-
-def paint_share(rank: int, num_processes: int, args: argparse.Namespace) -> None:
-    """One of several processes on one machine, on a GPU of its own where there are enough."""
-    if args.device in (None, "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{rank % torch.cuda.device_count()}"
-    model, codec, _ = load_for_sampling(args)
-    make_run(args, model.config).do_share(model, codec, rank, num_processes, progress=args.progress and rank == 0)
 
 
 def make_run(args: argparse.Namespace, config: MARConfig) -> ImageRun:

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from marval_rl.data.moments.cache_workers import Place
 from marval_rl.data.moments.manifest import MANIFEST
 from marval_rl.data.moments.writer import CacheProgress
+from marval_rl.launched import Place
 
 SECONDS_BETWEEN_LINES = 10
 SHOWN_SKIPPED = 20
@@ -19,12 +19,10 @@ class Reporter:
     """Prints how far a process is, now and then, and each skipped image at once."""
 
     def __init__(self, place: Place):
-        self.place = place
-        self.prefix = f"process {place.rank + 1} of {place.world_size}: " if place.world_size > 1 else ""
+        self.prefix = f"process {place.rank} of {place.world_size}: " if place.world_size > 1 else ""
         self.printed = time.monotonic()
 
     def __call__(self, progress: CacheProgress) -> None:
-        self.place.stop_if_orphaned()
         for image in progress.skipped:
             print(f"{self.prefix}skipped {image['name']}: {image['reason']}", file=sys.stderr, flush=True)
         if time.monotonic() - self.printed < SECONDS_BETWEEN_LINES:
