@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from marval_rl.errors import DataError
 from marval_rl.launched import launched_processes
-from marval_rl.runtime.distributed import failing_together, gather_rows, mean_over_processes, whole_in_chunks
+from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_in_chunks, mean_over_processes
 from marval_rl.trainers.base import MARTrainer
 
 # ZeRO-3 leaves parameters of less than 100,000 numbers whole by default, so all of a tiny model.
@@ -73,9 +73,8 @@ def networks_of(trainer: MARTrainer) -> dict[str, torch.nn.Module]:
 def whole_state(module: torch.nn.Module) -> dict[str, Tensor]:
     """All parameters, whole."""
     names = iter([name for name, _ in module.named_parameters()])
-    return {
-        next(names): parameter.detach().clone() for chunk in whole_in_chunks(module.parameters()) for parameter in chunk
-    }
+    chunks = gathered_in_chunks(module.parameters())
+    return {next(names): parameter.detach().clone() for chunk in chunks for parameter in chunk}
 
 
 def optimizer_state(trainer: MARTrainer, network: str) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from marval_rl.runtime.distributed import mean_over_processes, whole_in_chunks, whole_weights
+from marval_rl.runtime.distributed import gathered_in_chunks, gathered_weights, mean_over_processes
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.optimization import AUXILIARY, MODEL, NETWORKS, make_optimizer, pause
 
@@ -71,10 +71,10 @@ def test_means_leave_out_what_is_not_a_number():
 
 def test_without_zero_3_all_weights_are_whole_already():
     model = tiny_model()
-    assert [list(map(id, chunk)) for chunk in whole_in_chunks(model.parameters())] == [
+    assert [list(map(id, chunk)) for chunk in gathered_in_chunks(model.parameters())] == [
         list(map(id, model.parameters()))
     ]
-    with whole_weights(model):
+    with gathered_weights(model):
         pass
 
 

@@ -146,7 +146,10 @@ def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp
         ({"mixed_precision": "fp8"}, "mixed_precision fp8 is not one of no, bf16, fp16"),
         ({"fsdp_config": {"a": 1}}, "fsdp_config is not understood here: start with `accelerate launch"),
         ({"num_processes": "many"}, "num_processes cannot be 'many'"),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "no.json"}}, "at no.json"),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "no.json"}},
+            "no.json is missing",
+        ),
         ({"distributed_type": "DEEPSPEED"}, "no preset fits its deepspeed_config"),
     ],
 )
@@ -269,11 +272,22 @@ def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
         MARTrainingArguments(str(tmp_path))
 
 
-@pytest.mark.parametrize("words", [["report", "run"], ["sample", "model"], ["demo"], ["evaluate", "--images", "a"]])
-def test_what_several_processes_cannot_share_is_refused_in_them(words, tmp_path, monkeypatch, complaint):
+ALONE = "started as one of 2 (WORLD_SIZE), but runs as one of 1"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report run", ALONE),
+        ("sample model", ALONE),
+        ("demo", ALONE),
+        ("evaluate --images a", "a folder of images is evaluated by one process: leave out --num_processes"),
+    ],
+)
+def test_what_several_processes_cannot_share_is_refused_in_them(words, message, tmp_path, monkeypatch, complaint):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "started as one of 2 (WORLD_SIZE), but runs as one of 1" in complaint(2, main(words))
+    assert message in complaint(2, main(words.split()))
 
 
 LAUNCHERS = {
@@ -469,7 +483,7 @@ def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
         assert text.splitlines()[-1] == "marval-rl: error: interrupted"
     assert "images an update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes" in told
     step = read_lines(run)[-1]["step"]
-    assert f"stopped at step {step}: a checkpoint is kept, --resume goes on from it" in told
+    assert f"stopped at step {step}: a checkpoint is kept, --resume continues from it" in told
     assert silent == ""
     assert [folder.name for folder in run.glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert find_checkpoint(run, "latest").name == f"checkpoint-{step}"

@@ -50,7 +50,7 @@ def test_a_disk_that_is_full_for_one_process_stops_both_with_the_same_error(two,
     assert two[1][layout]["full"] == told
     copy = folder / f"{layout}_full"
     assert told.startswith(f"{copy}/checkpoint-5 could not be written: process 1: ")
-    assert told.endswith(f"; {copy}/checkpoint-3 is whole, --resume goes on from it")
+    assert told.endswith(f"; {copy}/checkpoint-3 is complete, --resume continues from it")
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
@@ -77,5 +77,5 @@ def test_what_deepspeed_wrote_is_refused_by_a_plain_run(one, folder):
     checkpoint = folder / "zero2_to_ddp_1" / "checkpoint-3"
     assert one[0]["zero2:ddp"] == (
         f"{checkpoint} was written by 2 processes under ZeRO-2, and this run has 1 process: DeepSpeed's states and "
-        "plain ones cannot be exchanged. Go on with 2 processes under ZeRO-2, or begin a new run from its weights"
+        "plain ones cannot be exchanged. Continue with 2 processes under ZeRO-2, or start a new run from its weights"
     )

@@ -117,7 +117,7 @@ def test_the_server_stays_away_and_the_run_stops_with_a_checkpoint(server, undis
 
     trainer.before = kill
     kept = tmp_path / "checkpoint-3"
-    with pytest.raises(RewardError, match=f"{server.url} did not score .*; {kept} is kept, --resume goes on from it"):
+    with pytest.raises(RewardError, match=f"{server.url} did not score .*; {kept} is kept, --resume continues from it"):
         trainer.train()
     assert find_checkpoint(tmp_path, "latest") == kept
     server.start()

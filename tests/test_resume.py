@@ -235,7 +235,7 @@ def test_an_interrupted_process_keeps_a_checkpoint_and_is_resumed_to_the_same_we
     result = run_in_process(tmp_path / "run", signal.SIGINT, **settings)
     assert result.returncode == 130, result.stderr
     assert result.stderr.splitlines() == ["marval-rl: error: interrupted"]
-    assert "stopped at step 5: a checkpoint is kept, --resume goes on from it" in result.stdout
+    assert "stopped at step 5: a checkpoint is kept, --resume continues from it" in result.stdout
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
     assert not (tmp_path / "run" / "final").exists()
     assert run_recipe("grpo", tmp_path / "run", "--resume", **settings) == 0

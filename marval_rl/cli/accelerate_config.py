@@ -1,4 +1,8 @@
-"""`--accelerate_config`: a preset's name, or a YAML file as `accelerate config` writes it, as our own settings."""
+"""`--accelerate_config`: the name of a preset, or a YAML file as `accelerate config` writes it.
+
+The file is not read by accelerate's own loader: that fills in defaults, such as machine_rank 0 on every machine, and a
+missing setting could no longer be reported.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ from marval_rl.text import load_yaml, read_text, yaml_problem
 
 LAUNCH_KEYS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 DISTRIBUTED_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED")
-# Without meaning here: one machine's environment, accelerate's own functions, TPUs. `zero3_init_flag` is among those of
-# deepspeed_config, since models are made whole and the engine takes apart the one that it trains.
-PASSED_OVER = (
+# Without effect here. So is `zero3_init_flag` in deepspeed_config: models are built complete, and the engine partitions
+# the one that it trains.
+IGNORED_KEYS = (
     "compute_environment", "debug", "downcast_bf16", "enable_cpu_affinity", "main_training_function", "rdzv_backend",
     "same_network", "tpu_env", "tpu_name", "tpu_use_cluster", "tpu_use_sudo", "tpu_zone",
 )  # fmt: skip
@@ -30,7 +34,13 @@ DEEPSPEED_KEYS = (
 
 @dataclass(frozen=True)
 class AccelerateConfig:
-    """launch: values of LAUNCH_KEYS. settings: of the recipe, as the command line has them. environment: variables."""
+    """What a configuration says.
+
+    Attributes:
+        launch: Values of LAUNCH_KEYS.
+        settings: Of the recipe, as on the command line.
+        environment: Variables to set for the processes.
+    """
 
     launch: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
@@ -38,7 +48,7 @@ class AccelerateConfig:
 
 
 def read_accelerate_config(name: str | None) -> AccelerateConfig:
-    """What a preset or a file says; nothing for None.
+    """Read a preset or a file; an empty configuration for None.
 
     Raises:
         RecipeError: For a name that is neither, and for what only `accelerate launch` can do.
@@ -57,8 +67,8 @@ def read_accelerate_config(name: str | None) -> AccelerateConfig:
     except yaml.YAMLError as error:
         raise RecipeError(f"cannot read {path}: {yaml_problem(error)}") from error
     if not isinstance(config, dict):
-        raise RecipeError(f"{path} is no configuration of accelerate: it holds {config!r:.60}")
-    _refuse_unknown(path, config, (*LAUNCH_KEYS, *OTHER_KEYS, *PASSED_OVER))
+        raise RecipeError(f"{path} is not a configuration of accelerate: it holds {config!r:.60}")
+    _refuse_unknown(path, config, (*LAUNCH_KEYS, *OTHER_KEYS, *IGNORED_KEYS))
     kind = config.get("distributed_type") or "NO"  # YAML reads a bare NO as false
     if kind not in DISTRIBUTED_TYPES:
         raise RecipeError(f"{path}: distributed_type {kind} is not one of {', '.join(DISTRIBUTED_TYPES)}")
@@ -97,9 +107,9 @@ def _deepspeed_file(path: Path, config: dict[str, Any]) -> str:
     if file is not None:
         file = expand_path(file)
         if not Path(file).is_file() and file in {f"marval_rl/presets/{name}.json" for name in DEEPSPEED_PRESETS}:
-            return Path(file).stem  # as the files of recipes/accelerate have it, outside a checkout
+            return Path(file).stem  # in the files of recipes/accelerate, outside a checkout
         if not Path(file).is_file():
-            raise RecipeError(f"{path}: there is no deepspeed_config_file at {file} (seen from {Path.cwd()})")
+            raise RecipeError(f"{path}: deepspeed_config_file {file} is missing (relative to {Path.cwd()})")
         return str(file)
     offloads = [config.get(f"offload_{what}_device") not in (None, "none") for what in ("optimizer", "param")]
     preset = f"zero{config.get('zero_stage')}{'_offload' if any(offloads) else ''}"

@@ -102,7 +102,7 @@ def run_training(
         if (note := nothing_learned(trainer.state.log_history)) is not None:
             print(note)
     elif speaks:
-        print(f"stopped at step {trainer.state.global_step}: a checkpoint is kept, --resume goes on from it")
+        print(f"stopped at step {trainer.state.global_step}: a checkpoint is kept, --resume continues from it")
     if not finished:
         raise KeyboardInterrupt
 

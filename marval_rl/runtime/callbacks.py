@@ -1,9 +1,10 @@
-"""Callbacks of every run: the metrics file, the epoch of the data, the weight average, a clean stop on Ctrl-C."""
+"""Callbacks of every run: metrics file, progress bar, epoch of the data, weight average, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from marval_rl.runtime.distributed import in_any_process
 
+SHOWN = ("loss", "reward", "kl", "eval_frechet_distance", "eval_diversity")  # beside the progress bar
+
 
 class MetricsFileCallback(TrainerCallback):
-    """Appends each log to `metrics.jsonl`. On resumption lines past the checkpoint are dropped, so no step
-    stands twice."""
+    """Appends each log to `metrics.jsonl`. A resumed run drops the lines after its checkpoint, so that no step is there
+    twice."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -34,30 +38,60 @@ class MetricsFileCallback(TrainerCallback):
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
-                    continue  # a line torn by the kill
+                    continue  # a line that was cut off by the kill
                 if entry["step"] <= state.global_step:
                     kept.append(line)
                     elapsed = entry["time"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".unfinished")  # a full disk must not cost the lines that are there
+        unfinished = self.path.with_suffix(".unfinished")  # a full disk must not delete the existing lines
         unfinished.write_text("".join(f"{line}\n" for line in kept))
         unfinished.replace(self.path)
         self.start = time.monotonic() - elapsed
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # A line is a mean over steps; none may reach across a checkpoint, for a resumed run knows nothing before it.
+        # A line is a mean over steps. None may span a checkpoint: a resumed run does not know the steps before.
         control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
         if not state.is_world_process_zero or "train_runtime" in logs:
-            return  # the summary at the end counts from the last resumption only
+            return  # the summary at the end counts only from the last start
         entry = {"step": state.global_step, "time": round(time.monotonic() - self.start, 3), **logs}
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
+class ProgressBarCallback(TrainerCallback):
+    """A progress bar with the newest figures, on a terminal only; transformers' own prints every log as a line."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+        self.figures: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, disable=args.disable_tqdm or not sys.stderr.isatty()
+            )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
+        if self.bar is None:
+            return
+        new = {name.removeprefix("eval_"): f"{logs[name]:.3g}" for name in SHOWN if logs.get(name) is not None}
+        self.figures |= new
+        self.bar.set_postfix(self.figures, refresh=False)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
 class EpochCallback(TrainerCallback):
-    """Tells the batches which epoch begins; after a resumption too, where that is not the first."""
+    """Tells the batches which epoch begins, also in a resumed run, where it is not the first."""
 
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: DataLoader, **kwargs: Any
@@ -94,12 +128,12 @@ class InterruptCallback(TrainerCallback):
         signal.signal(number, self._previous[number])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Signals reach processes at different steps, and one may be the only one that got any: all end after this one.
+        # Signals reach processes in different steps, or only one of them: all end after this step.
         if in_any_process(self.interrupted, args.device):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give the signals back, however training ended."""
+        """Restore the signal handlers, however training ended."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

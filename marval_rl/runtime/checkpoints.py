@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, sealed by a manifest, and only then moved into place."""
+"""Checkpoints that are complete or absent: written in another folder, listed in a manifest, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from marval_rl.errors import CheckpointError, first_line
 
-UNFINISHED = "unfinished"  # the folder beside the checkpoints in which they are written and taken apart
+UNFINISHED = "unfinished"  # the folder beside the checkpoints in which they are written and deleted
 MANIFEST = "manifest.json"  # written last
 STATE_FILE = "trainer_state.json"
 FORMAT = 1
@@ -49,21 +49,24 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The run's checkpoints from the oldest to the newest, whole or not."""
+    """The run's checkpoints from the oldest to the newest, complete or not."""
     return sorted((folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) is not None), key=step_of)
 
 
 # ---- Reading ----
 
 
-def damage(checkpoint: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint, beginning with the file's name; None if it is whole.
+def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
+    """Find what is wrong with a checkpoint.
 
-    One without a manifest, of a version before there was one, is taken by its trainer_state.json, which came last.
+    One without a manifest, from before there was one, is judged by its trainer_state.json, which was written last.
 
     Args:
         checkpoint: The folder.
-        checksums: Read all files and compare; else only their sizes.
+        checksums: Read all files and compare their checksums; otherwise only their sizes.
+
+    Returns:
+        A description that begins with the file's name; None if the checkpoint is complete.
     """
     if not (checkpoint / MANIFEST).exists():
         return None if _is_json(checkpoint / STATE_FILE) else f"{STATE_FILE} is missing or damaged"
@@ -84,41 +87,41 @@ def damage(checkpoint: Path, checksums: bool = True) -> str | None:
 
 
 def layout_of(checkpoint: Path) -> Layout | None:
-    """What wrote a checkpoint; None if it is of a version that did not tell."""
+    """The layout that wrote a checkpoint; None for one from before there were manifests."""
     if not (checkpoint / MANIFEST).exists():
         return None
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     return Layout(**manifest["layout"])
 
 
-def whole_checkpoints(output_dir: Path) -> list[Path]:
-    """The run's checkpoints whose files are all there with the right sizes, the newest last."""
-    return [folder for folder in checkpoints_in(output_dir) if damage(folder, checksums=False) is None]
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The run's checkpoints whose files all exist with the right sizes, the newest last."""
+    return [folder for folder in checkpoints_in(output_dir) if find_damage(folder, checksums=False) is None]
 
 
-def way_on(output_dir: Path) -> str:
-    """What is left to resume from, for the message of an error that ends a run."""
-    whole = whole_checkpoints(output_dir)
-    if not whole:
+def resume_hint(output_dir: Path) -> str:
+    """What there is to resume from, for the message of an error that ends a run."""
+    complete = complete_checkpoints(output_dir)
+    if not complete:
         return "there is no checkpoint yet"
-    return f"{whole[-1]} is whole, --resume goes on from it"
+    return f"{complete[-1]} is complete, --resume continues from it"
 
 
 # ---- Writing ----
 
 
-def cannot_write(output_dir: Path, target: Path, told: str) -> CheckpointError:
-    """The error of a file or folder of the run that cannot be written; `told` says why."""
+def write_error(output_dir: Path, target: Path, reason: str) -> CheckpointError:
+    """The error to raise when a file or folder of the run cannot be written."""
     free = shutil.disk_usage(output_dir).free
     return CheckpointError(
-        f"{target} could not be written: {told} ({free / 1e9:.1f} GB are free there, make room first); "
-        f"{way_on(output_dir)}"
+        f"{target} could not be written: {reason} ({free / 1e9:.1f} GB are free there, make room first); "
+        f"{resume_hint(output_dir)}"
     )
 
 
 class CheckpointWriter:
-    """One checkpoint on its way. All processes write into `folder`; what fails is remembered, so that none stays behind
-    in a collective operation, and raised in all of them when they compare notes.
+    """Writes one checkpoint. All processes write into `folder`. An error is kept until all of them meet in `agree`, and
+    raised there in all, so that none waits in a collective operation for one that failed.
 
     Args:
         output_dir: The run's folder, the same for all processes.
@@ -138,7 +141,7 @@ class CheckpointWriter:
         self.failure: str | None = None
 
     def begin(self) -> None:
-        """Make an empty folder.
+        """Create the empty folder.
 
         Raises:
             CheckpointError: In all processes, if one cannot.
@@ -151,17 +154,17 @@ class CheckpointWriter:
 
     @contextmanager
     def attempt(self, file: Path | None = None) -> Iterator[None]:
-        """Within this context a failure to write is remembered instead of raised. The torn file is deleted: on a full
-        disk it takes the room that the next small one needs."""
+        """Within this context an error of writing is kept instead of raised. The incomplete file is deleted: on a full
+        disk it takes the space that the next small one needs."""
         try:
             yield
         except WRITE_ERRORS as error:
-            self.failure = self.failure or _words(error, file)
+            self.failure = self.failure or _describe(error, file)
             if file is not None:
                 file.unlink(missing_ok=True)
 
     def attempting(self, save: Callable[..., Any]) -> Callable[..., None]:
-        """The function save(state_dict, path), as DeepSpeed's checkpoint engines have it, within `attempt`."""
+        """The function save(state_dict, path) of a DeepSpeed checkpoint engine, run within `attempt`."""
 
         def attempted(state_dict: Any, path: str) -> None:
             with self.attempt(Path(path)):
@@ -170,10 +173,10 @@ class CheckpointWriter:
         return attempted
 
     def agree(self) -> None:
-        """Hear of the failures in all processes.
+        """Exchange the errors of all processes.
 
         Raises:
-            CheckpointError: In all of them, if one has failed. What was written is removed.
+            CheckpointError: In all of them, if one has failed. What was written is deleted.
         """
         failures = share(self.failure)
         failed = [f"process {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
@@ -181,12 +184,12 @@ class CheckpointWriter:
             return
         if self.rank == 0:
             remove_unfinished(self.output_dir)
-        share(None)  # all hear of it once the room is free again
-        told = failed[0] if self.layout.world_size > 1 else failed[0].removeprefix("process 0: ")
-        raise cannot_write(self.output_dir, self.target, told)
+        share(None)  # the error is raised once the space is free again
+        reason = failed[0] if self.layout.world_size > 1 else failed[0].removeprefix("process 0: ")
+        raise write_error(self.output_dir, self.target, reason)
 
     def seal(self) -> None:
-        """Make sure that all is on the disk, write the manifest, move the checkpoint into place, delete old ones.
+        """Flush everything to the disk, write the manifest, rename the folder, delete old checkpoints.
 
         Raises:
             CheckpointError: In all processes, if one has failed.
@@ -231,7 +234,7 @@ class CheckpointWriter:
         _to_disk(self.folder)
 
     def _move_into_place(self) -> None:
-        if self.target.exists():  # a torn one, or one that a run before this wrote
+        if self.target.exists():  # an incomplete one, or one of an earlier run
             self.target.rename(self.output_dir / UNFINISHED / "replaced")
         self.folder.rename(self.target)
         _to_disk(self.output_dir)
@@ -241,16 +244,16 @@ class CheckpointWriter:
             return
         for old in checkpoints_in(self.output_dir)[: -self.save_total_limit]:
             if old != self.target:
-                old.rename(self.output_dir / UNFINISHED / old.name)  # gone at once, whatever happens to the deletion
+                old.rename(self.output_dir / UNFINISHED / old.name)  # at once, even if deleting fails
 
 
 def buffer_file(rank: int) -> str:
-    """The file of what a process keeps between steps; each process writes one, so that it tells who was there."""
+    """The file of what a process keeps between steps. Each process writes one, so it shows which of them took part."""
     return f"buffer_{rank}.safetensors"
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Delete what a run that was cut off left half written."""
+    """Delete the incomplete checkpoint of a run that was killed."""
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
 
 
@@ -263,18 +266,18 @@ def share(value: Any) -> list[Any]:
     return values
 
 
-def _words(error: Exception, file: Path | None) -> str:
+def _describe(error: Exception, file: Path | None) -> str:
     where = error.filename if isinstance(error, OSError) and error.filename is not None else file
-    told = error.strerror if isinstance(error, OSError) and error.strerror is not None else first_line(error)
-    if "inline_container" in told:  # torch.save speaks of positions in its archive
-        told = "it could not be written to its end"
-    return told if where is None else f"{Path(where).name}: {told}"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror is not None else first_line(error)
+    if "inline_container" in reason:  # torch.save reports positions in its archive
+        reason = "it could not be written to its end"
+    return reason if where is None else f"{Path(where).name}: {reason}"
 
 
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, or damaged: no text, or no JSON
+    except (OSError, ValueError):  # missing, or damaged: not text, or not JSON
         return False
     return True
 
@@ -288,7 +291,7 @@ def _crc32(path: Path, block: int = 1 << 22) -> int:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk, and not only in the machine's memory."""
+    """Wait until a file or folder is on the disk, and not only in the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

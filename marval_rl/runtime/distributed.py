@@ -1,4 +1,4 @@
-"""What several processes of one training run do together: gather rows and metrics, see whole weights, and fail."""
+"""What the processes of a training run do together: gather rows, metrics and weights, and fail."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from marval_rl.errors import MarvalError, RewardError
 
 
 def gather_rows(values: Tensor) -> Tensor:
-    """The rows of all processes, [n, ...] of each, concatenated in the order of their ranks; no gradient flows.
+    """Concatenate the rows of all processes, [n, ...] in each, in the order of their ranks; no gradient flows.
 
-    Every process must give as many rows. One process gets its own rows back.
+    Every process must have the same number of rows. A single process gets its own back.
     """
     if not torch.distributed.is_initialized():
         return values.detach()
@@ -70,8 +70,8 @@ def mean_over_processes(values: dict[str, list[Tensor]]) -> dict[str, float]:
 
 @contextmanager
 def failing_together(device: torch.device, *error_types: type[MarvalError]) -> Iterator[None]:
-    """Where one process raises an error of these types (RewardError if none is given), raise one in all: none waits
-    for gradients that never come, and all write their part of the checkpoint."""
+    """Where one process raises an error of these types (RewardError if none is given), raise one in all of them: none
+    waits for gradients that never come, and all write their part of the checkpoint."""
     error_types = error_types or (RewardError,)
     failure: MarvalError | None = None
     try:
@@ -85,21 +85,21 @@ def failing_together(device: torch.device, *error_types: type[MarvalError]) -> I
             failures: list[MarvalError | None] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(failures, failure and type(failure)(str(failure)))
             if failure is None:
-                rank, told = next((rank, told) for rank, told in enumerate(failures) if told is not None)
-                failure = type(told)(f"process {rank} failed: {told}")
+                rank, cause = next((rank, error) for rank, error in enumerate(failures) if error is not None)
+                failure = type(cause)(f"process {rank} failed: {cause}")
     if failure is not None:
         raise failure
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 keeps only this process's part of the parameter; DeepSpeed tells such by their number, too."""
+    """Whether ZeRO-3 keeps only this process's part of the parameter; DeepSpeed, too, looks for this attribute."""
     return hasattr(parameter, "ds_id")
 
 
 @contextmanager
-def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Within this context ZeRO-3's parameters are whole on every process, and forward passes without a gradient may be
-    run; what is written to them is lost. Without ZeRO-3 it does nothing. All processes must enter it."""
+def gathered_weights(module: nn.Module) -> Iterator[None]:
+    """Within this context ZeRO-3's parameters are complete on every process, for passes without gradients; what
+    is written to them is lost. Without ZeRO-3 it does nothing. All processes must enter it."""
     parameters = [parameter for parameter in module.parameters() if is_partitioned(parameter)]
     if not parameters:
         yield
@@ -110,11 +110,11 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def whole_in_chunks(parameters: Iterable[nn.Parameter], max_numel: int = 1 << 26) -> Iterator[list[nn.Parameter]]:
-    """Lists of the parameters in their order; while a list is out, its parameters are whole on every process.
+def gathered_in_chunks(parameters: Iterable[nn.Parameter], max_numel: int = 1 << 26) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters in lists, in their order; those of the current list are complete on every process.
 
-    Under ZeRO-3 a list holds at most `max_numel` numbers, or one parameter: so much more memory is needed. Else it
-    holds all. All processes must go through the lists together.
+    Under ZeRO-3 a list holds at most `max_numel` elements, or one parameter, which bounds the extra memory. Otherwise
+    one list holds all. All processes must iterate together.
     """
     parameters = list(parameters)
     if not any(map(is_partitioned, parameters)):
@@ -132,10 +132,10 @@ def whole_in_chunks(parameters: Iterable[nn.Parameter], max_numel: int = 1 << 26
 
 
 def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Zero what ZeRO-3 keeps of the gradients of these parameters; without ZeRO-3 there is nothing to do.
+    """Set ZeRO-3's stored gradients of these parameters to zero; without ZeRO-3 there is nothing to do.
 
-    It writes over them where a step brings a gradient, and elsewhere takes those of an earlier step for this one's:
-    they would count in the norm that all gradients are clipped by.
+    ZeRO-3 overwrites them only where a step has a gradient. Elsewhere those of an earlier step would count in the norm
+    by which all gradients are clipped.
     """
     partitioned = [p for p in parameters if is_partitioned(p) and p.requires_grad]
     if not partitioned:
@@ -148,9 +148,10 @@ def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """Within this context no forward hook runs: ZeRO-3's would take the weights apart again after each module.
+    """Within this context no forward hook runs: ZeRO-3's would partition the weights again after each module.
 
-    They are set aside and not registered anew, so the engine's record of the order of the modules stays as it is.
+    The hooks are removed and put back without registering them again, so that the engine's record of the order of the
+    modules stays the same.
     """
     kept = [(part, part._forward_pre_hooks, part._forward_hooks) for part in module.modules()]
     for part, _, _ in kept:

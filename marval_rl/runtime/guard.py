@@ -16,14 +16,14 @@ from marval_rl.errors import NonFiniteError
 
 
 class NonFiniteGuard:
-    """Looks at each optimizer step; one is bad if a loss or the gradient is not finite in any process.
+    """Checks each optimizer step; one is bad if a loss or the gradient is not finite in any process.
 
-    A loss that is not finite is made to give a gradient that is not either. The gradient is averaged over the
-    processes, so all see it without another message, before they step: a plain run here, DeepSpeed in its own check
-    for an overflow. No weight and nothing of the optimizer's state moves then.
+    A loss that is not finite gets a gradient of NaN. Gradients are averaged over the processes, so all of them see it
+    without further communication before they step: plain runs here, DeepSpeed in its own check for overflow. In a bad
+    step no weight and no state of the optimizer changes.
 
     Args:
-        max_skipped_steps: So many bad steps in a row are skipped; one more ends the run.
+        max_skipped_steps: How many bad steps in a row are skipped; one more ends the run.
     """
 
     def __init__(self, max_skipped_steps: int):
@@ -41,14 +41,14 @@ class NonFiniteGuard:
         self._named.clear()
 
     def blame(self, name: str, tensor: Tensor) -> None:
-        """Remember whether a tensor of this step is finite: if the step turns out bad, the first that is not is named.
+        """Record whether a tensor of this step is finite. If the step is bad, the first one that is not is named.
 
-        Costs no synchronisation with the device.
+        It does not synchronise with the device.
         """
         self._named.append((name, tensor.detach().isfinite().all()))
 
     def watch(self, loss: Tensor) -> Tensor:
-        """The loss of a micro-batch; its gradient is NaN where the loss is not finite, and as it was elsewhere."""
+        """The loss of a micro-batch; its gradient is NaN if the loss is not finite, and unchanged otherwise."""
         self.blame("loss", loss)
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
@@ -64,7 +64,7 @@ class NonFiniteGuard:
         self.step_is_bad = bool(gradients) and not torch.stack(torch._foreach_norm(gradients)).isfinite().all().item()
 
     def count(self, step: int) -> None:
-        """After a step: tell of a bad one. All processes call it.
+        """After a step: report a bad one. All processes call it.
 
         Raises:
             NonFiniteError: In all of them, if there were too many in a row.

@@ -176,9 +176,9 @@ class LimitsCallback(TrainerCallback):
             self._keep(state, metrics[self.best_metric])
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        told = broken_limit(self.limits, state.log_history)
-        if told is not None and state.is_world_process_zero:
-            print(f"stopped at step {state.global_step}: {told}")
+        broken = broken_limit(self.limits, state.log_history)
+        if broken is not None and state.is_world_process_zero:
+            print(f"stopped at step {state.global_step}: {broken}")
 
     def _check_measured(self, history: History) -> None:
         """Raises ValueError for a figure that is looked at and has no value in any of the entries."""
@@ -194,7 +194,7 @@ class LimitsCallback(TrainerCallback):
                 )
 
     def _keep(self, state: TrainerState, value: float) -> None:
-        """Replace `best` by the model of now; a reader finds the one or the other whole, or for a moment none."""
+        """Replace `best` by the current model. A reader finds the old or the new one, or for a moment neither."""
         unfinished = self.folder.with_name(f"{BEST_FOLDER}.unfinished")
         if state.is_world_process_zero and unfinished.exists():
             shutil.rmtree(unfinished)  # of a run that was killed while it wrote

@@ -1,4 +1,4 @@
-"""When another process of the run hangs or dies: noticing it, saying which, and ending instead of waiting for ever."""
+"""Notices that another process of the run hangs or is dead, names it, and ends this one instead of waiting for ever."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from itertools import count
 import torch
 from torch.distributed import DistError, Store
 
-GRACE = 3.0  # seconds that the others get to say that they, too, have given up
+GRACE = 3.0  # seconds in which the others can report that they, too, have given up
 POLL = 1.0  # seconds between two looks at the store
 
-# What torch's backends say when the other end is silent or gone; they raise plain RuntimeErrors.
+# In the messages of torch's backends, which raise plain RuntimeErrors.
 SILENT = re.compile(r"tim(ed|e)[ -]?out", re.IGNORECASE)
 GONE = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|end ?of ?file|socket", re.IGNORECASE)
 
-STORE_GONE = "process 0, or the launcher, is gone"  # whichever holds the store
+STORE_GONE = "process 0, or the launcher, is gone"  # whichever of them holds the store
 
-_runs = count()  # every process of a group makes its runs in the same order
+_runs = count()  # every process of a group starts its runs in the same order
 
 
 class Peers:
     """The processes of a run, seen from one of them.
 
-    Each notes in the store of the process group which step it is in. The first that waited too long for the others, or
-    lost the connection, says so there; the others do the same, and those who do not are the ones that are missing. A
-    thread reads along and ends a process that hangs where no error reaches it, as in a reward that never returns.
+    Each writes to the store of the process group which step it is in. A process that waited too long for the others, or
+    lost the connection, writes that there too. Those that do not are the missing ones. A thread watches the store and
+    ends a process that hangs where no error reaches it, as in a reward that never returns.
 
-    `ddp_timeout` bounds the waiting. With gloo that is an error to be caught here; NCCL ends the process with a
-    message of its own.
+    `ddp_timeout` limits the waiting. gloo then raises an error, which is caught here; NCCL may end the process with its
+    own message.
 
     Args:
         timeout: Seconds after which a collective operation gives up.
@@ -52,24 +52,24 @@ class Peers:
         self.store.set(f"{self.run}/step/{self.rank}", str(step))
 
     def explain(self, error: Exception) -> str | None:
-        """Which processes are missing, if the error says that some are; None for any other error."""
+        """Describe which processes are missing, if the error says that some are; None for any other error."""
         silent, gone = SILENT.search(str(error)), GONE.search(str(error))
         if not (silent or gone or isinstance(error, DistError)):
             return None
         try:
-            told = self._ask_around("did not answer" if silent else "is gone")
-            self.store.set(f"{self.run}/lost", told)
-            time.sleep(2 * POLL)  # with this process the store may go, and the others are to read it
+            missing = self._find_missing("did not answer" if silent else "is gone")
+            self.store.set(f"{self.run}/lost", missing)
+            time.sleep(2 * POLL)  # the store may end with this process, and the others have to read it first
         except RuntimeError:
             return STORE_GONE
-        return told
+        return missing
 
     def close(self) -> None:
-        """Stop reading along: the run is over, and nobody waits for this process any more."""
+        """Stop watching: the run is over, and no other process waits for this one."""
         self._over.set()
         self._watch.join()
 
-    def _ask_around(self, what: str) -> str:
+    def _find_missing(self, what: str) -> str:
         self.store.set(f"{self.run}/gave_up/{self.rank}", "1")
         deadline = time.monotonic() + GRACE
         missing = [rank for rank in range(self.world_size) if rank != self.rank]
@@ -92,10 +92,10 @@ class Peers:
             try:
                 if not self.store.check([f"{self.run}/lost"]):
                     continue
-                told = self.store.get(f"{self.run}/lost").decode()
+                missing = self.store.get(f"{self.run}/lost").decode()
             except RuntimeError:
-                told, patience = STORE_GONE, self.timeout  # it may also have ended as it should, a little earlier
+                missing, patience = STORE_GONE, self.timeout  # or process 0 has finished a little earlier
             if not self._over.wait(patience):
-                print(f"marval-rl: error: process {self.rank} ends: another one found that {told}", file=sys.stderr)
+                print(f"marval-rl: error: process {self.rank} ends: another one found that {missing}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(1)

@@ -1,4 +1,4 @@
-"""The DeepSpeed configurations that come with the library, by name."""
+"""The DeepSpeed configurations that are shipped with the library, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run finds in its folder: the checkpoint to resume from, settings that have changed, what may be deleted."""
+"""What a run finds in its output folder: a checkpoint to resume from, changed settings, files of an earlier run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from marval_rl.errors import CheckpointError, MarvalError, RecipeError
 from marval_rl.runtime.checkpoints import (
     UNFINISHED,
     checkpoints_in,
-    damage,
+    complete_checkpoints,
+    find_damage,
     layout_of,
     step_of,
-    whole_checkpoints,
 )
 
 LATEST = "latest"
 AUTO = "auto"
 SCHEDULER_FILE = "scheduler.pt"  # every checkpoint that can be resumed has it, under DeepSpeed too
 
-# What may change when a run is resumed, and counts from there on: its length, what it writes and looks at, and how it
-# uses the machine. All else makes another run.
+# Settings that may change when a run is resumed: its length, what it writes and evaluates, and how it uses the machine.
+# Any other change makes it a different run.
 FREE_ON_RESUME = frozenset(
     {
         *("max_steps", "num_train_epochs", "max_skipped_steps"),
@@ -43,69 +43,74 @@ FREE_ON_RESUME = frozenset(
         *("ddp_backend", "ddp_timeout"),
     }
 )
-OF_ONE_START = ("output_dir", "overwrite_output_dir", "eval_on_start")  # say nothing of the steps that follow
+OF_ONE_START = ("output_dir", "overwrite_output_dir", "eval_on_start")  # they do not affect the steps that follow
 
 T = TypeVar("T")
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` names; for "latest" and "auto" the newest complete one of the run.
+    """Find the checkpoint that `resume` names; for "latest" and "auto" the newest complete one of the run.
 
-    Of several processes the first reads the files and the others do as it says.
+    The first process reads the files and decides for all.
 
     Returns:
-        None only for "auto", where neither a checkpoint nor a final model is there: the run starts anew.
+        The folder. None only for "auto", if there is neither a checkpoint nor a final model: the run starts over.
 
     Raises:
         CheckpointError: In all processes, if there is none to resume from, or the one named is damaged.
     """
-    return _as_the_first_says(lambda: _find_checkpoint(output_dir, resume))
+    return _decided_by_first(lambda: _find_checkpoint(output_dir, resume))
 
 
 def _find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     if resume not in (LATEST, AUTO):
-        if (wrong := _unusable(Path(resume))) is not None:
-            raise CheckpointError(f"{resume} is not a complete checkpoint: {wrong}")
+        if (problem := _unusable(Path(resume))) is not None:
+            raise CheckpointError(f"{resume} is not a complete checkpoint: {problem}")
         return Path(resume)
-    passed_over = []
+    damaged = []
     for folder in reversed(checkpoints_in(output_dir)):
-        if (wrong := _unusable(folder)) is None:
-            for other, told in passed_over:
-                print(f"{other} is damaged ({told}); resuming from {folder}")
+        if (problem := _unusable(folder)) is None:
+            for other, reason in damaged:
+                print(f"{other} is damaged ({reason}); resuming from {folder}")
             return folder
-        passed_over.append((folder, wrong))
-    if resume == AUTO and not passed_over and not (output_dir / "final").exists():
+        damaged.append((folder, problem))
+    if resume == AUTO and not damaged and not (output_dir / "final").exists():
         return None
-    found = "".join(f"; {folder.name} is damaged: {wrong}" for folder, wrong in passed_over)
+    found = "".join(f"; {folder.name} is damaged: {problem}" for folder, problem in damaged)
     start = (
-        "--overwrite_output_dir deletes what is there and starts anew" if kept_of(output_dir) else "start without it"
+        "--overwrite_output_dir deletes what is there and starts over"
+        if kept_outputs(output_dir)
+        else "start without it"
     )
     raise CheckpointError(f"{output_dir} holds no complete checkpoint to --resume from{found}; {start}")
 
 
 def _unusable(checkpoint: Path) -> str | None:
     """Why a run cannot be resumed from a checkpoint; None if it can."""
-    wrong = damage(checkpoint)
-    if wrong is None and layout_of(checkpoint) is not None and not (checkpoint / SCHEDULER_FILE).exists():
-        return "it holds weights without the optimizer's state (save_only_model): begin a new run from them"
-    return wrong
+    problem = find_damage(checkpoint)
+    if problem is None and layout_of(checkpoint) is not None and not (checkpoint / SCHEDULER_FILE).exists():
+        return "it holds weights without the optimizer's state (save_only_model): start a new run from them"
+    return problem
 
 
 def changed_settings(
     checkpoint: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any], world_size: int
 ) -> list[str]:
-    """A line for each setting that differs from those of the checkpoint's run, and counts from here on.
+    """Compare the settings of a resumed run with those it was started with.
 
     Args:
-        checkpoint: Beside the recipe.yaml of its run. Of a run without one nothing is known, and a line says so.
-        settings: Of the resumed run, in the types that YAML knows; what is missing has its default.
+        checkpoint: Its run's recipe.yaml is in the same folder.
+        settings: Of the resumed run, in YAML's types; a missing one has its default.
         defaults: Of all settings.
         world_size: Processes of the resumed run.
 
+    Returns:
+        A line for each setting that changes from here on, or one that says that recipe.yaml is missing.
+
     Raises:
-        RecipeError: In all processes, for settings that would make it another run.
+        RecipeError: In all processes, for changes that would make it a different run.
     """
-    return _as_the_first_says(lambda: _changed_settings(checkpoint, settings, defaults, world_size))
+    return _decided_by_first(lambda: _changed_settings(checkpoint, settings, defaults, world_size))
 
 
 def _changed_settings(
@@ -121,18 +126,18 @@ def _changed_settings(
     if before["gradient_accumulation_steps"] * processes == now["gradient_accumulation_steps"] * world_size:
         before["gradient_accumulation_steps"] = now["gradient_accumulation_steps"]  # as many images an update
     differing = [name for name in defaults if before[name] != now[name] and name not in OF_ONE_START]
-    told = {name: f"{name} is {now[name]}, and was {before[name]}" for name in differing}
-    refused = [told[name] for name in differing if name not in FREE_ON_RESUME]
+    changes = {name: f"{name} is {now[name]}, and was {before[name]}" for name in differing}
+    refused = [changes[name] for name in differing if name not in FREE_ON_RESUME]
     if refused:
         raise RecipeError(
-            f"a resumed run keeps the settings of {path}, but {'; '.join(refused)}: leave out what differs, or begin a "
+            f"a resumed run keeps the settings of {path}, but {'; '.join(refused)}: leave out what differs, or start a "
             f"new run from its weights; if it is the same under another name, change it in {path} first"
         )
-    return [f"from here on {told[name]}" for name in differing]
+    return [f"from here on {changes[name]}" for name in differing]
 
 
-def _as_the_first_says(decide: Callable[[], T]) -> T:
-    """What `decide` returns in the first process, in all of them; so with the MarvalError that it raises."""
+def _decided_by_first(decide: Callable[[], T]) -> T:
+    """In all processes what `decide` returns in the first one, or the MarvalError that it raises there."""
     if not torch.distributed.is_initialized():
         return decide()
     decided: list[T | MarvalError | None] = [None]
@@ -148,8 +153,8 @@ def _as_the_first_says(decide: Callable[[], T]) -> T:
 
 
 def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
-    """Rename the run's checkpoints that are newer than the one it goes on from to superseded-<step>: a later `--resume`
-    must not take them for its own."""
+    """Rename checkpoints that are newer than the one to resume from to superseded-<step>, so that a later `--resume`
+    ignores them."""
     if checkpoint.parent.resolve() != output_dir.resolve():
         return
     for folder in sorted(output_dir.glob("checkpoint-*")):
@@ -161,16 +166,16 @@ def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
             print(f"{folder} is newer than {checkpoint}: renamed to {aside}")
 
 
-def kept_of(output_dir: Path) -> list[Path]:
-    """What an earlier run left in the folder and only the user may throw away: checkpoints and models."""
+def kept_outputs(output_dir: Path) -> list[Path]:
+    """The checkpoints and models of an earlier run, which are deleted only if the user asks for it."""
     return _found(output_dir, "checkpoint-*", "superseded-*", "final", "best")
 
 
-def earlier_run(output_dir: Path) -> list[Path]:
-    """All that an earlier run left in the folder; of `runs`, where TensorBoard writes, its own files alone."""
+def earlier_outputs(output_dir: Path) -> list[Path]:
+    """All files of an earlier run; in `runs`, where TensorBoard writes, only those of TensorBoard."""
     events = _found(output_dir, "runs/*/events.out.tfevents.*", "runs/*/*/events.out.tfevents.*")
     return [
-        *kept_of(output_dir),
+        *kept_outputs(output_dir),
         *_found(output_dir, UNFINISHED, "metrics.jsonl", "best.unfinished", "samples"),
         *events,
     ]
@@ -181,15 +186,15 @@ def _found(output_dir: Path, *patterns: str) -> list[Path]:
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Make sure that a new run can use the folder. What a run left that ended before its first checkpoint is in no way.
+    """Make sure that a new run can use the folder. A run that ended before its first checkpoint does not prevent that.
 
     Raises:
-        ValueError: If an earlier run's checkpoints or models are there and overwrite is False.
+        ValueError: If checkpoints or models of an earlier run exist and overwrite is False.
     """
-    kept = [path.name for path in kept_of(output_dir)]
+    kept = [path.name for path in kept_outputs(output_dir)]
     if kept and not overwrite:
         others = "choose another --output_dir, or delete it with --overwrite_output_dir"
-        if whole_checkpoints(output_dir):
+        if complete_checkpoints(output_dir):
             raise ValueError(f"{output_dir} already holds a run: resume it (--resume), {others}")
         raise ValueError(
             f"{output_dir} already holds a run ({', '.join(kept)}), but no complete checkpoint to resume from: {others}"
@@ -197,8 +202,8 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
 
 
 def remove_earlier_run(output_dir: Path) -> None:
-    """Delete what `earlier_run` finds: only once the new run is ready to begin."""
-    for path in earlier_run(output_dir):
+    """Delete what `earlier_outputs` finds. Call it only once the new run is ready to begin."""
+    for path in earlier_outputs(output_dir):
         if path.is_dir():
             shutil.rmtree(path)
             continue

@@ -20,7 +20,13 @@ from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, generate_images, save_image_grid
 from marval_rl.rewarding import RewardSet
-from marval_rl.runtime.callbacks import AverageCallback, EpochCallback, InterruptCallback, MetricsFileCallback
+from marval_rl.runtime.callbacks import (
+    AverageCallback,
+    EpochCallback,
+    InterruptCallback,
+    MetricsFileCallback,
+    ProgressBarCallback,
+)
 from marval_rl.runtime.distributed import (
     failing_together,
     forget_gradients,
@@ -29,7 +35,6 @@ from marval_rl.runtime.distributed import (
     mean_over_processes,
 )
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
-from marval_rl.runtime.progress import ProgressBarCallback
 from marval_rl.runtime.randomness import derive_seed, kept_random_state
 from marval_rl.runtime.resumable import ResumableTrainer
 from marval_rl.trainers.arguments import MARTrainingArguments
@@ -144,7 +149,7 @@ class MARTrainer(ResumableTrainer):
             self.optimizer = make_optimizer(self.parameter_groups(), self.args)
         return self.optimizer
 
-    def goes_on_with_buffer(self, step: int) -> bool:
+    def needs_buffer(self, step: int) -> bool:
         return not self.args.starts_cycle(step)
 
     def get_train_dataloader(self) -> DataLoader:

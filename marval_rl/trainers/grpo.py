@@ -41,7 +41,7 @@ from marval_rl.losses.policy import action_log_prob, policy_loss
 from marval_rl.models import MARModel
 from marval_rl.models.sampling import draw_rollout_noise, student_mean, unmask
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, unmasking_steps
-from marval_rl.runtime.distributed import failing_together, gather_rows, whole_weights
+from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_weights
 from marval_rl.runtime.randomness import derive_generator
 from marval_rl.trainers.grpo_config import MARGRPOConfig
 from marval_rl.trainers.reward_trainer import RewardTrainer
@@ -72,8 +72,8 @@ class MARGRPOTrainer(RewardTrainer):
         self.epsilon_low = SUM_CLIP_RANGE / action_size if args.epsilon is None else args.epsilon
         self.epsilon_high = self.epsilon_low if args.epsilon_high is None else args.epsilon_high
 
-    def goes_on_with_buffer(self, step: int) -> bool:
-        return super().goes_on_with_buffer(step) or not self.args.starts_rollout(step, micro_batch=0)
+    def needs_buffer(self, step: int) -> bool:
+        return super().needs_buffer(step) or not self.args.starts_rollout(step, micro_batch=0)
 
     def prepare_inputs(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """This micro-batch's B images of the generation batch, which is generated first where one begins."""
@@ -100,7 +100,7 @@ class MARGRPOTrainer(RewardTrainer):
 
         parts = []
         self.mar.eval()
-        with whole_weights(self.mar), self.accelerator.autocast():
+        with gathered_weights(self.mar), self.accelerator.autocast():
             # In the precision and the portions of training, so that the same kernels find the same log-probabilities.
             for images, part_labels in zip(mine.split(size), labels.split(size), strict=True):
                 inputs = {"class_labels": part_labels, "order": noise["order"][images], "noise": noise["noise"][images]}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from marval_rl.runtime.distributed import whole_in_chunks
+from marval_rl.runtime.distributed import gathered_in_chunks
 
 # The networks that a trainer's parameter groups belong to: the one that is averaged and saved, and its companion.
 MODEL = "model"
@@ -104,7 +104,7 @@ class ExponentialMovingAverage:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
         averages = self.module.parameters()
-        for parameters in whole_in_chunks(model.parameters()):
+        for parameters in gathered_in_chunks(model.parameters()):
             chunk = [next(averages) for _ in parameters]
             current = [p.detach().to(average.dtype) for p, average in zip(parameters, chunk, strict=True)]
             torch._foreach_lerp_(chunk, current, 1 - decay)

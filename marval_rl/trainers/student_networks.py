@@ -14,7 +14,7 @@ from torch import nn
 from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models import MARModel
 from marval_rl.models.head import DiffusionHead
-from marval_rl.runtime.distributed import whole_weights
+from marval_rl.runtime.distributed import gathered_weights
 from marval_rl.trainers.optimization import AUXILIARY, MODEL
 
 AUXILIARY_FILE = "auxiliary.safetensors"
@@ -51,7 +51,7 @@ class StudentNetworks(nn.Module):
         """Write the auxiliary network, if there is one, where should_save says so; all processes must call it."""
         if self.auxiliary is None:
             return
-        with whole_weights(self.auxiliary):
+        with gathered_weights(self.auxiliary):
             if should_save:
                 state = {name: tensor.contiguous() for name, tensor in self.auxiliary.state_dict().items()}
                 save_file(state, folder / AUXILIARY_FILE)

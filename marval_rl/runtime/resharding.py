@@ -1,4 +1,4 @@
-"""Going on under another number of processes or stage of ZeRO: DeepSpeed's partitions are joined and dealt out anew."""
+"""Resuming with another number of processes or another stage of ZeRO: DeepSpeed's partitions are resharded."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from marval_rl.runtime.checkpoints import UNFINISHED, Layout, remove_unfinished,
 ADAM = ("exp_avg", "exp_avg_sq")
 
 
-def load_other_layout(checkpoint: Path, written: Layout, engine: Any, output_dir: Path) -> None:
+def load_resharded(checkpoint: Path, written: Layout, engine: Any, output_dir: Path) -> None:
     """Load the float32 weights and the optimizer's state of a checkpoint into an engine of another layout.
 
-    The first process joins the partitions with DeepSpeed's own converter (`ds_to_universal`), one file a parameter and
-    state, in a folder that is deleted again. DeepSpeed would read them back between its stages 1 and 2 only, and would
-    take the first parameter group's settings for all; here each process fills its own part.
+    The first process joins the partitions with DeepSpeed's own converter (`ds_to_universal`), into one file per
+    parameter and state, in a temporary folder. DeepSpeed itself could read them only between its stages 1 and 2, and
+    would use the first parameter group's settings for all; so here each process fills its own partition.
 
     Args:
-        checkpoint: A whole checkpoint of the run.
+        checkpoint: A complete checkpoint of the run.
         written: Its layout.
         engine: The new engine; its weights are those of the checkpoint already.
         output_dir: The run's folder.
@@ -39,16 +39,16 @@ def load_other_layout(checkpoint: Path, written: Layout, engine: Any, output_dir
     if torch.distributed.get_rank() == 0:
         try:
             _join(next(checkpoint.glob("global_step*")), written.zero_stage, folder)
-        except Exception as error:  # whatever DeepSpeed's script may raise: also AssertionError and KeyError
+        except Exception as error:  # DeepSpeed's script may raise anything, such as AssertionError or KeyError
             failure = f"{type(error).__name__}: {first_line(error)}"
     failure = share(failure)[0]
     if failure is not None:
         raise CheckpointError(
-            f"{checkpoint} was written by {written}, and DeepSpeed could not convert it: {failure}. Go on with "
-            f"{written}, or begin a new run from its weights"
+            f"{checkpoint} was written by {written}, and DeepSpeed could not convert it: {failure}. Continue with "
+            f"{written}, or start a new run from its weights"
         )
-    _deal_out(folder / "zero", engine)
-    share(None)  # all have read
+    _fill_partition(folder / "zero", engine)
+    share(None)  # all have read it
     if torch.distributed.get_rank() == 0:
         remove_unfinished(output_dir)
 
@@ -68,7 +68,7 @@ def _join(partitions: Path, zero_stage: int, folder: Path) -> None:
     )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(settings)
-    if zero_stage == 3:  # of which the converter leaves out the optimizer's step
+    if zero_stage == 3:  # the converter leaves out the optimizer's step
         shapes = _load(next(partitions.glob("*_model_states.pt")))["param_shapes"]
         optimizer = _load(next(partitions.glob("*_optim_states.pt")))["optimizer_state_dict"]["optimizer_state_dict"]
         for group, names in enumerate(shapes):
@@ -76,8 +76,8 @@ def _join(partitions: Path, zero_stage: int, folder: Path) -> None:
                 torch.save(optimizer["state"][group]["step"], folder / "zero" / name / "step.pt")
 
 
-def _deal_out(folder: Path, engine: Any) -> None:
-    """Fill this process's flat float32 tensors, one a group, and the optimizer's states of them."""
+def _fill_partition(folder: Path, engine: Any) -> None:
+    """Fill this process's flat float32 tensors, one per parameter group, and their optimizer states."""
     zero3 = engine.zero_optimization_stage() == 3
     optimizer = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
@@ -85,29 +85,29 @@ def _deal_out(folder: Path, engine: Any) -> None:
     flats = optimizer.fp32_partitioned_groups_flat if zero3 else optimizer.single_partition_of_fp32_groups
     for group, flat in zip(groups, flats, strict=True):
         state = {key: torch.zeros_like(flat.data) for key in ADAM}
-        own_parts = _zero3_parts(group) if zero3 else _fragments(group)
-        for parameter, first, start, size in own_parts:
-            for key, own in (("fp32", flat.data), *state.items()):
-                whole = _tensor(folder / names[parameter] / f"{key}.pt").flatten()
-                own[start : start + size] = whole[first : first + size]
+        parts = _zero3_parts(group) if zero3 else _fragments(group)
+        for parameter, first, start, size in parts:
+            for key, partition in (("fp32", flat.data), *state.items()):
+                full = _tensor(folder / names[parameter] / f"{key}.pt").flatten()
+                partition[start : start + size] = full[first : first + size]
         step = _load(folder / names[group[0]] / "step.pt")
         optimizer.optimizer.state[flat] = {"step": torch.as_tensor(step, dtype=torch.float32), **state}
 
 
-# Both yield (parameter, first number of it that this process has, its place in the flat tensor, how many numbers).
+# Both yield (parameter, index of its first element here, that element's index in the flat tensor, number of elements).
 
 
 def _fragments(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
-    """ZeRO-1 and 2 lay a group's parameters end to end, and cut what comes of it into equal parts."""
+    """ZeRO-1 and 2 concatenate the parameters of a group, and cut the result into equal parts."""
     for parameter in group:
         mapping = parameter._hp_mapping
-        if mapping is not None:  # else it lies in another process
+        if mapping is not None:  # else another process has it
             inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
             yield parameter, inside.start, flat.start, flat.numel
 
 
 def _zero3_parts(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
-    """ZeRO-3 cuts each parameter into equal parts, the last one filled up, and lays a process's parts end to end."""
+    """ZeRO-3 cuts each parameter into equal parts, the last one padded, and concatenates the parts of a process."""
     start = 0
     for parameter in group:
         size = parameter.ds_tensor.numel()
@@ -122,4 +122,4 @@ def _tensor(path: Path) -> Tensor:
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed keeps objects of its own in its files
+    return torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed's files hold objects of its own
