@@ -1,7 +1,7 @@
 """The part of a trainer that writes checkpoints, resumes from them, and saves the completed steps of a run that fails.
 
-All private methods of `transformers.Trainer` that this library overrides or calls are in this file. They were tested
-with transformers 5.17 and 5.23; pyproject.toml excludes versions that were not.
+All private methods of `transformers.Trainer` that this library overrides or calls are in this file. Tested with
+transformers 5.17 to 5.23; pyproject.toml excludes version 6, which may change them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which settings count: one that cannot is refused by name, with the remedy, and never recorded without effect.
+"""Which settings have an effect: one that cannot is refused by name, with the remedy, and is never silently recorded.
 
-A dataclass says in its table `counts_if` what its settings depend on; `REFUSED` lists what transformers offers
-and these trainers do not do.
+The table `counts_if` of a dataclass says what its settings depend on. `REFUSED` lists the settings of transformers that
+these trainers do not support.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 class Needs(NamedTuple):
     """What settings depend on.
 
-    told: the condition in words. settings: what it looks at; it does not apply to a command that has not all of them.
-    met: of their values. in_python: False where a trainer made in Python can use the setting in another way.
+    Attributes:
+        description: The condition in words.
+        settings: The names that it looks at; it does not apply to a command that does not have all of them.
+        met: Whether their values fulfil it.
+        in_python: False if a trainer made in Python can use the dependent settings in another way.
     """
 
-    told: str
+    description: str
     settings: tuple[str, ...]
     met: Callable[..., bool]
     in_python: bool = True
@@ -105,9 +108,9 @@ REFUSED_VALUES = {
     ("lr_scheduler_type", "reduce_lr_on_plateau"): _FIGURE,
     ("lr_scheduler_type", "greedy"): _FIGURE,
 }
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")  # those that were tried
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")  # the tested ones
 
-TRACKERS = {  # name -> packages of which it needs one
+TRACKERS = {  # name -> packages, one of which it needs
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
     "codecarbon": ("codecarbon",),
@@ -145,7 +148,7 @@ def conditions_of(config_types: Sequence[type]) -> Iterator[tuple[str, Needs]]:
 
 
 def unmet_needs(config_types: Sequence[type], values: Mapping[str, Any]) -> dict[str, Needs]:
-    """The settings that cannot count, each with what it misses; values: those of all settings, defaults too."""
+    """The settings without an effect, each with the condition that is not met, given the values of all settings."""
     return {
         name: needs
         for name, needs in conditions_of(config_types)
@@ -158,18 +161,21 @@ def unmet_needs(config_types: Sequence[type], values: Mapping[str, Any]) -> dict
 def check_written(
     config_types: Sequence[type], written: Mapping[str, Any], on_command_line: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings that count, and lines that tell of those that the command line has switched off.
+    """Check the settings that the user wrote.
 
-    What is empty, false or 0 says that something is off, and may be written anywhere.
+    A value that is empty, false or 0 switches something off, and is always accepted.
 
     Args:
         config_types: The dataclasses of the command.
         written: What the user wrote, in the recipe or on the command line.
-        on_command_line: Those of them that stand there.
+        on_command_line: The names that were written there.
+
+    Returns:
+        The settings that have an effect, and a line for each group that the command line has switched off.
 
     Raises:
-        ValueError: For a setting that cannot count, unless it stands in the recipe and the command line switches off
-            what it belongs to; and for what transformers offers and these trainers do not do.
+        ValueError: For a setting that has no effect, unless it is in the recipe and the command line switches off what
+            it belongs to; and for settings of transformers that these trainers do not support.
     """
     defaults = defaults_of(config_types)
     check_refused({name: value for name, value in written.items() if value and (value, defaults[name]) != (True, True)})
@@ -182,21 +188,21 @@ def check_written(
         else:
             left_out.setdefault(needs, []).append(name)
     refuse_idle(idle, written)
-    lines = [f"# left out of the recipe: {', '.join(names)}, only for {n.told}" for n, names in left_out.items()]
-    gone = {name for names in left_out.values() for name in names}
-    return {name: value for name, value in written.items() if name not in gone}, lines
+    lines = [f"# left out of the recipe: {', '.join(names)}, only for {n.description}" for n, names in left_out.items()]
+    unused = {name for names in left_out.values() for name in names}
+    return {name: value for name, value in written.items() if name not in unused}, lines
 
 
 def check_python(config: Any) -> None:
-    """As `check_written`, for a dataclass that was made in Python: what differs from its default was written.
+    """As `check_written`, for a dataclass that was made in Python: the user wrote what differs from its default.
 
     Raises:
-        ValueError: For a setting that cannot count.
+        ValueError: For a setting that has no effect.
     """
     kind, values = type(config), vars(config)
     written = {name: values[name] for name, default in defaults_of((kind,)).items() if values[name] != default}
-    as_transformers_leaves_them = ("", [], AcceleratorConfig())
-    refusable = {name: value for name, value in written.items() if value not in as_transformers_leaves_them}
+    set_by_transformers = ("", [], AcceleratorConfig())
+    refusable = {name: value for name, value in written.items() if value not in set_by_transformers}
     if config.eval_strategy != "no":
         refusable.pop("do_eval", None)  # transformers sets it
     check_refused(refusable)
@@ -212,11 +218,11 @@ def refuse_idle(idle: Sequence[tuple[str, Needs]], values: Mapping[str, Any]) ->
     names = [name for name, other in idle if other == needs]
     shown = ", ".join(f"{name} {values[name]}" for name in names)
     count, them = ("counts", names[0]) if len(names) == 1 else ("count", "them")
-    raise ValueError(f"{shown} {count} only with {needs.told}: set that, or leave {them} out")
+    raise ValueError(f"{shown} {count} only with {needs.description}: set that, or leave {them} out")
 
 
 def check_refused(written: Mapping[str, Any]) -> None:
-    """Raises ValueError for what transformers offers and these trainers do not do."""
+    """Raises ValueError for settings of transformers that these trainers do not support."""
     for name, value in written.items():
         if name in REFUSED:
             raise ValueError(f"{name} is not supported by these trainers: {REFUSED[name]}")
