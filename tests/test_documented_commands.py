@@ -25,6 +25,7 @@ import torch.distributed.run
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from marval_rl.cli import processes
 from marval_rl.cli.main import COMMANDS, main
 from marval_rl.recipes.planning import activations
 from marval_rl.trainers import arguments
@@ -136,9 +137,10 @@ class Checker:
                 words = [*words, "--dry_run"]
             else:
                 patch.setattr(importlib.import_module(COMMANDS[name].module), "run", lambda args, extra: None)
+                patch.setattr(processes, "run_processes", lambda launch, arguments: main(arguments))
             assert main(words) == 0, (shlex.join(words), self.capsys.readouterr().err)
         output = self.capsys.readouterr().out
-        if COMMANDS[name].can_launch:
+        if COMMANDS[name].can_launch and COMMANDS[name].takes_recipe:
             number = words[words.index("--num_processes") + 1] if "--num_processes" in words else None
             number = number or os.environ.get("WORLD_SIZE", "1")
             assert f"planned for {number} process" in output and "nothing was trained" in output
