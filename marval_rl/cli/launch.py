@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from marval_rl.cli.accelerate_config import read_accelerate_config
-from marval_rl.cli.main import path_or_id
 from marval_rl.errors import RecipeError
+from marval_rl.paths import path_or_id
 
 DEFAULT_PORT = 29500  # torchrun's; on one machine any free port
 
