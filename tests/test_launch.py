@@ -212,7 +212,6 @@ def test_deepspeed_needs_a_launch(train, complaint):
         ("tf32 bf16", "asks for bf16 and tf32 on a GPU; here is none: --use_cpu true --bf16 false --tf32 false to try"),
         ("fp16 use_cpu", "fp16 needs a GPU, and use_cpu is true: add --fp16 false"),
         ("tf32 use_cpu", "tf32 needs a GPU, and use_cpu is true: add --tf32 false"),
-        ("bf16_full_eval", "asks for bf16_full_eval on a GPU; here is none"),
         ("bf16 use_cpu", None),
     ],
 )

@@ -16,6 +16,7 @@ from marval_rl.data import (
     load_moments,
 )
 from marval_rl.data.class_names import describe_classes
+from marval_rl.data.image_folder import ImageFolder
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
@@ -112,13 +113,22 @@ class DataArguments:
             print(describe_data(dataset), flush=True)
 
     def load_images(self):
-        """The images as they are, before they are cropped."""
-        return load_labelled_images(
+        """The images as they are, before they are cropped.
+
+        Raises RecipeError if columns are named and the images lie in class folders, which have none.
+        """
+        images = load_labelled_images(
             self.dataset,
             image_column=self.image_column,
             label_column=self.label_column,
             class_names=self.class_names,
         )
+        if isinstance(images, ImageFolder) and (self.image_column, self.label_column) != ("image", "label"):
+            raise RecipeError(
+                f"image_column {self.image_column} and label_column {self.label_column} count only for parquet and "
+                f"`datasets`, and {self.dataset} holds class folders: leave them out"
+            )
+        return images
 
     def fit(self, config: MARConfig, model: str, dataset: Dataset | None = None) -> None:
         """Gives a model's configuration the recipe's VAE, and the names of its classes where it has none.

@@ -28,7 +28,7 @@ _CHECKPOINTING = tuple(
 )
 
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
-GPU_PRECISIONS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
+GPU_PRECISIONS = ("bf16", "fp16", "tf32")
 
 
 @contextmanager

@@ -1,0 +1,467 @@
+"""No setting is ignored: changing any field of any class of settings changes the run, or is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_recipes import COMMANDS, CONFIGS, comparable_lines
+from tiny_trainers import QUIET, darkness, grey_student, tiny_images
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.utils import logging as transformers_logging
+
+from marval_rl.cli import train as train_command
+from marval_rl.cli.quiet import quiet_libraries
+from marval_rl.data import class_rows
+from marval_rl.models import MARConfig
+from marval_rl.recipes import data_arguments
+from marval_rl.recipes.data_arguments import DataArguments
+from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, TeacherArguments
+from marval_rl.rewarding import RewardSet
+from marval_rl.runtime.settings import (
+    OPTIMIZERS,
+    REFUSED,
+    REFUSED_VALUES,
+    check_written,
+    conditions_of,
+    defaults_of,
+)
+from marval_rl.trainers.arguments import MARTrainingArguments
+from marval_rl.trainers.distill import DistillConfig, DistillTrainer
+from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
+from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
+from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
+
+# ---- Trainers: each field is refused, or changes what a run leaves behind, or is read by the code that is named ----
+
+BASE = {
+    **QUIET,
+    **{"max_steps": 6, "lr_scheduler_type": "linear", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2},
+    **{"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_num_images": 6, "eval_batch_size": 3},
+    **{"eval_unmasking_steps": 2, "sample_grid_columns": 2, "ema_decay": 0.5, "max_grad_norm": 0.1},
+}
+CHASING = {"auxiliary_updates": 2, "auxiliary_warmup_steps": 0, "min_timestep": 20, "max_timestep": 900}
+REWARDED = {
+    **{**BASE, **CHASING, "anchor_weight": 1.0, "anchor_batch_size": 8, "beta": 0.1, "sync_ref_model": True},
+    **{"ref_model_sync_steps": 1, "num_unmasking_steps": 2, "eval_unmasking_steps": 3, "sigma": 0.2},
+}
+BASES = {
+    "teacher": {**BASE, "eval_guidance_scale": 2.0, "eval_diffusion_steps": 10},
+    "distill": {**BASE, **CHASING},
+    "grpo": {**REWARDED, "num_generations": 4},
+    "reward_backprop": REWARDED,
+}
+
+# field -> another value; or that, what else is set before and after, and what is set after alone
+CHANGES: dict[str, Any] = {
+    "output_dir": None,  # each run has its own here
+    **{"max_steps": 3, "num_train_epochs": (1, {"max_steps": -1}), "per_device_train_batch_size": 4},
+    **{"gradient_accumulation_steps": 2, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+    "lr_scheduler_kwargs": ({"power": 3}, {"lr_scheduler_type": "polynomial"}),
+    **{"optim": "sgd", "optim_args": ("momentum=0.5", {"optim": "sgd"}), "weight_decay": 0.3},
+    **{
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.5,
+        "adam_epsilon": 0.1,
+        "max_grad_norm": 0.01,
+        "bf16": (True, {"use_cpu": True}),
+    },
+    "logging_strategy": ("no", {"logging_steps": 10, "max_steps": 11, "save_strategy": "no"}),
+    **{"logging_steps": 2, "logging_first_step": (True, {"logging_steps": 3})},
+    **{"eval_strategy": "no", "eval_steps": 3, "eval_delay": 3, "eval_on_start": False, "eval_num_images": 9},
+    **{"eval_unmasking_steps": 4, "eval_seed": 5, "sample_grid_columns": 1, "save_strategy": "no"},
+    **{"save_steps": 1, "save_total_limit": 1, "seed": 3, "data_seed": 3, "ema_decay": 0.01},
+    # pretraining and distillation
+    **{
+        "label_dropout": 0.9,
+        "mask_ratio_min": 0.3,
+        "mask_ratio_std": (3.0, {"mask_ratio_min": 0.05}),
+        "timestep_draws": 3,
+    },
+    **{"eval_guidance_scale": 1.5, "eval_guidance_schedule": "constant", "eval_diffusion_steps": 5},
+    **{"auxiliary_learning_rate": 1e-2, "student_timestep": 300, "guidance_scale": 3.0, "min_timestep": 500},
+    **{"max_timestep": 300, "huber_r": 1.0, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3},
+    # rewards
+    **{"anchor_weight": 2.0, "anchor_batch_size": 4, "reward_weights": [2.0], "num_unmasking_steps": 3, "beta": 0.2},
+    **{
+        "prompt_template": "a {name}",
+        "sigma": 0.3,
+        "sync_ref_model": (False, {}, {"ref_model_sync_steps": 64}),
+        "ref_model_mixup_alpha": 0.2,
+    },
+    **{"ref_model_sync_steps": 3, "best_metric": "rewards/judge/mean", "max_kl": 1e-9},
+    **{"max_frechet_ratio": 1.0, "min_diversity": 1.0, "min_mode_coverage": 1.0},
+    # GRPO
+    **{"num_generations": 2, "num_iterations": 2, "steps_per_generation": 2, "importance_sampling_level": "image"},
+    **{"loss_type": ("cispo", {"num_iterations": 2}), "log_prob_reduction": "mean", "scale_rewards": "none"},
+    **{"epsilon": (1e-4, {"num_iterations": 4}), "epsilon_high": (1e-4, {"num_iterations": 4})},
+    **{"reward_std_floor": 5.0, "advantage_clip": 0.1, "multi_objective_aggregation": "normalize_then_sum"},
+    **{"num_trained_steps": 1, "trained_steps": ("first", {"num_trained_steps": 1}), "exploration_window": 1},
+    "exploration_shift": (1, {"exploration_window": 1}),
+    **{"share_order": True, "share_noise": True},
+    # reward back-propagation
+    **{"backprop_steps": "last", "num_backprop_steps": (2, {"backprop_steps": "last"}), "reward_threshold": 0.1},
+}
+
+# field -> code that reads it, where nothing shows on this machine: speed, several processes, trackers, GPUs
+TRAINER, TRACKER = Trainer, integration_utils
+READ_BY: dict[str, Any] = {
+    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), TRAINER),
+    **dict.fromkeys(("ddp_static_graph",), TRAINER),
+    **dict.fromkeys(("ddp_backend", "ddp_timeout", "use_cpu", "fp16", "tf32", "deepspeed"), TrainingArguments),
+    **dict.fromkeys(("log_level", "log_level_replica"), TrainingArguments.get_process_log_level),
+    **dict.fromkeys(("report_to", "full_determinism", "torch_empty_cache_steps"), TRAINER),
+    **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), TRAINER),
+    **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), (TRAINER, TrainingArguments)),
+    **dict.fromkeys(("run_name", "project", "trackio_space_id", "trackio_bucket_id"), TRACKER),
+    "trackio_static_space_id": TRACKER,
+    "disable_tqdm": "marval_rl.runtime.progress",
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), "marval_rl.trainers.base"
+    ),
+    **dict.fromkeys(("eval_batch_size", "max_skipped_steps"), "marval_rl.trainers.base"),
+    "overwrite_output_dir": "marval_rl.cli.training",
+}
+
+
+class Measures:
+    """An evaluation whose figures get worse, and of which one tells of the images."""
+
+    names = ("frechet_distance", "diversity", "mode_coverage", "mean")
+
+    def __init__(self):
+        self.calls = 0
+
+    def evaluate(self, images: Tensor, class_labels: Tensor) -> dict[str, float]:
+        self.calls += 1
+        worse = {"frechet_distance": float(self.calls), "diversity": 1 / self.calls, "mode_coverage": 1 / self.calls}
+        return {**worse, "mean": images.mean().item()}
+
+
+def judge(images: Tensor, prompts: list[str], **_: Any) -> Tensor:
+    return images.mean(dim=(1, 2, 3)) + len(prompts[0])
+
+
+def judged_darkness(images: Tensor, prompts: list[str], **_: Any) -> Tensor:
+    return darkness(images) * (1 + len(prompts[0]))
+
+
+judged_darkness.differentiable = True
+
+
+def make_trainer(recipe: str, folder: Path, settings: dict[str, Any]) -> Any:
+    options = {"evaluator": Measures(), "eval_rewards": RewardSet([judge])}
+    if recipe == "teacher":
+        return PretrainTrainer(
+            tiny_model(1), PretrainConfig(str(folder), **settings), train_dataset=tiny_images(), **options
+        )
+    if recipe == "distill":
+        return DistillTrainer(
+            tiny_model(1), DistillConfig(str(folder), **settings), train_dataset=tiny_images(), **options
+        )
+    config_class, trainer_class = {
+        "grpo": (MARGRPOConfig, MARGRPOTrainer),
+        "reward_backprop": (RewardBackpropConfig, RewardBackpropTrainer),
+    }[recipe]
+    config = config_class(str(folder), **settings)
+    anchored = {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.anchor_weight > 0 else {}
+    return trainer_class(
+        grey_student(),
+        RewardSet([judged_darkness], config.reward_weights),
+        config,
+        train_dataset=class_rows(3, 8),
+        **anchored,
+        **options,
+    )
+
+
+def outcome(recipe: str, folder: Path, settings: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run leaves behind: its lines, weights, files and grids."""
+    trainer = make_trainer(recipe, folder, settings)
+    trainer.train()
+    digest = hashlib.sha256()
+    for value in (*trainer.model.state_dict().values(), *trainer.ema.module.state_dict().values()):
+        digest.update(value.detach().contiguous().numpy().tobytes())
+    for grid in sorted(folder.glob("samples/*.png")):
+        digest.update(grid.read_bytes())
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    lines = comparable_lines(folder) if (folder / "metrics.jsonl").exists() else []
+    return digest.hexdigest(), files, [{k: v for k, v in line.items() if k != "epoch"} for line in lines]
+
+
+def fields_of(recipe: str) -> list[str]:
+    return [f.name for f in dataclasses.fields(CONFIGS[recipe][-1]) if f.init]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> Any:
+    """`outcomes(recipe, **settings)`: what such a run leaves behind; each is run once."""
+    known: dict[str, tuple[Any, ...]] = {}
+
+    def of(recipe: str, **settings: Any) -> tuple[Any, ...]:
+        key = repr((recipe, sorted(settings.items(), key=str)))
+        if key not in known:
+            known[key] = outcome(recipe, tmp_path_factory.mktemp(recipe), {**BASES[recipe], **settings})
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_every_field_has_an_entry(recipe):
+    names = set(fields_of(recipe))
+    entries = [set(REFUSED), set(CHANGES), set(READ_BY)]
+    assert names <= set.union(*entries), names - set.union(*entries)
+    for one in entries:
+        for other in entries:
+            assert one is other or not one & other
+
+
+# What no trainer of ours reads itself is tried with one of them.
+COMMON = {f.name for f in dataclasses.fields(MARTrainingArguments)}
+FOR_EACH = {"learning_rate", "weight_decay", "optim", "seed", "data_seed", "ema_decay", "gradient_accumulation_steps"}
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_changing_a_field_changes_the_run(outcomes, recipe):
+    unchanged = []
+    for name in set(fields_of(recipe)) & set(CHANGES):
+        if CHANGES[name] is None or (recipe != "teacher" and name in COMMON - FOR_EACH):
+            continue
+        value, context, also = (*CHANGES[name], {})[:3] if isinstance(CHANGES[name], tuple) else (CHANGES[name], {}, {})
+        if outcomes(recipe, **context) == outcomes(recipe, **context, **{name: value}, **also):
+            unchanged.append(name)
+    assert unchanged == []
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_what_leaves_no_trace_here_is_read_by_the_code_that_is_named(recipe):
+    for name in set(fields_of(recipe)) & set(READ_BY):
+        places = READ_BY[name] if isinstance(READ_BY[name], tuple) else (READ_BY[name],)
+        sources = [
+            Path(p.replace(".", "/") + ".py").read_text() if isinstance(p, str) else inspect.getsource(p)
+            for p in places
+        ]
+        owners = ("args.", "self.", "config.", "self.args.", 'getattr(args, "', '"')  # or in a loop over names
+        assert any(owner + name in source for owner in owners for source in sources), name
+
+
+# ---- What cannot count is refused ----
+
+OTHER_VALUES: dict[str, Any] = {"local_rank": 1, "accelerator_config": {"split_batches": True}, "label_names": ["a"]}
+
+
+def another_value(name: str, default: Any) -> Any:
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
+    return not default if isinstance(default, bool) else default + 1 if isinstance(default, float | int) else "other"
+
+
+def test_what_transformers_offers_and_these_trainers_do_not_do_is_refused(tmp_path):
+    defaults = defaults_of([DistillConfig])
+    for name in REFUSED.keys() & defaults.keys():
+        value = another_value(name, defaults[name])
+        with pytest.raises(ValueError, match=f"{name} is not supported by these trainers: "):
+            DistillConfig(str(tmp_path), **{name: value, "eval_strategy": "no"})
+        if value:  # false says that it is off
+            with pytest.raises(ValueError, match=f"{name} is not supported by these trainers: "):
+                check_written([DistillConfig], {name: value}, ())
+    for name, value in REFUSED_VALUES:
+        with pytest.raises(ValueError, match=f"{name} {value} is not supported"):
+            DistillConfig(str(tmp_path), **{name: value})
+    with pytest.raises(ValueError, match=r"optim lion_32bit is not supported .* adamw_torch_fused"):
+        DistillConfig(str(tmp_path), optim="lion_32bit")
+
+
+def test_a_written_default_of_what_is_not_supported_is_refused_unless_it_says_off():
+    with pytest.raises(ValueError, match="per_device_eval_batch_size is not supported"):
+        check_written([DistillConfig], {"per_device_eval_batch_size": 8}, ())
+    written = {"load_best_model_at_end": False, "dataloader_in_order": True, "hub_model_id": None}
+    assert check_written([DistillConfig], written, ()) == (written, [])
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_optimizer_that_is_offered_moves_the_weights(tmp_path, optim):
+    trainer = make_trainer("distill", tmp_path, {**BASES["distill"], "optim": optim, "eval_strategy": "no"})
+    before = [parameter.clone() for parameter in trainer.mar.parameters()]
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.mar.parameters(), strict=True))
+
+
+# what switches off -> how
+OFF: dict[tuple[str, ...], dict[str, Any]] = {
+    ("eval_strategy",): {"eval_strategy": "no"},
+    ("save_strategy",): {"save_strategy": "epoch"},
+    ("logging_strategy",): {"logging_strategy": "epoch"},
+    ("max_steps",): {"max_steps": 10},
+    ("lr_scheduler_type",): {"lr_scheduler_type": "constant"},
+    ("gradient_checkpointing",): {"gradient_checkpointing": False},
+    ("gradient_checkpointing", "activation_checkpointing"): {"gradient_checkpointing": False},
+    ("report_to",): {"report_to": "none"},
+    ("eval_guidance_scale",): {"eval_guidance_scale": 1.0},
+    ("mask_ratio_min",): {"mask_ratio_min": 1.0},
+    ("anchor_weight",): {"anchor_weight": 0.0},
+    ("beta",): {"beta": 0.0},
+    ("sync_ref_model",): {"sync_ref_model": False},
+    ("backprop_steps",): {"backprop_steps": "all"},
+    ("num_trained_steps",): {"num_trained_steps": None},
+    ("exploration_window",): {"exploration_window": None},
+    ("loss_type", "epsilon_high"): {"loss_type": "cispo", "epsilon_high": 0.2},
+    ("multi_objective_aggregation",): {"multi_objective_aggregation": "normalize_then_sum"},
+    ("scale_rewards", "multi_objective_aggregation"): {"scale_rewards": "none"},
+    ("model_size",): {"model_size": "huge"},
+    ("use_peft",): {"use_peft": False},
+    ("lora_target_modules",): {"lora_target_modules": ["qkv"]},
+    ("eval_reward_funcs",): {"eval_reward_funcs": []},
+    ("labelling",): {"labelling": "digit"},
+}
+OFF_BY_SETTING: dict[str, dict[str, Any]] = {  # where one setting switches some off by one value, some by another
+    **{name: {"optim": "sgd"} for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
+    "optim_args": {"optim": "adamw_torch"},
+    **{name: {"dataset": "images"} for name in ("labelling", "feature_extractor", "judges")},
+    **{name: {"dataset": "images"} for name in ("max_frechet_ratio", "min_diversity", "min_mode_coverage")},
+    **{name: {"dataset": "digits"} for name in ("image_column", "label_column", "class_names", "image_size")},
+    **{name: {"dataset": "digits"} for name in ("image_channels", "flip", "cache_dir")},
+}
+# for settings that need two things
+ON = {"anchor_weight": 1.0, "eval_guidance_scale": 2.0, "labelling": "parity", "eval_reward_funcs": ["classifier"]}
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_a_setting_of_something_that_is_off_is_refused_with_both_names(recipe):
+    kinds = CONFIGS[recipe]
+    for name, needs in conditions_of(kinds):
+        if not set(needs.settings) <= set(defaults_of(kinds)) or name not in defaults_of(kinds):
+            continue  # a teacher counts without an anchor where there is none to set
+        off = OFF_BY_SETTING[name] if needs.settings in (("optim",), ("dataset",)) else OFF[needs.settings]
+        value = defaults_of(kinds)[name] or 1  # its default, written: that counts as little
+        others = {key for other, needed in conditions_of(kinds) if other == name for key in needed.settings}
+        met = {key: ON[key] for key in others & ON.keys() & defaults_of(kinds).keys()}
+        written = {**met, **off, name: value}
+        with pytest.raises(ValueError, match=f"\\b{name} .* counts? only with .* leave .* out"):
+            check_written(kinds, written, ())
+        # A recipe's setting is left out where the command line switches off what it belongs to, and a line says so.
+        kept, lines = check_written(kinds, written, off)
+        assert name not in kept and any(name in line for line in lines)
+
+
+def test_settings_that_need_the_same_are_named_at_once():
+    with pytest.raises(ValueError, match=r"anchor_batch_size 8, guidance_scale 2 count only with .*anchor_weight > 0"):
+        check_written(CONFIGS["grpo"], {"guidance_scale": 2, "anchor_batch_size": 8}, ())
+
+
+def test_python_is_told_too_and_a_copy_of_arguments_is_not(tmp_path):
+    for settings in ({"anchor_batch_size": 8}, {"sync_ref_model": True}, {"exploration_shift": 2}):
+        with pytest.raises(ValueError, match="counts only with"):
+            MARGRPOConfig(str(tmp_path), **{**QUIET, "num_generations": 4, **settings})
+    for kind, settings in ((DistillConfig, BASES["distill"]), (MARGRPOConfig, BASES["grpo"])):
+        assert dataclasses.replace(kind(str(tmp_path), **settings), seed=7).seed == 7
+
+
+# ---- The other classes of settings: each field changes what is made of them ----
+
+
+def uses_of(recipe: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
+    """What the networks, rewards and images of a recipe are made with."""
+    calls: list[Any] = []
+
+    def recorded(name: str, result: Any = None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args, kwargs))
+            return result
+
+        return call
+
+    class Scorer:
+        features = None
+
+    for name in ("load_image_dataset", "load_moments", "CroppedImages", "load_labelled_images", "ImageEvaluator"):
+        monkeypatch.setattr(data_arguments, name, recorded(name))
+    monkeypatch.setattr(data_arguments, "load_reward", recorded("load_reward", Scorer))
+    for part in (
+        kind(**{k: v for k, v in settings.items() if k in kind.__dataclass_fields__}) for kind in CONFIGS[recipe][:-1]
+    ):
+        if isinstance(part, DataArguments):
+            part.load_training(None if part.image_size else 8, seed=0)
+            part.evaluator()
+            config = MARConfig()
+            part.fit(config, "model")
+            calls.append((config.vae, part.image_channels))
+        elif isinstance(part, ModelArguments):
+            calls.append(part.config({}).to_dict())
+        elif isinstance(part, LoraArguments):
+            calls.append(part.config() and part.config().to_dict())
+        elif isinstance(part, TeacherArguments):
+            calls.append((part.teacher, part.model_size))  # load() reads both: tests/test_real_recipes.py
+    return repr(calls)
+
+
+OWN = {"dataset": "images", "image_size": 8}
+PARTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # field -> recipe, another value, what else is set
+    "dataset": ("distill", "images", {"image_size": 8}),
+    "labelling": ("distill", "parity", {}),
+    **{name: ("distill", "other", OWN) for name in ("image_column", "label_column", "class_names", "cache_dir")},
+    "image_size": ("distill", 9, OWN),
+    "image_channels": ("distill", 1, OWN),
+    "flip": ("distill", False, OWN),
+    "vae": ("distill", "vae", {}),
+    "feature_extractor": ("distill", "other", {}),
+    "judges": ("distill", ["classifier"], {}),
+    "teacher": ("distill", "other", {}),
+    "model_size": ("distill", "huge", {}),
+    **{name: ("teacher", 8, {}) for name in ("patch_size", "hidden_size", "encoder_num_layers", "decoder_num_layers")},
+    **{name: ("teacher", 8, {}) for name in ("num_heads", "buffer_size", "head_hidden_size", "head_num_layers")},
+    "dropout": ("teacher", 0.5, {}),
+    "use_peft": ("grpo", True, {}),
+    **{name: ("grpo", 3, {"use_peft": True}) for name in ("lora_r", "lora_alpha")},
+    "lora_dropout": ("grpo", 0.5, {"use_peft": True}),
+    "lora_target": ("grpo", "head", {"use_peft": True}),
+    "lora_target_modules": ("grpo", ["qkv"], {"use_peft": True}),
+}
+# read by the command: what a run does with them is in the tests of rewards and of wrong input
+READ_BY_TRAIN = {
+    *("method", "model", "prompts_per_class", "reward_funcs", "reward_kwargs", "eval_reward_funcs"),
+    "eval_reward_kwargs",
+}
+
+
+def test_every_other_field_changes_what_is_made_of_it(monkeypatch):
+    names = {f.name for recipe in COMMANDS for kind in CONFIGS[recipe][:-1] for f in dataclasses.fields(kind)}
+    assert names == PARTS.keys() | READ_BY_TRAIN
+    for name, (recipe, value, others) in PARTS.items():
+        changed = uses_of(recipe, monkeypatch, **{**others, name: value})
+        assert changed != uses_of(recipe, monkeypatch, **others), name
+    source = inspect.getsource(train_command)
+    for name in READ_BY_TRAIN:
+        assert f"rewarded.{name}" in source or f'"{name}"' in source, name
+
+
+# ---- Warnings that users need come through ----
+
+
+def test_warnings_that_matter_are_shown_and_noise_is_not(monkeypatch):
+    quiet_libraries()
+    told = io.StringIO()
+    for handler in logging.getLogger("transformers").handlers:
+        monkeypatch.setattr(handler, "stream", told)
+    logger = transformers_logging.get_logger("transformers.modeling_utils")
+    logger.warning("Some weights of CLIPModel were not initialized from the model checkpoint")
+    logger.warning("MARModel does not expose input embeddings.")
+    with warnings.catch_warnings(record=True) as caught:
+        quiet_libraries()
+        for category in (UserWarning, FutureWarning):
+            warnings.warn_explicit("text", category, "file.py", 1, module="transformers.modeling_utils")
+    assert [warning.category for warning in caught] == [UserWarning]
+    assert "Some weights of CLIPModel were not initialized" in told.getvalue()
+    assert "input embeddings" not in told.getvalue()
