@@ -52,10 +52,10 @@ BASE = {
     **{"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True, "eval_num_images": 6, "eval_batch_size": 3},
     **{"eval_unmasking_steps": 2, "sample_grid_columns": 2, "ema_decay": 0.5, "max_grad_norm": 0.1},
 }
-CHASING = {"auxiliary_updates": 2, "auxiliary_warmup_steps": 0, "min_timestep": 20, "max_timestep": 900}
+CHASING = {"auxiliary_updates": 2, "auxiliary_warmup_steps": 0}
 REWARDED = {
-    **{**BASE, **CHASING, "anchor_weight": 1.0, "anchor_batch_size": 8, "beta": 0.1, "sync_ref_model": True},
-    **{"ref_model_sync_steps": 1, "num_unmasking_steps": 2, "eval_unmasking_steps": 3, "sigma": 0.2},
+    **{**BASE, **CHASING, "gsim_weight": 1.0, "gsim_batch_size": 8, "beta": 0.1, "policy_std": 0.2},
+    **{"num_unmasking_steps": 2, "eval_unmasking_steps": 3},
 }
 BASES = {
     "teacher": {**BASE, "eval_guidance_scale": 2.0, "eval_diffusion_steps": 10},
@@ -96,23 +96,17 @@ CHANGES: dict[str, Any] = {
     **{"auxiliary_learning_rate": 1e-2, "student_timestep": 300, "guidance_scale": 3.0, "min_timestep": 500},
     **{"max_timestep": 300, "huber_r": 1.0, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3},
     # rewards
-    **{"anchor_weight": 2.0, "anchor_batch_size": 4, "reward_weights": [2.0], "num_unmasking_steps": 3, "beta": 0.2},
-    **{
-        "prompt_template": "a {name}",
-        "sigma": 0.3,
-        "sync_ref_model": (False, {}, {"ref_model_sync_steps": 64}),
-        "ref_model_mixup_alpha": 0.2,
-    },
-    **{"ref_model_sync_steps": 3, "best_metric": "rewards/judge/mean", "max_kl": 1e-9},
+    **{"gsim_weight": 2.0, "gsim_batch_size": 4, "gsim_guidance_scale": 3.0, "gsim_min_timestep": 500},
+    **{"gsim_max_timestep": 300, "gsim_timestep_draws": 3, "gsim_mask_ratio_min": 0.3},
+    "gsim_mask_ratio_std": (3.0, {"gsim_mask_ratio_min": 0.05}),
+    **{"reward_weights": [2.0], "num_unmasking_steps": 3, "beta": 0.2, "prompt_template": "a {name}"},
+    **{"policy_std": 0.3, "best_metric": "rewards/judge/mean", "max_kl": 1e-9},
     **{"max_frechet_ratio": 1.0, "min_diversity": 1.0, "min_mode_coverage": 1.0},
     # GRPO
-    **{"num_generations": 2, "num_iterations": 2, "steps_per_generation": 2, "importance_sampling_level": "image"},
-    **{"loss_type": ("cispo", {"num_iterations": 2}), "log_prob_reduction": "mean", "scale_rewards": "none"},
+    **{"num_generations": 2, "num_iterations": 2, "steps_per_generation": 2, "log_prob_reduction": "mean"},
+    **{"loss_type": ("cispo", {"num_iterations": 2}), "scale_rewards": "none"},
     **{"epsilon": (1e-4, {"num_iterations": 4}), "epsilon_high": (1e-4, {"num_iterations": 4})},
-    **{"reward_std_floor": 5.0, "advantage_clip": 0.1, "multi_objective_aggregation": "normalize_then_sum"},
-    **{"num_trained_steps": 1, "trained_steps": ("first", {"num_trained_steps": 1}), "exploration_window": 1},
-    "exploration_shift": (1, {"exploration_window": 1}),
-    **{"share_order": True, "share_noise": True},
+    **{"multi_objective_aggregation": "normalize_then_sum", "share_order": True, "share_noise": True},
     # reward back-propagation
     **{"backprop_steps": "last", "num_backprop_steps": (2, {"backprop_steps": "last"}), "reward_threshold": 0.1},
 }
@@ -178,7 +172,7 @@ def make_trainer(recipe: str, folder: Path, settings: dict[str, Any]) -> Any:
         "reward_backprop": (RewardBackpropConfig, RewardBackpropTrainer),
     }[recipe]
     config = config_class(str(folder), **settings)
-    anchored = {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.anchor_weight > 0 else {}
+    anchored = {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.gsim_weight > 0 else {}
     return trainer_class(
         grey_student(),
         RewardSet([judged_darkness], config.reward_weights),
@@ -315,15 +309,12 @@ OFF: dict[tuple[str, ...], dict[str, Any]] = {
     ("report_to",): {"report_to": "none"},
     ("eval_guidance_scale",): {"eval_guidance_scale": 1.0},
     ("mask_ratio_min",): {"mask_ratio_min": 1.0},
-    ("anchor_weight",): {"anchor_weight": 0.0},
+    ("gsim_mask_ratio_min",): {"gsim_mask_ratio_min": 1.0},
+    ("gsim_weight",): {"gsim_weight": 0.0},
     ("beta",): {"beta": 0.0},
-    ("sync_ref_model",): {"sync_ref_model": False},
     ("backprop_steps",): {"backprop_steps": "all"},
-    ("num_trained_steps",): {"num_trained_steps": None},
-    ("exploration_window",): {"exploration_window": None},
     ("loss_type", "epsilon_high"): {"loss_type": "cispo", "epsilon_high": 0.2},
     ("multi_objective_aggregation",): {"multi_objective_aggregation": "normalize_then_sum"},
-    ("scale_rewards", "multi_objective_aggregation"): {"scale_rewards": "none"},
     ("model_size",): {"model_size": "huge"},
     ("use_peft",): {"use_peft": False},
     ("lora_target_modules",): {"lora_target_modules": ["qkv"]},
@@ -341,7 +332,7 @@ OFF_BY_SETTING: dict[str, dict[str, Any]] = {  # where one setting switches some
 # for settings that need two things
 ON = {
     "use_peft": True,
-    "anchor_weight": 1.0,
+    "gsim_weight": 1.0,
     "eval_guidance_scale": 2.0,
     "labelling": "parity",
     "eval_reward_funcs": ["classifier"],
@@ -368,12 +359,12 @@ def test_a_setting_of_something_that_is_off_is_refused_with_both_names(recipe):
 
 
 def test_settings_that_need_the_same_are_named_at_once():
-    with pytest.raises(ValueError, match=r"anchor_batch_size 8, guidance_scale 2 count only with .*anchor_weight > 0"):
-        check_written(CONFIGS["grpo"], {"guidance_scale": 2, "anchor_batch_size": 8}, ())
+    with pytest.raises(ValueError, match=r"gsim_batch_size 8, gsim_guidance_scale 2 count only with .*gsim_weight > 0"):
+        check_written(CONFIGS["grpo"], {"gsim_guidance_scale": 2, "gsim_batch_size": 8}, ())
 
 
 def test_python_is_told_too_and_a_copy_of_arguments_is_not(tmp_path):
-    for settings in ({"anchor_batch_size": 8}, {"sync_ref_model": True}, {"exploration_shift": 2}):
+    for settings in ({"gsim_batch_size": 8}, {"num_train_epochs": 4}, {"lr_scheduler_kwargs": {"power": 2}}):
         with pytest.raises(ValueError, match="counts only with"):
             MARGRPOConfig(str(tmp_path), **{**QUIET, "num_generations": 4, **settings})
     for kind, settings in ((DistillConfig, BASES["distill"]), (MARGRPOConfig, BASES["grpo"])):
