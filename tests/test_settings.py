@@ -22,7 +22,7 @@ from transformers.integrations import integration_utils
 from transformers.utils import logging as transformers_logging
 
 from marval_rl.cli import train as train_command
-from marval_rl.cli.quiet import quiet_libraries
+from marval_rl.quiet import quiet_libraries
 from marval_rl.data import class_rows
 from marval_rl.models import MARConfig
 from marval_rl.recipes import data_arguments
@@ -57,6 +57,7 @@ REWARDED = {
     **{**BASE, **CHASING, "gsim_weight": 1.0, "gsim_batch_size": 8, "beta": 0.1, "policy_std": 0.2},
     **{"num_unmasking_steps": 2, "eval_unmasking_steps": 3},
 }
+SMALL_STEPS = {"num_iterations": 4, "learning_rate": 1e-4}  # the ratios move by little more than a clip range of 1e-4
 BASES = {
     "teacher": {**BASE, "eval_guidance_scale": 2.0, "eval_diffusion_steps": 10},
     "distill": {**BASE, **CHASING},
@@ -105,7 +106,7 @@ CHANGES: dict[str, Any] = {
     # GRPO
     **{"num_generations": 2, "num_iterations": 2, "steps_per_generation": 2, "log_prob_reduction": "mean"},
     **{"loss_type": ("cispo", {"num_iterations": 2}), "scale_rewards": "none"},
-    **{"epsilon": (1e-4, {"num_iterations": 4}), "epsilon_high": (1e-4, {"num_iterations": 4})},
+    **{"epsilon": (1e-4, SMALL_STEPS), "epsilon_high": (1e-4, SMALL_STEPS)},
     **{"multi_objective_aggregation": "normalize_then_sum", "share_order": True, "share_noise": True},
     # reward back-propagation
     **{"backprop_steps": "last", "num_backprop_steps": (2, {"backprop_steps": "last"}), "reward_threshold": 0.1},
