@@ -22,9 +22,9 @@ from transformers.integrations import integration_utils
 from transformers.utils import logging as transformers_logging
 
 from marval_rl.cli import train as train_command
-from marval_rl.quiet import quiet_libraries
 from marval_rl.data import class_rows
 from marval_rl.models import MARConfig
+from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes import data_arguments
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, TeacherArguments
