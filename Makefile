@@ -26,7 +26,8 @@ demo: .venv
 test: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # two processes: a file stays in one
 
 test-wheel: .venv
 	$(BIN)/python -m pytest -q -m wheel tests/test_packaging.py

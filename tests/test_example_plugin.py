@@ -50,7 +50,7 @@ def test_without_the_package_the_name_is_unknown():
 def test_it_keeps_the_contract(on_path, capsys):
     assert cli.main(["rewards", "check", "symmetry", "--image_size", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and all(" ok " in line for line in lines)
+    assert len(lines) == 12 and all(" ok " in line for line in lines)
 
 
 def test_its_own_arguments_are_checked(on_path):

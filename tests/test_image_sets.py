@@ -237,9 +237,9 @@ def test_a_teacher_in_bfloat16_paints_nearly_the_same(model):
         ({"measures": replace(MEASURES, prompt_template="the {name}")}, "prompt_template was 'a {name}' and is now"),
     ],
 )
-def test_other_settings_are_named(tmp_path, changes, message):
-    make_run(tmp_path, measures=MEASURES)
-    make_run(tmp_path, measures=MEASURES)  # the same ones go on
+def test_other_settings_are_named(tmp_path, model, changes, message):
+    make_run(tmp_path, measures=MEASURES).do_share(model, CODEC, 0, 2)
+    make_run(tmp_path, measures=MEASURES)  # the same ones continue
     with pytest.raises(DataError, match=message):
         make_run(tmp_path, **{"measures": MEASURES, **changes})
 

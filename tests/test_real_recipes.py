@@ -36,6 +36,7 @@ KINDS = {
     "backprop_pickscore.yaml": "reward_backprop",
 }
 TINY = {
+    "use_cpu": True,  # the recipes ask for bf16 on a GPU
     "model_size": "null",
     "image_size": "null",
     "max_steps": 4,

@@ -24,7 +24,7 @@ STAND_INS = {
 
 def script(recipe: Path, run: Path) -> str:
     """The page's script, for one machine of one process, a tiny recipe, and plain data parallelism."""
-    (text,) = re.findall(r"```\n(#!/bin/bash\n#SBATCH.*?)```", PAGE.read_text(), re.DOTALL)
+    (text,) = re.findall(r"```[^\n]*\n(#!/bin/bash\n#SBATCH.*?)```", PAGE.read_text(), re.DOTALL)
     for old, new in (
         ("recipes/huge.yaml --output_dir runs/huge", f"{recipe} --output_dir {run}"),
         ("$((8 * SLURM_NNODES))", "$SLURM_NNODES"),

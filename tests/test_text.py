@@ -270,8 +270,8 @@ def test_no_option_that_is_a_path_is_forgotten(name):
     for action in actions_of(parser):
         option = action.option_strings[0] if action.option_strings else action.dest
         is_text = action.nargs != 0 and action.type is None and option not in NO_PATH_OPTIONS
-        # The recipe is looked for by `resolve_recipe`, and --batch_sizes are numbers.
-        assert not is_text or option in ("recipe", "--batch_sizes"), f"{name} {option}: of type Path or path_or_id?"
+        # The recipe is looked for by `resolve_recipe`, --batch_sizes are numbers and --format is one of a few.
+        assert not is_text or option in ("recipe", "--batch_sizes", "--format"), (name, option, "a path?")
 
 
 def test_paths_of_commands_are_expanded(home, capsys):

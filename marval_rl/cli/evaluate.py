@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     """Evaluates what was named, by the digits or by Inception and rewards. Raises ValueError for options that do not
     go together."""
     if args.images is not None:
-        from marval_rl.evaluation.evaluate_folder import evaluate_folder
+        from marval_rl.cli.evaluate_folder import evaluate_folder
 
         refuse_company("a folder of images")
         if args.model is not None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     elif args.model is None:
         raise ValueError("give a MODEL to evaluate, or a folder of images (--images DIR)")
     elif args.dataset == DIGITS or paints_digits(load_config(args.model)):
-        from marval_rl.evaluation.evaluate_digits import evaluate_digits
+        from marval_rl.cli.evaluate_digits import evaluate_digits
 
         refuse_company(f"{args.model}, which paints digits,")
         refuse(args, SETS_ONLY, f"{args.model} paints digits")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         args.redraws = 1 if args.redraws is None else args.redraws
         evaluate_digits(args)
     else:
-        from marval_rl.evaluation.evaluate_images import evaluate_images
+        from marval_rl.cli.evaluate_images import evaluate_images
 
         refuse(args, DIGITS_ONLY, f"{args.model} paints no digits")
         args.num_images = SET_IMAGES if args.num_images is None else args.num_images

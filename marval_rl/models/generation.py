@@ -21,7 +21,7 @@ from marval_rl.models.mar import MARModel
 from marval_rl.models.noise import Noise, as_noise
 from marval_rl.models.sampling import unmask
 from marval_rl.models.unmasking import check_order, gather_tokens, guidance_scales, revealed_positions, unmasking_steps
-from marval_rl.runtime.randomness import derive_generator
+from marval_rl.randomness import derive_generator
 
 MAX_GRID_ROWS = 16
 

@@ -19,6 +19,7 @@ from marval_rl.evaluation.diversity import check_num_images
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, generate_images, save_image_grid
+from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.callbacks import (
     AverageCallback,
@@ -35,7 +36,6 @@ from marval_rl.runtime.distributed import (
     mean_over_processes,
 )
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
-from marval_rl.runtime.randomness import derive_seed, kept_random_state
 from marval_rl.runtime.resumable import ResumableTrainer
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.batches import EpochBatches, epoch_loader

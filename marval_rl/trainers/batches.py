@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from marval_rl.runtime.randomness import derive_seed
+from marval_rl.randomness import derive_seed
 
 REUSE = {"reuse": True}  # stands in for a batch in micro-steps that continue with what an earlier one read
 

@@ -41,8 +41,8 @@ from marval_rl.losses.policy import action_log_prob, policy_loss
 from marval_rl.models import MARModel
 from marval_rl.models.sampling import draw_rollout_noise, student_mean, unmask
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, unmasking_steps
+from marval_rl.randomness import derive_generator
 from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_weights
-from marval_rl.runtime.randomness import derive_generator
 from marval_rl.trainers.grpo_config import MARGRPOConfig
 from marval_rl.trainers.reward_trainer import RewardTrainer
 

@@ -18,7 +18,7 @@ from marval_rl.losses.advantages import group_std
 from marval_rl.models import MARModel
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import random_order, unmasking_steps
-from marval_rl.runtime.randomness import derive_generator
+from marval_rl.randomness import derive_generator
 from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.reward_trainer import RewardTrainer, RewardTrainingArguments
 

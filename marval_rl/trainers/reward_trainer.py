@@ -16,10 +16,10 @@ from marval_rl.losses.advantages import group_std
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
 from marval_rl.models.head import DiffusionHead
+from marval_rl.randomness import kept_random_state
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
 from marval_rl.runtime.distributed import failing_together
 from marval_rl.runtime.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
-from marval_rl.runtime.randomness import kept_random_state
 from marval_rl.trainers.anchors import AnchorArguments, Anchors
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer

@@ -11,9 +11,7 @@ from accelerate import PartialState
 
 from marval_rl.cli.arguments import load_for_sampling, sampling_settings
 from marval_rl.cli.evaluate import default_output, write_results
-from marval_rl.data.class_names import check_number, label_classes, read_class_names
-from marval_rl.errors import DataError, check_output
-from marval_rl.evaluation.evaluate_fidelity import (
+from marval_rl.cli.evaluate_fidelity import (
     check_fidelity_arguments,
     count_notes,
     environment,
@@ -21,6 +19,8 @@ from marval_rl.evaluation.evaluate_fidelity import (
     inception_batch_size,
     print_results,
 )
+from marval_rl.data.class_names import check_number, label_classes, read_class_names
+from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.image_run import ImageRun
 from marval_rl.evaluation.image_set import ImagePlan, weights_digest
 from marval_rl.evaluation.measures import MeasureSettings, features_of, reward_statistics

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from marval_rl.cli.evaluate import refuse, write_results
-from marval_rl.errors import check_output
-from marval_rl.evaluation.evaluate_fidelity import (
+from marval_rl.cli.evaluate_fidelity import (
     check_fidelity_arguments,
     count_notes,
     environment,
@@ -17,6 +16,7 @@ from marval_rl.evaluation.evaluate_fidelity import (
     inception_batch_size,
     print_results,
 )
+from marval_rl.errors import check_output
 from marval_rl.evaluation.fidelity import SCORE_SPLITS
 from marval_rl.evaluation.inception import Inception
 from marval_rl.evaluation.reference import list_images, open_reference
