@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -15,7 +17,7 @@ class RecipeError(MarvalError, ValueError):
 
 
 class RewardError(MarvalError):
-    """A reward function broke its contract: it raised, or returned something that is no reward."""
+    """A reward function broke its contract: it raised, or returned something that is not a valid reward."""
 
 
 class CheckpointError(MarvalError):
@@ -23,7 +25,11 @@ class CheckpointError(MarvalError):
 
 
 class NonFiniteError(MarvalError):
-    """Training brings forth numbers that are no numbers, step after step."""
+    """The loss or the gradient is not finite, step after step."""
+
+
+class PolicyMismatchError(MarvalError):
+    """A rollout's log-probabilities cannot be found again, so a policy gradient would be wrong."""
 
 
 class ProcessLostError(MarvalError):
@@ -55,11 +61,13 @@ def check_output(file: Path, setting: str = "--output") -> None:
         raise ValueError(f"{setting} {file} cannot be written: {error.strerror}; choose another place") from error
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean a or b?" with up to three of the known names, or "" where none is similar."""
+    matches = difflib.get_close_matches(name, map(str, known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's text that says anything, for a one-line message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-class PolicyMismatchError(MarvalError):
-    """A rollout's log-probabilities cannot be found again, so a policy gradient would be wrong."""

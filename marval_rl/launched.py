@@ -9,6 +9,8 @@ from marval_rl.errors import RecipeError
 # In the order in which accelerate reads them: torchrun and `accelerate launch`, then MPI (also `srun --mpi=pmi2`).
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+ERROR_FILE = "MARVAL_RL_ERROR_FILE"  # names the file in which a launched process leaves its error message
+
 
 def launched_processes() -> int:
     """Returns the number of processes that a launcher started, this one among them; 1 without a launcher.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from importlib.resources import files
@@ -35,6 +36,16 @@ def expand_path(path: str) -> str:
         whose = f"there is no user {user!r}" if user else "no home folder is known"
         raise ValueError(f"the path {path!r} cannot be expanded: {whose}; write ./{path} for a name with a tilde")
     return expanded
+
+
+def path_or_id(text: str) -> str:
+    """The type of a command-line argument that is a path or something else, such as a hub id."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty (an unset variable of the shell?)")
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def expand_sure_paths(value: object) -> object:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+MAPPING = "a mapping, such as '{key: 1}'"  # what an error message says is expected
+
 _STRING = "tag:yaml.org,2002:str"
 _BOOL = "tag:yaml.org,2002:bool"
 _INT = "tag:yaml.org,2002:int"
@@ -66,6 +68,21 @@ def load_yaml(text: str, verbatim: Collection[str] = ()) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def parse_mapping(text: str) -> dict:
+    """Reads a mapping that is written as YAML or JSON.
+
+    Raises:
+        ValueError: For anything else; the message says what is expected, and names a key that is written twice.
+    """
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{MAPPING} ({yaml_problem(error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(MAPPING)
+    return value
 
 
 def dump_yaml(value: Any, **options: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from marval_rl.errors import CheckpointError, RewardError, first_line
+from marval_rl.errors import CheckpointError, RewardError, first_line, nearest
 
 from .preprocessing import FILTERS, Preprocessing
 from .sharing import shared_network, weights_identity
@@ -154,9 +153,7 @@ def _filter(name: str, model: str) -> str:
 def _load_timm(name: str, weights: str | None, dtype: str) -> ClassificationModel:
     timm = _import_timm()
     if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-        raise ValueError(f"timm knows no model {name!r}{hint}")
+        raise ValueError(f"timm has no model {name!r}{nearest(name.partition('.')[0], timm.list_models())}")
     if weights is None:
         raise ValueError(
             f"timm:{name} needs weights, the path of a file; timm's own, on the hub, are written timm/{name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval_rl.errors import CheckpointError, RewardError, first_line
+from marval_rl.errors import CheckpointError, RewardError, first_line, nearest
 
 from .cosine_reward import CosineReward
 from .preprocessing import FILTERS, Preprocessing
@@ -111,8 +110,7 @@ def _check_source(open_clip: ModuleType, model: str, pretrained: str | None) -> 
             raise CheckpointError(f"{model!r}: there is no {folder / 'open_clip_config.json'}; give a folder with one")
         return
     if model not in open_clip.list_models():
-        nearest = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        hint = nearest(model, open_clip.list_models())
         raise ValueError(f"unknown CLIP model {model!r}{hint} (a folder is written local-dir:FOLDER)")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from marval_rl.errors import nearest
 
 from .classification_models import load_classification_model
 from .network_reward import NetworkReward
@@ -113,7 +114,7 @@ class ImageClassifier(NetworkReward):
 
     def _mapped(self, name: str) -> list[int]:
         if name not in self._label_map:
-            raise ValueError(f"label_map lacks the class {name!r}{_nearest(name, self._label_map)}")
+            raise ValueError(f"label_map lacks the class {name!r}{nearest(name, self._label_map)}")
         return self._label_map[name]
 
     def _check_index(self, index: int) -> int:
@@ -129,7 +130,7 @@ class ImageClassifier(NetworkReward):
         found = self._synonyms.get(name.lower(), [])
         if len(found) != 1:
             problem = f"{len(found)} classes of the model are called {name!r}"
-            hint = f" ({', '.join(map(str, found))})" if found else _nearest(name.lower(), self._synonyms)
+            hint = f" ({', '.join(map(str, found))})" if found else nearest(name.lower(), self._synonyms)
             raise ValueError(f"{problem}{hint}; say by a mapping in label_map which of its classes is meant, by index")
         return found[0]
 
@@ -142,8 +143,3 @@ def _synonyms(class_names: Sequence[str] | None) -> dict[str, list[int]]:
         for name in {lower, *(part.strip() for part in lower.split(","))}:
             synonyms.setdefault(name, []).append(index)
     return synonyms
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, map(str, known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""

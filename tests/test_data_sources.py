@@ -189,8 +189,8 @@ def test_whole_numbers_take_given_names_even_if_the_last_classes_have_no_images(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_column": "lable"}, r"no column 'lable', did you mean 'label'; it has image, label \(--label_column"),
-        ({"image_column": "jpg"}, r"no column 'jpg'; it has image, label \(--image_column"),
+        ({"label_column": "lable"}, r"no column 'lable', only image, label \(--label_.*; did you mean label\?"),
+        ({"image_column": "jpg"}, r"no column 'jpg', only image, label \(--image_column"),
         ({"image_column": "label"}, r"the column 'label' of the data set holds no images"),
     ],
 )

@@ -24,7 +24,7 @@ from marval_rl.recipes.reading import (
     resolved_recipe,
     save_recipe,
 )
-from marval_rl.recipes.trl_settings import explain_trl_setting
+from marval_rl.recipes.unknown_settings import explain_trl_setting
 from marval_rl.recipes.values import WrongType, convert, describe
 from marval_rl.trainers.grpo import MARGRPOConfig
 

@@ -406,5 +406,5 @@ assert not found, found
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, marval_rl.cli.rewards_serve; assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
+    code = "import sys, marval_rl.cli.rewards; assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

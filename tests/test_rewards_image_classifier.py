@@ -240,7 +240,7 @@ def test_a_class_that_is_none_of_the_models_is_named(folder):
         ({"label_map": {"fish": [0, 1, 2, 3, 4]}}, "gives 'fish' 5 of the model's 5 classes: it must be one or more"),
         ({"weights": "file"}, "has weights of its own; leave weights .* out, or write timm:NAME"),
         ({"model": "./nowhere"}, "the classifier './nowhere' does not exist; give a folder, or a hub id"),
-        ({"model": "timm:resnet5"}, "timm knows no model 'resnet5'; did you mean resnet50"),
+        ({"model": "timm:resnet5"}, "timm has no model 'resnet5'; did you mean resnet50"),
         ({"model": "timm:resnet18"}, "timm:resnet18 needs weights, the path of a file.* written timm/resnet18"),
         ({"model": "timm:resnet18", "weights": "none.pt"}, "the weights 'none.pt' of timm:resnet18 do not exist"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),

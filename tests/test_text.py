@@ -14,7 +14,6 @@ import yaml
 
 from marval_rl.cli import main as cli
 from marval_rl.cli.cache import CacheArguments
-from marval_rl.cli.reward_arguments import parse_kwargs
 from marval_rl.data.class_names import read_class_names
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.scored_images import read_prompts
@@ -23,6 +22,7 @@ from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.reading import PATH_SETTINGS, default_output_dir, read_settings, resolve_recipe
 from marval_rl.rewarding import load_reward
+from marval_rl.rewarding.arguments import parse_kwargs
 from marval_rl.text import dump_yaml, load_yaml, read_text
 from marval_rl.trainers.distill import DistillConfig
 from marval_rl.trainers.grpo import MARGRPOConfig

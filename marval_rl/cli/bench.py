@@ -1,4 +1,4 @@
-"""`marval-rl bench`: how much faster a student paints than its teacher, as ratios measured in one process."""
+"""`marval-rl bench`: how much faster a student generates than its teacher, as ratios measured in one process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from marval_rl.cli.main import path_or_id
-from marval_rl.cli.model_arguments import AUTOCAST_DTYPES
-from marval_rl.cli.quiet import quiet_libraries
+from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device
 from marval_rl.errors import check_output
 from marval_rl.models import MARModel, generate
 from marval_rl.models.checkpoints import load_model
+from marval_rl.paths import path_or_id
+from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
 from marval_rl.recipes.values import WrongType, convert, rejoin_list
 from marval_rl.trainers.distill import student_from_teacher
@@ -33,13 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PUBLISHED_SIZES,
         help="instead of TEACHER and STUDENT: MAR-B, -L or -H with random weights, as fast as trained ones",
     )
-    parser.add_argument("--dtype", default="float32", choices=AUTOCAST_DTYPES, help="bfloat16 runs under autocast")
     parser.add_argument("--steps", type=int, default=16, metavar="K", help="unmasking steps of both (default: 16)")
     parser.add_argument("--guidance_scale", type=float, default=1.2, help="of the teacher (default: 1.2)")
     parser.add_argument("--diffusion_steps", type=int, default=100, metavar="N", help="of the teacher (default: 100)")
     parser.add_argument("--batch_sizes", nargs="+", default=[1, 64], metavar="B", help="default: 1 64")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: 5)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
+    add_device_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON too")
 
 
@@ -48,12 +47,12 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     quiet_libraries()
     if args.output is not None:
         check_output(args.output)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args)
     teacher, student = models(args)
     rows = compare(
         teacher.to(device),
         student.to(device),
-        dtype=AUTOCAST_DTYPES[args.dtype],
+        dtype=autocast_dtype(args),
         num_unmasking_steps=args.steps,
         guidance_scale=args.guidance_scale,
         num_diffusion_steps=args.diffusion_steps,
@@ -106,12 +105,12 @@ def compare(
     batch_sizes: list[int],
     repeats: int,
 ) -> list[dict[str, float]]:
-    """Median seconds to paint a batch, teacher and student in turn after a warm-up of each, and their ratio."""
+    """Median seconds to generate a batch, teacher and student in turn after a warm-up of each, and their ratio."""
     rows = []
     for batch_size in batch_sizes:
         labels = torch.arange(batch_size, device=teacher.device) % teacher.config.num_classes
 
-        def paint_teacher(labels: torch.Tensor = labels) -> None:
+        def run_teacher(labels: torch.Tensor = labels) -> None:
             generate(
                 teacher,
                 labels,
@@ -120,13 +119,13 @@ def compare(
                 num_diffusion_steps=num_diffusion_steps,
             )
 
-        def paint_student(labels: torch.Tensor = labels) -> None:
+        def run_student(labels: torch.Tensor = labels) -> None:
             generate(student, labels, num_unmasking_steps=num_unmasking_steps)
 
         with torch.autocast(teacher.device.type, dtype, enabled=dtype is not None):
-            paint_teacher(), paint_student()
-            # In turn, so that a slower spell of the machine meets both.
-            pairs = [(_seconds(paint_teacher), _seconds(paint_student)) for _ in range(repeats)]
+            run_teacher(), run_student()
+            # In turn, so that a slow phase of the machine affects both.
+            pairs = [(_seconds(run_teacher), _seconds(run_student)) for _ in range(repeats)]
         slow, fast = (statistics.median(times) for times in zip(*pairs, strict=True))
         rows.append(
             {"batch_size": batch_size, "teacher_seconds": slow, "student_seconds": fast, "speedup": slow / fast}

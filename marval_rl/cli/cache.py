@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from marval_rl.cli.quiet import quiet_libraries
+from marval_rl.cli.arguments import add_recipe_argument
 from marval_rl.data import LabelledImages
 from marval_rl.data.class_names import describe_classes
 from marval_rl.data.moments.cache_report import Reporter, print_summary
@@ -29,6 +29,7 @@ from marval_rl.data.moments.writer import build_cache, cache_settings
 from marval_rl.errors import DataError, MarvalError, RecipeError
 from marval_rl.models.checkpoints import load_config
 from marval_rl.models.vae import VAECodec
+from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import TeacherArguments
 from marval_rl.recipes.reading import build_configs, read_settings
@@ -67,12 +68,7 @@ class Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} RECIPE [--dry_run] [--verify] [--num_processes N] [--key value ...]"
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        metavar="RECIPE",
-        help="YAML file of settings, or the name of one that ships; --key value wins",
-    )
+    add_recipe_argument(parser)
     parser.add_argument("--dry_run", action="store_true", help="print what would be encoded, and encode nothing")
     parser.add_argument("--verify", action="store_true", help="hash what is there again; bad shards are to be rebuilt")
 

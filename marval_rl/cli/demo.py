@@ -9,8 +9,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from marval_rl.paths import SHIPPED_RECIPES
-
 COLUMNS = {  # measure -> head of its column
     "frechet_distance": "FD",
     "held_out_classifier/accuracy": "accuracy",
@@ -24,14 +22,15 @@ COLUMNS = {  # measure -> head of its column
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    parser.add_argument("--recipes", type=Path, metavar="DIR", help="default: recipes/digits here, or those that ship")
-    parser.add_argument("--quick", action="store_true", help="a few steps of each, to see that all runs; means nothing")
+    default = Path("recipes/digits")  # of this folder, or else of those that ship
+    parser.add_argument("--recipes", type=Path, default=default, metavar="DIR", help=f"default: {default}")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each, to check that it runs")
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
-    """Runs the whole story, prints a table, and says where the report lies."""
+    """Runs all stages, prints a table, and says where the report is."""
     start = time.monotonic()
-    recipes = args.recipes or find_recipes()
+    recipes = args.recipes
     runs = {name: args.output_dir / name for name in ("teacher", "distill", "grpo", "reward_backprop")}
     sources = {
         "teacher": [],
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
 
 def call(command: str, *arguments: object, silent: bool = False) -> None:
-    """Run another command as its own process would, in this one. Its errors are ours."""
+    """Runs another command in this process; its errors pass through."""
     import contextlib
     import io
 
@@ -86,12 +85,6 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()) if silent else contextlib.nullcontext():
         run_command([command, *map(str, arguments)])
-
-
-def find_recipes() -> Path:
-    """recipes/digits of the current folder, or else the recipes that ship with the library."""
-    local = Path("recipes/digits")
-    return local if local.is_dir() else SHIPPED_RECIPES / "digits"
 
 
 def quick_overrides(name: str) -> list[str]:
@@ -106,7 +99,7 @@ def quick_overrides(name: str) -> list[str]:
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """The figures of each model, one a line, below the distance of real images from each other."""
+    """Prints the figures, one line per model, below the distance of real images from each other."""
     width = max(map(len, rows))
     floor = next(iter(rows.values()))["frechet_floor"]
     print(f"\n{'':{width}s}" + "".join(f"{head:>12s}" for head in COLUMNS.values()))

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from marval_rl.cli.main import path_or_id
-from marval_rl.cli.model_arguments import add_sampling_arguments
+from marval_rl.cli.arguments import add_sampling_arguments
 from marval_rl.data.digits import DIGIT_LABELLINGS
 from marval_rl.launched import check_company
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
+from marval_rl.paths import path_or_id
 from marval_rl.recipes.data_arguments import DIGITS
 from marval_rl.recipes.values import WrongType, convert
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from marval_rl.cli.accelerate_config import read_accelerate_config
-from marval_rl.cli.main import ERROR_FILE, path_or_id
 from marval_rl.errors import MarvalError, RecipeError
+from marval_rl.launched import ERROR_FILE
+from marval_rl.paths import path_or_id
 
 PROGRAM = (sys.executable, "-m", "marval_rl")
 DEFAULT_PORT = 29500  # as torchrun's; on one machine any free port

@@ -8,7 +8,6 @@ Exit codes: 0 fine, 1 the work failed, 2 the input is wrong, 130 interrupted. A 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import select
@@ -19,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marval_rl import __version__
-from marval_rl.errors import MarvalError
-from marval_rl.launched import check_company, launched_processes
-from marval_rl.paths import expand_path
+from marval_rl.errors import MarvalError, nearest
+from marval_rl.launched import ERROR_FILE, check_company, launched_processes
+from marval_rl.paths import path_or_id
 
 PROGRAM = "marval-rl"
 READER_GONE = 141  # as shells report a program that SIGPIPE ended
 STDOUT = 1  # its file descriptor
-ERROR_FILE = "MARVAL_RL_ERROR_FILE"  # names the file for the error message of a process that was launched
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("marval_rl.cli.demo", "the whole story on real digits: teacher, student, RL, report"),
+    "demo": Command("marval_rl.cli.demo", "teacher, student, RL and report on real digits"),
     "pretrain": Command("marval_rl.cli.pretrain", "train a MAR teacher", takes_recipe=True, can_launch=True),
     "distill": Command(
         "marval_rl.cli.distill", "distil a teacher into a one-step student", takes_recipe=True, can_launch=True
@@ -56,7 +54,7 @@ COMMANDS = {
     ),
     "convert": Command("marval_rl.cli.convert", "official MAR or VAE weights to a model folder, and back"),
     "cache": Command("marval_rl.cli.cache", "encode a data set by the VAE, once", takes_recipe=True),
-    "sample": Command("marval_rl.cli.sample", "paint images with a model"),
+    "sample": Command("marval_rl.cli.sample", "generate images with a model"),
     "evaluate": Command("marval_rl.cli.evaluate", "measure quality, diversity, rewards and speed of a model"),
     "report": Command("marval_rl.cli.report", "write one HTML page about one or several runs"),
     "rewards": Command("marval_rl.cli.rewards", "list, score with, check or serve rewards"),
@@ -83,16 +81,6 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def path_or_id(text: str) -> str:
-    """The type of an argument that is a path or something else, such as a hub id."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty (an unset variable of the shell?)")
-    try:
-        return expand_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +119,7 @@ def run_command(argv: Sequence[str], debug: bool = False) -> int:
         return 2
     name, arguments = argv[position], argv[position + 1 :]
     if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}{_nearest(PROGRAM, name, COMMANDS)}")
+        raise UsageError(f"unknown command {name!r}{_hint(PROGRAM, name, COMMANDS)}")
     command = COMMANDS[name]
     planned = None
     if command.can_launch:
@@ -147,7 +135,7 @@ def run_command(argv: Sequence[str], debug: bool = False) -> int:
     module.add_arguments(parser)
     options = _options(parser)
     if not command.takes_recipe:
-        _check_options(parser.prog, arguments, options)  # before argparse tells that the misspelt option is missing
+        _check_options(parser.prog, arguments, options)  # else argparse would say that the misspelt option is missing
     args, extra = parser.parse_known_args(arguments)
     if command.takes_recipe:
         _check_recipe(name, args.recipe, arguments, options)
@@ -203,7 +191,7 @@ def _check_options(prog: str, arguments: list[str], options: set[str]) -> None:
     for argument in arguments:
         name = argument.split("=")[0]
         if name.startswith("--") and name not in options:
-            raise UsageError(f"unknown option {name!r}{_nearest(prog, name, options)}")
+            raise UsageError(f"unknown option {name!r}{_hint(prog, name, options)}")
 
 
 def _check_recipe(name: str, recipe: str | None, arguments: list[str], options: set[str]) -> None:
@@ -243,9 +231,8 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
     return names
 
 
-def _nearest(prog: str, name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else f" (see {prog} --help)"
+def _hint(prog: str, name: str, known: Iterable[str]) -> str:
+    return nearest(name, sorted(known)) or f" (see {prog} --help)"
 
 
 def _own_words(error: MarvalError) -> str:
@@ -279,7 +266,7 @@ def _fail(code: int, message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     message = " ".join(message.split())
-    if ERROR_FILE in os.environ:  # the process that launched this one tells it, once for all
+    if ERROR_FILE in os.environ:  # the launching process prints it, once for all processes
         Path(os.environ[ERROR_FILE]).write_text(message)
     else:
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)

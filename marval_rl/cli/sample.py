@@ -1,4 +1,4 @@
-"""`marval-rl sample`: paint images with a model."""
+"""`marval-rl sample`: generate images with a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from marval_rl.cli.model_arguments import add_sampling_arguments, load_for_sampling, sampling_settings
+from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, sampling_settings
 from marval_rl.errors import check_output
 from marval_rl.models.generation import generate_images, save_image_grid
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
-    """Writes a grid, one row a class. Raises ValueError for a class the model does not know."""
+    """Writes a grid, one row per class. Raises ValueError for a class the model does not know."""
     if args.per_class < 1:
         raise ValueError(f"--per_class must be at least 1, not {args.per_class}")
     check_output(args.output)

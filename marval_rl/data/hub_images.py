@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pyarrow as pa
 from marval_rl.data.class_names import check_number, label_classes, natural_key, read_class_names
 from marval_rl.data.decoding import CorruptImageError, read_bytes
 from marval_rl.data.labelled_images import LabelledImages
-from marval_rl.errors import DataError
+from marval_rl.errors import DataError, nearest
 
 
 class HubImages(LabelledImages):
@@ -44,8 +43,8 @@ class HubImages(LabelledImages):
         for setting, column in (("image_column", image_column), ("label_column", label_column)):
             if column not in dataset.column_names:
                 raise DataError(
-                    f"{where} has no column {column!r}{_nearest(column, dataset.column_names)}; it has "
-                    f"{', '.join(dataset.column_names)} (--{setting} ...)"
+                    f"{where} has no column {column!r}, only "
+                    f"{', '.join(dataset.column_names)} (--{setting} ...){nearest(column, dataset.column_names)}"
                 )
         if not len(dataset):
             raise DataError(f"{where} has no rows")
@@ -116,8 +115,3 @@ def _holds_images(feature: object) -> bool:
     if isinstance(feature, datasets.Value):
         return feature.dtype in ("binary", "large_binary")
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f", did you mean {matches[0]!r}" if matches else ""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from marval_rl.cli.arguments import load_for_sampling, sampling_settings
 from marval_rl.cli.evaluate import default_output, write_results
-from marval_rl.cli.model_arguments import load_for_sampling, sampling_settings
 from marval_rl.errors import check_output
 from marval_rl.evaluation.diversity import check_num_images
 from marval_rl.models.generation import generate_images

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from marval_rl.cli.arguments import load_for_sampling, sampling_settings
 from marval_rl.cli.evaluate import default_output, write_results
-from marval_rl.cli.model_arguments import load_for_sampling, sampling_settings
-from marval_rl.cli.reward_arguments import parse_kwargs
 from marval_rl.data.class_names import check_number, label_classes, read_class_names
 from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.evaluate_fidelity import (
@@ -31,6 +30,7 @@ from marval_rl.evaluation.reference import open_reference
 from marval_rl.evaluation.speed import painting_speed
 from marval_rl.launched import check_company, launched_processes
 from marval_rl.models import MARConfig
+from marval_rl.rewarding.arguments import parse_kwargs
 from marval_rl.trainers.arguments import only_cpu_here
 
 PROMPT_TEMPLATE = "a high-quality and harmonious picture of {name}"

@@ -9,10 +9,9 @@ import torch
 from safetensors import SafetensorError
 
 from marval_rl.errors import CheckpointError, first_line
-from marval_rl.models.config import MARConfig
+from marval_rl.models.config import MARConfig, is_official_path
 from marval_rl.models.mar import MARModel
 from marval_rl.models.official.mar_weights import read_mar
-from marval_rl.models.official.reading import is_official_path
 
 
 def resolve_model(name_or_path: str | Path) -> str:

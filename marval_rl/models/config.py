@@ -1,5 +1,6 @@
 """The sizes and conventions of a MAR model, teacher or one-step student."""
 
+from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
@@ -25,6 +26,14 @@ SIZES = (
     "num_train_timesteps",
     "num_diffusion_steps",
 )
+
+OFFICIAL_SUFFIXES = (".pth", ".pt", ".ckpt")
+
+
+def is_official_path(name_or_path: str | Path) -> bool:
+    """Whether a model's name means a file of the official code: any file, or a name that ends as theirs do."""
+    path = Path(name_or_path)
+    return path.is_file() or path.suffix in OFFICIAL_SUFFIXES
 
 
 class MARConfig(PreTrainedConfig):

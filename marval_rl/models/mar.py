@@ -16,10 +16,9 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from marval_rl.models.config import MARConfig
+from marval_rl.models.config import MARConfig, is_official_path
 from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, predict_start
 from marval_rl.models.head import DiffusionHead, SmallLinear, ZeroLinear
-from marval_rl.models.official.reading import is_official_path
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, scatter_tokens, visible_positions
 
 

@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,7 +25,7 @@ from trl import TrlParser
 
 from marval_rl.errors import RecipeError
 from marval_rl.paths import SHIPPED_RECIPES, expand_path, shipped_recipe
-from marval_rl.recipes.trl_settings import explain_trl_setting
+from marval_rl.recipes.unknown_settings import explain_unknown
 from marval_rl.recipes.values import WrongType, convert, pick, rejoin_list
 from marval_rl.text import dump_yaml, load_yaml, read_text, yaml_problem
 
@@ -36,28 +36,6 @@ PATH_SETTINGS = (
 )
 COMMAND_OPTIONS = ("dry_run", "resume", "debug", "help")  # not settings, but worth suggesting for `--dryrun`
 SECRET_KEYS = ("hub_token",)  # never written down: run folders are shared
-
-RENAMED = {
-    "sigma": "policy_std",
-    "anchor_weight": "gsim_weight",
-    "anchor_batch_size": "gsim_batch_size",
-    "guidance_scale": "gsim_guidance_scale",  # in RL; distillation keeps these names
-    "min_timestep": "gsim_min_timestep",
-    "max_timestep": "gsim_max_timestep",
-    "timestep_draws": "gsim_timestep_draws",
-    "mask_ratio_min": "gsim_mask_ratio_min",
-    "mask_ratio_std": "gsim_mask_ratio_std",
-}
-_ALL_STEPS = "all unmasking steps explore and are trained"
-_ADVANTAGES = "advantages are scaled by scale_rewards alone"
-REMOVED = {
-    "num_trained_steps": _ALL_STEPS,
-    "trained_steps": _ALL_STEPS,
-    "exploration_window": _ALL_STEPS,
-    "exploration_shift": _ALL_STEPS,
-    "reward_std_floor": _ADVANTAGES,
-    "advantage_clip": _ADVANTAGES,
-}
 
 
 def parse_recipe(path: str | Path | None, overrides: Sequence[str], config_types: Sequence[type]) -> tuple:
@@ -86,8 +64,7 @@ def read_settings(path: str | Path | None, overrides: Sequence[str], config_type
         environment = recipe.pop("env", None) or {}
         for key, value in recipe.items():
             if key not in fields:
-                told = explain_trl_setting(str(key), fields) or f"unknown key {str(key)!r}{_advice(str(key), fields)}"
-                raise RecipeError(f"{path}: {told}")
+                raise RecipeError(f"{path}: {explain_unknown(str(key), fields, f'unknown key {str(key)!r}')}")
             settings[key] = _checked(value, fields[key], hints[key], f"{path}: {key}")
         if not isinstance(environment, dict) or not all(isinstance(value, str) for value in environment.values()):
             raise RecipeError(f"{path}: env: expected a mapping of names to values, got {environment!r}")
@@ -189,22 +166,6 @@ def default_output_dir(recipe: str) -> str:
     return str(Path("runs", *path.parts[below + 1 :])) if below is not None else str(Path("runs", path.name))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean ...?" with up to three known names, or an empty string where none is near."""
-    matches = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
-
-
-def _advice(name: str, known: Iterable[str]) -> str:
-    """What became of a setting that there was before; else as `nearest`."""
-    former = name.replace("-", "_")
-    if RENAMED.get(former) in known:
-        return f"; it is now called {RENAMED[former]}"
-    if former in REMOVED:
-        return f"; it was removed: {REMOVED[former]}"
-    return nearest(name, known)
-
-
 class _OptionParser(TrlParser):
     """TRL's option names (`--a_b` and `--a-b`, `--no_x` for a field that is true), with errors raised, not printed."""
 
@@ -222,8 +183,8 @@ def _command_line(overrides: Sequence[str], config_types: Sequence[type], fields
     given, unknown = parser.parse_known_args(list(overrides))
     if unknown and unknown[0].startswith("-"):
         name = unknown[0].lstrip("-").split("=")[0]
-        hint = _advice(name, [*fields, *COMMAND_OPTIONS])
-        raise RecipeError(explain_trl_setting(name, fields) or f"unknown option {unknown[0].split('=')[0]}{hint}")
+        option = f"unknown option {unknown[0].split('=')[0]}"
+        raise RecipeError(explain_unknown(name, [*fields, *COMMAND_OPTIONS], option))
     if unknown:
         raise RecipeError(f"unexpected argument {unknown[0]!r}: settings are given as --key value")
     return {key: rejoin_list(value) if isinstance(value, list) else value for key, value in vars(given).items()}

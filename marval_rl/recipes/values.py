@@ -13,14 +13,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from marval_rl.text import load_yaml, yaml_problem
+from marval_rl.text import MAPPING, load_yaml, parse_mapping
 
 TRUE_WORDS = ("true", "yes", "on", "t", "y", "1")
 FALSE_WORDS = ("false", "no", "off", "f", "n", "0")
 NULL = "null"
 NONE_WORDS = ("none", NULL)
 WRITTEN = ", written [a, b] or a,b"
-MAPPING = "a mapping, such as '{key: 1}'"
 
 
 class WrongType(Exception):
@@ -94,21 +93,6 @@ def rejoin_list(words: list[str]) -> str | list[str]:
     without quotes are two words."""
     in_one_piece = len(words) == 1 or words[0].startswith("[") or any(word.endswith(",") for word in words)
     return " ".join(words) if in_one_piece else words
-
-
-def parse_mapping(text: str) -> dict:
-    """The mapping that was written in one piece, as YAML or JSON.
-
-    Raises:
-        WrongType: For anything else; a key that is written twice is named.
-    """
-    try:
-        value = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise WrongType(f"{MAPPING} ({yaml_problem(error)})") from None
-    if not isinstance(value, dict):
-        raise WrongType(MAPPING)
-    return value
 
 
 def pick(value: Any, choices: Iterable[Any]) -> Any:
@@ -192,7 +176,10 @@ def _convert_list(value: Any, hint: Any) -> list:
 
 def _convert_mapping(value: Any, hint: Any) -> dict:
     if isinstance(value, str):  # from the command line, as JSON or YAML
-        value = parse_mapping(value)
+        try:
+            value = parse_mapping(value)
+        except ValueError as error:
+            raise WrongType(str(error)) from None
     if not isinstance(value, dict):
         raise WrongType(MAPPING)
     arguments = get_args(hint)

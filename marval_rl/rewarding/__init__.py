@@ -1,6 +1,23 @@
 """The reward protocol: finding rewards by name, path or entry point, and scoring images with several at once."""
 
-from marval_rl.rewarding.loading import Reward, list_rewards, load_reward
-from marval_rl.rewarding.reward_set import RewardScores, RewardSet
+from __future__ import annotations
 
-__all__ = ["Reward", "RewardScores", "RewardSet", "list_rewards", "load_reward"]
+import importlib
+from typing import Any
+
+# Imported when first asked for: `marval-rl rewards --help` must not wait for torch.
+_EXPORTS = {
+    "Reward": "marval_rl.rewarding.loading",
+    "RewardScores": "marval_rl.rewarding.reward_set",
+    "RewardSet": "marval_rl.rewarding.reward_set",
+    "list_rewards": "marval_rl.rewarding.loading",
+    "load_reward": "marval_rl.rewarding.loading",
+}
+
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

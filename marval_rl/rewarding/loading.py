@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from marval_rl.errors import MarvalError
+from marval_rl.errors import MarvalError, nearest
 from marval_rl.paths import expand_path, expand_sure_paths
 from marval_rl.rewarding.neighbours import folder_package, neighbours_of
 from marval_rl.rewarding.process_state import kept_settings
@@ -111,7 +110,7 @@ def _find(spec: str) -> Any:
         return getattr(module, attribute)
     except AttributeError as error:
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(f"reward {spec!r}: {source} has no {attribute!r}{_nearest(attribute, known)}") from error
+        raise ValueError(f"reward {spec!r}: {source} has no {attribute!r}{nearest(attribute, known)}") from error
 
 
 def _find_entry_point(name: str) -> Any:
@@ -119,7 +118,7 @@ def _find_entry_point(name: str) -> Any:
     if name not in points.names:
         known = sorted(points.names)
         raise ValueError(
-            f"unknown reward {name!r}{_nearest(name, known)}; registered: {', '.join(known) or 'none'}. "
+            f"unknown reward {name!r}{nearest(name, known)}; registered: {', '.join(known) or 'none'}. "
             "For a reward of your own write path/file.py:attribute or package.module:attribute"
         )
     targets = {point.value: point for point in points if point.name == name}
@@ -205,11 +204,6 @@ def _check_arguments(name: str, reward: Reward) -> None:
             f"{', '.join(STANDARD_ARGUMENTS)} and the data set's columns: {error}; "
             "name those it needs and end with **columns"
         ) from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def describe(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marval_rl.errors import nearest
 from marval_rl.losses.advantages import weighted_sum
 from marval_rl.rewarding.calling import call_rewards
 from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Reward, is_differentiable, load_reward, reward_name
@@ -164,8 +164,8 @@ def _check_weights(weights: Sequence[float] | None, names: list[str]) -> list[fl
 def _check_kwargs(kwargs: dict[str, Any], names: list[str]) -> None:
     for name, values in kwargs.items():
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"reward_kwargs names {name!r}, which is no reward here ({', '.join(names)}){hint}")
+            raise ValueError(
+                f"reward_kwargs names {name!r}, which is not a reward here ({', '.join(names)}){nearest(name, names)}"
+            )
         if not isinstance(values, Mapping):
             raise ValueError(f"reward_kwargs[{name!r}] must map argument names to values, not {values!r}")

@@ -21,16 +21,9 @@ from torch import Tensor, nn
 
 from marval_rl.errors import CheckpointError
 
-SUFFIXES = (".pth", ".pt", ".ckpt")
 ZIP_START = b"PK\x03\x04"
 PICKLE_START = b"\x80"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: a magic number, pickled first
-
-
-def is_official_path(name_or_path: str | Path) -> bool:
-    """Whether a model's name means a file of the official code: any file, or a name that ends as theirs do."""
-    path = Path(name_or_path)
-    return path.is_file() or path.suffix in SUFFIXES
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

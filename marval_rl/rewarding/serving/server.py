@@ -13,8 +13,8 @@ import socket
 import sys
 from typing import Any
 
-from marval_rl.cli.reward_arguments import add_reward_arguments, parse_kwargs
 from marval_rl.errors import MarvalError
+from marval_rl.rewarding.arguments import add_reward_arguments, parse_kwargs
 
 TOKEN_VARIABLE = "MARVAL_RL_REWARD_TOKEN"
 SHUTDOWN_SECONDS = 10  # given to running requests when the server is asked to end

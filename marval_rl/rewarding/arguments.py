@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from marval_rl.cli.main import path_or_id
+from marval_rl.paths import path_or_id
 
 PROMPTS_HELP = 'text, or JSON with "prompt", "class_name", "class_label" and columns of your own'
 
@@ -25,13 +25,13 @@ def parse_kwargs(text: str) -> dict[str, Any]:
         ValueError: For anything else.
     """
     try:
-        from marval_rl.recipes.values import WrongType, parse_mapping
+        from marval_rl.text import parse_mapping
     except ImportError:  # the environment of a reward that is served need not have PyYAML
         return _parse_json(text)
     try:
         return parse_mapping(text)
-    except WrongType as expected:
-        raise ValueError(f"--reward_kwargs must be {expected}, in YAML or JSON, not {text!r}") from None
+    except ValueError as error:
+        raise ValueError(f"--reward_kwargs must be {error}, in YAML or JSON, not {text!r}") from None
 
 
 def _parse_json(text: str) -> dict[str, Any]:

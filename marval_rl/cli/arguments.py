@@ -1,0 +1,134 @@
+"""Arguments that several commands share; nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from marval_rl.paths import path_or_id
+from marval_rl.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+    from marval_rl.models import LatentCodec, MARModel
+    from marval_rl.models.generation import SamplingSettings
+
+DTYPES = ("float32", "bfloat16")
+
+
+# ---- pretrain, distill and train ----
+
+
+def add_recipe_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds RECIPE. It is optional for argparse, so that the message about a missing one can list those that exist."""
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="YAML file of settings, or the name of one that ships; --key value wins",
+    )
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds RECIPE, --dry_run, --resume and the options of a launch. Everything else on the command line is a setting
+    (`--key value`).
+
+    `args.resume` is None (start a new run), "latest" (the newest checkpoint of the output folder), "auto" (that, or a
+    new run where there is none) or the path of a checkpoint. The options of a launch are there for the help alone: the
+    command line handles them before the command is run.
+    """
+    from marval_rl.cli.launch import add_launch_arguments
+    from marval_rl.runtime.resume import LATEST
+
+    parser.usage = f"{parser.prog} RECIPE [--dry_run] [--resume [CHECKPOINT]] [--num_processes N ...] [--key value ...]"
+    add_recipe_argument(parser)
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run, and train nothing")
+    parser.add_argument(
+        "--resume",
+        type=path_or_id,
+        nargs="?",
+        const=LATEST,
+        metavar="CHECKPOINT",
+        help="resume from this checkpoint folder; without a value, from the newest one of the run; auto: from the "
+        "newest one, or start a new run where no checkpoint was written yet",
+    )
+    add_launch_arguments(parser)
+
+
+# ---- sample, evaluate and bench ----
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, model_is_optional: bool = False) -> None:
+    """Adds MODEL and how to sample it."""
+    count = "?" if model_is_optional else None
+    parser.add_argument(
+        "model", type=path_or_id, metavar="MODEL", nargs=count, help="model folder, run folder or hub id"
+    )
+    parser.add_argument(
+        "--vae",
+        type=path_or_id,
+        metavar="PATH",
+        help="diffusers AutoencoderKL: folder or hub id (default: the model's)",
+    )
+    parser.add_argument("--steps", type=int, default=16, metavar="K", help="unmasking steps (default: 16)")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1.0 is none; for teachers only")
+    parser.add_argument("--guidance_schedule", default="linear", choices=["linear", "constant"])
+    parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (default: 1.0)")
+    parser.add_argument("--diffusion_steps", type=int, metavar="N", help="of a teacher (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=250, help="images at once (default: 250)")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype and --device."""
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="bfloat16 runs MAR under autocast; never the VAE"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
+
+
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """The device of --device."""
+    import torch
+
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def autocast_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """The type of --dtype to autocast to; None for float32, which needs none."""
+    import torch
+
+    return torch.bfloat16 if args.dtype == "bfloat16" else None
+
+
+def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, torch.device]:
+    """The model on its device, and its codec; sets `args.progress`, whether to draw progress bars."""
+    from marval_rl.models import codec_for
+    from marval_rl.models.checkpoints import load_model
+
+    device = chosen_device(args)
+    quiet_libraries()
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, not {args.batch_size}")
+    args.progress = sys.stderr.isatty()
+    model = load_model(args.model)
+    if args.vae is not None:
+        model.config.vae = args.vae
+    return model.to(device), codec_for(model.config).to(device), device
+
+
+def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """The settings of `generate` from the command line."""
+    from marval_rl.models.generation import SamplingSettings
+
+    return SamplingSettings(
+        num_unmasking_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        guidance_schedule=args.guidance_schedule,
+        temperature=args.temperature,
+        num_diffusion_steps=args.diffusion_steps,
+        autocast_dtype=autocast_dtype(args),
+    )
