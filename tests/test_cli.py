@@ -80,7 +80,7 @@ def test_help_and_version_do_not_import_torch():
 def test_the_module_runs_and_returns_the_exit_code():
     result = subprocess.run([sys.executable, "-m", "marval_rl", "trian"], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "marval-rl: error: unknown command 'trian'; did you mean train?\n"
+    assert result.stderr == "marval-rl: error: unknown command 'trian'; did you mean train or pretrain?\n"
 
 
 def test_the_overview_is_shown_where_no_command_is_given(capsys):
