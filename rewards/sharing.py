@@ -20,8 +20,9 @@ _sources: WeakKeyDictionary[nn.Module, Hashable] = WeakKeyDictionary()
 def shared_network(source: Hashable, load: Callable[[], nn.Module]) -> nn.Module:
     """The network on the CPU that a reward has from this source, or else what load() returns.
 
-    source  everything that tells the network from others: architecture, weights (`weights_identity`), dtype
-    load    makes the network on the CPU; its weights must not be changed afterwards
+    Args:
+        source: Everything that tells the network from others: architecture, weights (`weights_identity`), dtype.
+        load: Makes the network on the CPU; its weights must not be changed afterwards.
     """
     return _shared(source, CPU, load)
 

@@ -30,7 +30,8 @@ LOADING_ERRORS = (
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a state_dict that torch.save wrote, by name, on the CPU.
 
-    Raises CheckpointError for anything else, such as a pickle that would run code.
+    Raises:
+        CheckpointError: For anything else, such as a pickle that would run code.
     """
     try:
         if path.suffix == ".safetensors":

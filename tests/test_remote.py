@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import urllib3
 from marval_rl.rewards.remote import Remote
 from remote_rewards import arguments, brightness, expected, number
 from remote_servers import ServerProcess, batch_for, free_url, thread_server
@@ -44,7 +45,7 @@ def said(capsys) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server():
-    with ServerProcess("number", "--max_waiting", "64") as server:
+    with ServerProcess("number_in_a_lean_process", "--max_waiting", "64") as server:
         yield server
 
 
@@ -313,7 +314,7 @@ def test_interrupting_does_not_leave_threads_that_try_on(impatient):
         calls.append(threading.current_thread())
         if len(calls) == 5:
             raise ValueError("enough")
-        raise ConnectionRefusedError
+        raise urllib3.exceptions.ProtocolError
 
     remote.client._post = refuse
     with pytest.raises(ValueError, match="enough"):

@@ -28,8 +28,9 @@ def call_rewards(rewards: Mapping[str, Reward], arguments: Mapping[str, Any], wi
     to them, now or later, reaches another reward or the training. What returns an awaitable (`async def`) is awaited,
     all of them at the same time, after the others have been called.
 
-    Raises RewardError where a reward raises, changes the images or a setting of the whole process, returns anything
-    but B finite numbers or Nones, or, with_grad, returns scores without a gradient.
+    Raises:
+        RewardError: Where a reward raises, changes the images or a setting of the whole process, returns anything but B
+            finite numbers or Nones, or, with_grad, returns scores without a gradient.
     """
     images = arguments["images"]
     scores: dict[str, Tensor] = {}

@@ -68,10 +68,12 @@ def pack(
 ) -> bytes:
     """The body for images [B, 3, H, W] in 0..1 on any device.
 
-    format  "uint8" rounds to whole bytes, "png" does too and compresses them, "float32" keeps every bit. Images that
-            come from files are whole bytes.
+    Args:
+        format: "uint8" rounds to whole bytes, "png" does too and compresses them, "float32" keeps every bit. Images
+            that come from files are whole bytes.
 
-    Raises ValueError for a column that JSON cannot carry.
+    Raises:
+        ValueError: For a column that JSON cannot carry.
     """
     request = {
         "protocol": PROTOCOL,
@@ -86,7 +88,9 @@ def pack(
 def unpack(body: bytes, limits: Limits) -> ScoreRequest:
     """The request in a body, which may hold anything.
 
-    Raises MalformedRequest and RequestTooLarge, with the reason; sizes are checked before memory is taken for them.
+    Raises:
+        MalformedRequest: For a body that is not a request.
+        RequestTooLarge: For one that exceeds the limits; sizes are checked before memory is allocated.
     """
     if len(body) > limits.max_bytes:
         raise too_many_bytes(limits)
