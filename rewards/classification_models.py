@@ -182,7 +182,7 @@ def _load_timm_network(timm: ModuleType, name: str, weights: Path) -> nn.Module:
         classifiers = network.pretrained_cfg["classifier"]  # the name of the last layer, or of several
         head = f"{classifiers if isinstance(classifiers, str) else classifiers[0]}.weight"
         if head not in tensors:
-            raise CheckpointError(f"{weights} is no classifier {name}: it lacks {head}")
+            raise CheckpointError(f"{weights} is not a classifier {name}: {head} is missing")
         if len(tensors[head]) != network.num_classes:
             network.reset_classifier(len(tensors[head]))
     load_strictly(network, tensors, weights)

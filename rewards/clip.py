@@ -57,7 +57,9 @@ class Clip(CosineReward):
         compile: bool = False,
     ) -> None:
         if prompt_template is not None and "{name}" not in prompt_template:
-            raise ValueError(f"prompt_template {prompt_template!r} lacks {{name}}, the place of the class's name")
+            raise ValueError(
+                f"prompt_template {prompt_template!r} does not contain {{name}}, the place of the class's name"
+            )
         self.prompt_template = prompt_template
         network, self.tokenizer, preprocessing = load_clip(model, pretrained, dtype)
         super().__init__(network, preprocessing, scale, dtype, micro_batch_size, compile)

@@ -38,7 +38,7 @@ class ImageClassifier(NetworkReward):
     Images are resized, cut and normalised as the model's own settings say.
 
     Raises:
-        ValueError: For an unknown score or class and for arguments that lead nowhere.
+        ValueError: For an unknown score or class and for invalid arguments.
         CheckpointError: For files that are missing or cannot be loaded.
         RewardError: For "timm:" without timm.
     """

@@ -199,7 +199,9 @@ def _read_med_config(path: Path) -> dict:
         raise CheckpointError(f"med_config {str(path)!r} cannot be read: {first_line(error)}") from error
     missing = MED_CONFIG.keys() - set(settings)
     if missing:
-        raise CheckpointError(f"med_config {str(path)!r} lacks {', '.join(sorted(missing))}; it is no med_config.json")
+        raise CheckpointError(
+            f"med_config {str(path)!r} is not a med_config.json: {', '.join(sorted(missing))} missing"
+        )
     return settings
 
 

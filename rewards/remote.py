@@ -36,7 +36,7 @@ class Remote:
         RewardError: When called, for a server that stays away and for what another try would not change.
     """
 
-    differentiable = False  # no gradient comes over the wire
+    differentiable = False  # no gradient is sent
 
     def __init__(
         self,

@@ -105,7 +105,7 @@ def test_scores_of_any_size_tell_images_and_prompts_apart(plain, name):
         assert scores.shape == (3,) and scores.dtype == torch.float32
         torch.testing.assert_close(scores[0], scores[2])
         assert abs(scores[0] - scores[1]) > far
-        assert (abs(scores[0] - score(plain, images[:1], ["an umbrella"])) > far) is (name != "aesthetic")
+        assert bool(abs(scores[0] - score(plain, images[:1], ["an umbrella"])) > far) is (name != "aesthetic")
 
 
 @pytest.mark.parametrize("shape", [(36, 40), (40, 20)])

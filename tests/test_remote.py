@@ -128,8 +128,11 @@ def test_what_the_server_says_of_the_reward_is_passed_on_at_once():
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (Limits(max_images=5), "status 413, the request has 10 images, but 5 are the most; send fewer a request"),
-        (Limits(max_bytes=400), "status 413, the request has more than 400 bytes, .*; send fewer images a request"),
+        (
+            Limits(max_images=5),
+            "status 413, the request has 10 images, but at most 5 are allowed; send fewer per request",
+        ),
+        (Limits(max_bytes=400), "status 413, the request has more than 400 bytes, .*; send fewer images per request"),
     ],
 )
 def test_requests_that_are_too_large(limits, message):

@@ -98,7 +98,7 @@ def test_a_template_takes_the_place_of_the_prompts(folder):
     torch.testing.assert_close(
         found, score(Clip(f"local-dir:{folder}"), images, ["a photo of a cat", "a photo of a {dog}"])
     )
-    with pytest.raises(ValueError, match=r"'a photo' lacks \{name\}"):
+    with pytest.raises(ValueError, match=r"'a photo' does not contain \{name\}"):
         Clip(f"local-dir:{folder}", prompt_template="a photo")
 
 

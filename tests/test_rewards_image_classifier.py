@@ -225,7 +225,7 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(folder, timm_weights,
     head = tensors["classifier.weight"]
     changes = {"missing": None, "mismatched": head[:, :8].contiguous(), "nan": head * torch.nan}
     messages = {
-        "missing": "is no whole image classifier: 1 missing_keys: classifier.weight",
+        "missing": "is not a complete image classifier: 1 missing_keys: classifier.weight",
         "mismatched": "cannot load the image classifier .*mismatched",
         "nan": "classifier.weight of .*nan holds NaN",
         "damaged": "cannot load the image classifier .*damaged",
@@ -257,7 +257,7 @@ def test_weights_of_timm_that_do_not_fit_are_refused_in_one_line(timm_weights, t
     save_file({name: tensor for name, tensor in tensors.items() if name != "fc.bias"}, tmp_path / "b.safetensors")
     for name, message in (
         ("hostile.pth", "hostile.pth cannot be read as weights"),
-        ("a.safetensors", f"a.safetensors is no classifier {TIMM_NAME}: it lacks fc.weight"),
+        ("a.safetensors", f"a.safetensors is not a classifier {TIMM_NAME}: fc.weight is missing"),
         ("b.safetensors", r"b.safetensors do not fit ResNet: 1 missing \(fc.bias\)"),
     ):
         with pytest.raises(CheckpointError, match=message) as error:

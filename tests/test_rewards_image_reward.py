@@ -214,7 +214,7 @@ def test_wrong_arguments_name_the_remedy(arguments, tmp_path):
         ("tokenizer", str(tmp_path / "no.txt"), "the tokenizer .*no.txt' does not exist"),
         ("tokenizer", str(tmp_path / "short.txt"), "has 6 tokens, but the network's vocabulary of 173 needs 171"),
         ("med_config", tmp_path / "no.json", "no.json' cannot be read"),
-        ("med_config", tmp_path / "other.json", "other.json' lacks hidden_act, "),
+        ("med_config", tmp_path / "other.json", "other.json' is not a med_config.json: hidden_act, "),
     ):
         with pytest.raises(CheckpointError, match=message):
             ImageReward(**{**arguments, argument: value})

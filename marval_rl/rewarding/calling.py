@@ -117,8 +117,8 @@ async def _outcome(awaitable: Awaitable[Any]) -> Any:
 
 @cache
 def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """One loop a process (threads do not survive a fork), in a thread of its own: it does not matter whether the caller
-    has a running loop, as in a notebook, and the connections that a reward keeps stay usable from call to call."""
+    """One loop per process (threads do not survive a fork), in its own thread: the caller may have a running loop, as
+    in a notebook, and the connections that a reward keeps stay usable from call to call."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
@@ -155,7 +155,7 @@ def _check_gradients(scores: Mapping[str, Tensor]) -> None:
 
 
 def _read_scores(name: str, returned: Any, images: Tensor, with_grad: bool) -> Tensor:
-    """`_to_scores` in memory of our own, without a graph unless asked for."""
+    """`_to_scores` in new memory, without a graph unless with_grad."""
     try:
         scores = _to_scores(name, returned, images)
     except RewardError:

@@ -49,7 +49,9 @@ def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
             return _checked(name, _instantiate(name, target, _with_paths(name, kwargs)), target)
     if kwargs:
         given = ", ".join(kwargs)
-        raise ValueError(f"reward {name!r} is no class, so it takes no reward_kwargs (given: {given}); make it a class")
+        raise ValueError(
+            f"reward {name!r} is not a class, so it takes no reward_kwargs (given: {given}); make it a class"
+        )
     return _checked(name, target, target)
 
 

@@ -131,7 +131,7 @@ class RewardSet:
 
 
 def _check_images(images: Tensor) -> Tensor:
-    """Refuse what is no image, so that no reward is blamed for it; repeat a grey channel."""
+    """Refuses invalid images, so that no reward is blamed for them; repeats a grey channel."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images must have the shape [B, 1 or 3, H, W], not {list(images.shape)}")
     low, high = (float(bound) for bound in images.detach().aminmax())
