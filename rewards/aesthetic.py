@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from marval_rl.errors import CheckpointError
 
 from .clip import SCHEMAS, load_clip
-from .network_reward import NetworkReward
+from .network_reward import NetworkReward, score_head
 from .sharing import network_on
 from .weights import load_strictly, read_tensors
 
@@ -22,17 +22,20 @@ PREFIX = "layers."  # of every name in the published file
 class Aesthetic(NetworkReward):
     """How beautiful people would find the image, whatever its prompt: about 1 to 10, photographs around 5.
 
-    weights           the published sac+logos+ava1-l14-linearMSE.pth: five linear layers on CLIP's embedding
-    model             the CLIP they were trained on, as for `clip`: OpenAI's ViT-L-14, which wants QuickGELU
-    pretrained        its weights, as for `clip`; None for OpenAI's
-    dtype             "float32" or "bfloat16" for CLIP; the layers on top are float32
-    micro_batch_size  images at a time, with gradients too; None for all
-    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
+    Args:
+        weights: The published sac+logos+ava1-l14-linearMSE.pth: five linear layers on CLIP's embedding.
+        model: The CLIP they were trained on, as for `clip`: OpenAI's ViT-L-14, which wants QuickGELU.
+        pretrained: Its weights, as for `clip`; None for OpenAI's.
+        dtype: "float32" or "bfloat16" for CLIP; the layers on top are float32.
+        micro_batch_size: Images per pass, also with gradients; None for all at once.
+        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
 
     A `clip` with the same model, weights and dtype shares the network.
 
-    Raises RewardError without open_clip, ValueError for arguments that lead nowhere, CheckpointError for a file that
-    is missing, cannot be read or does not fit.
+    Raises:
+        RewardError: Without open_clip.
+        ValueError: For invalid arguments.
+        CheckpointError: For a file that is missing, cannot be read or does not fit.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Aesthetic(NetworkReward):
         super().__init__(network, preprocessing, dtype, micro_batch_size, compile)
         with torch.no_grad():  # embeddings of texts are as wide as those of images, and quicker to come by
             width = network.encode_text(tokenizer([""]).to(next(network.parameters()).device)).shape[1]
-        self.head = aesthetic_head(width)
+        self.head = score_head(width).eval().requires_grad_(False)
         load_strictly(self.head, tensors, f"{weights} (for CLIP embeddings of {width} numbers)")
 
     def __call__(self, *, images: Tensor, **columns: object) -> Tensor:
@@ -68,17 +71,6 @@ class Aesthetic(NetworkReward):
     def _move_to(self, device: torch.device) -> None:
         super()._move_to(device)
         self.head = network_on(self.head, device)
-
-
-def aesthetic_head(width: int) -> nn.Sequential:
-    """Embeddings of length 1 [B, width] -> scores [B, 1]; no activation between, as published."""
-    return nn.Sequential(  # an Identity where the published network has dropout, for its numbering
-        nn.Linear(width, 1024), nn.Identity(),
-        nn.Linear(1024, 128), nn.Identity(),
-        nn.Linear(128, 64), nn.Identity(),
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
-    ).eval().requires_grad_(False)  # fmt: skip
 
 
 def _read_head(weights: Path) -> dict[str, Tensor]:

@@ -35,26 +35,14 @@ PLAIN_PROCESSORS = (
 CONVNEXT_WITHOUT_CROP = 384  # ConvNextImageProcessor squashes from this size on
 
 
-@dataclass(frozen=True)
-class CroppedPreprocessing(Preprocessing):
-    """Resized to more than `size` pixels, of which the middle is cut out.
-
-    resized  pixels of the short side (keep_ratio) or of both sides before the cut
-    """
-
-    resized: int = 0
-
-    def _resized_shape(self, height: int, width: int) -> tuple[int, int]:
-        return Preprocessing(self.resized, keep_ratio=self.keep_ratio)._resized_shape(height, width)
-
-
 @dataclass
 class ClassificationModel:
     """A classifier of N classes.
 
-    network      on the CPU, shared with whoever asks for it
-    logits       (network, pixels [B, 3, S, S]) -> [B, N]
-    class_names  N names, or None where the model has none
+    Args:
+        network: On the CPU, shared with whoever asks for it.
+        logits: (network, pixels [B, 3, S, S]) -> [B, N].
+        class_names: N names, or None where the model has none.
     """
 
     network: nn.Module
@@ -67,8 +55,10 @@ class ClassificationModel:
 def load_classification_model(model: str, weights: str | None, dtype: str) -> ClassificationModel:
     """A classifier by the name of its folder or hub id, or `timm:NAME` and a file of weights.
 
-    Raises ValueError for arguments that lead nowhere or a preprocessing that is not handled, CheckpointError for
-    weights that cannot be loaded, RewardError without timm.
+    Raises:
+        ValueError: For invalid arguments or a preprocessing that is not handled.
+        CheckpointError: For weights that cannot be loaded.
+        RewardError: Without timm.
     """
     if model.startswith(TIMM):
         return _load_timm(model.removeprefix(TIMM), weights, dtype)
@@ -112,7 +102,7 @@ def _transformers_preprocessing(model: str) -> Preprocessing:
     steps = {name: settings[name] for name in ("do_resize", "do_rescale", "do_normalize")}
     if not all(steps.values()) or round(1 / settings["rescale_factor"]) != 255:
         raise ValueError(f"the classifier {model} prepares images in a way that is not handled: {steps}")
-    return CroppedPreprocessing(
+    return Preprocessing(
         mean=tuple(settings["image_mean"]),
         std=tuple(settings["image_std"]),
         filter=_filter(FILTERS_BY_NUMBER.get(settings["resample"], str(settings["resample"])), model),
@@ -192,7 +182,7 @@ def _load_timm_network(timm: ModuleType, name: str, weights: Path) -> nn.Module:
         classifiers = network.pretrained_cfg["classifier"]  # the name of the last layer, or of several
         head = f"{classifiers if isinstance(classifiers, str) else classifiers[0]}.weight"
         if head not in tensors:
-            raise CheckpointError(f"{weights} is no classifier {name}: it lacks {head}")
+            raise CheckpointError(f"{weights} is not a classifier {name}: {head} is missing")
         if len(tensors[head]) != network.num_classes:
             network.reset_classifier(len(tensors[head]))
     load_strictly(network, tensors, weights)
@@ -204,7 +194,7 @@ def _timm_preprocessing(settings: dict[str, Any], model: str) -> Preprocessing:
     if settings["crop_mode"] not in ("center", "squash"):
         raise ValueError(f"the classifier {model} crops images in a way that is not handled: {settings['crop_mode']!r}")
     size = _square({"height": height, "width": width}, model)
-    return CroppedPreprocessing(
+    return Preprocessing(
         size=size,
         resized=int(size / settings["crop_pct"]),
         mean=tuple(settings["mean"]),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from marval_rl.errors import CheckpointError, RewardError, first_line, nearest
 
-from .cosine_reward import CosineReward
+from .network_reward import CosineReward
 from .preprocessing import FILTERS, Preprocessing
 from .sharing import shared_network, weights_identity
 from .weights import LOADING_ERRORS, check_finite
@@ -26,19 +26,24 @@ SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip: a folder or repository with
 class Clip(CosineReward):
     """scale x cosine between CLIP's embeddings of the image and the prompt (CLIPScore, arXiv 2104.08718).
 
-    model             a name of open_clip ("ViT-B-32"), "local-dir:FOLDER" (open_clip_config.json and weights), or
-                      "hf-hub:org/name". OpenAI's weights need the names that end in -quickgelu.
-    pretrained        for a name: a tag of open_clip ("openai", "laion2b_s34b_b79k"), which is downloaded, or a file
-    prompt_template   such as "a photo of a {name}", filled with each class_names and used in place of the prompts;
-                      None uses the prompts
-    scale             100 makes the customary CLIP score, 1 the cosine itself. CLIPScore also cuts at 0, where the
-                      gradient would vanish; images and prompts that belong together are far above
-    dtype             "float32" or "bfloat16" for the network
-    micro_batch_size  images at a time, with gradients too; None for all
-    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
+    Args:
+        model: A name of open_clip ("ViT-B-32"), "local-dir:FOLDER" (open_clip_config.json and weights), or
+            "hf-hub:org/name". OpenAI's weights need the names that end in -quickgelu.
+        pretrained: For a name: a tag of open_clip ("openai", "laion2b_s34b_b79k"), which is downloaded, or a file.
+        prompt_template: Such as "a photo of a {name}", filled with each class_names and used in place of the prompts;
+            None uses the prompts.
+        scale: 100 makes the customary CLIP score, 1 the cosine itself. CLIPScore also cuts at 0, where the gradient
+            would vanish; images and prompts that belong together are far above.
+        dtype: "float32" or "bfloat16" for the network.
+        micro_batch_size: Images per pass, also with gradients; None for all at once.
+        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
 
-    Raises RewardError without open_clip, ValueError for arguments that lead nowhere, CheckpointError for weights that
-    cannot be loaded. Warns if the weights are known to want the other GELU than the model's name says.
+    Raises:
+        RewardError: Without open_clip.
+        ValueError: For invalid arguments.
+        CheckpointError: For weights that cannot be loaded.
+
+    Warns if the weights are known to want the other GELU than the model's name says.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class Clip(CosineReward):
         compile: bool = False,
     ) -> None:
         if prompt_template is not None and "{name}" not in prompt_template:
-            raise ValueError(f"prompt_template {prompt_template!r} lacks {{name}}, the place of the class's name")
+            raise ValueError(
+                f"prompt_template {prompt_template!r} does not contain {{name}}, the place of the class's name"
+            )
         self.prompt_template = prompt_template
         network, self.tokenizer, preprocessing = load_clip(model, pretrained, dtype)
         super().__init__(network, preprocessing, scale, dtype, micro_batch_size, compile)

@@ -19,14 +19,17 @@ MODEL = "ViT-H-14"
 class Hps(Clip):
     """How much people prefer the image for its prompt, by HPS v2 or v2.1: scale x cosine, about 0.2 to 0.35.
 
-    weights           the published HPS_v2_compressed.pt or HPS_v2.1_compressed.pt (or the tensors as .safetensors)
-    prompt_template   as for `clip`; None uses the prompts
-    scale             1 as the authors' `hpsv2.score`, 100 as their benchmark's tables
-    dtype             "float32" or "bfloat16" for the network
-    micro_batch_size  images at a time, with gradients too; None for all
-    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
+    Args:
+        weights: The published HPS_v2_compressed.pt or HPS_v2.1_compressed.pt (or the tensors as .safetensors).
+        prompt_template: As for `clip`; None uses the prompts.
+        scale: 1 as the authors' `hpsv2.score`, 100 as their benchmark's tables.
+        dtype: "float32" or "bfloat16" for the network.
+        micro_batch_size: Images per pass, also with gradients; None for all at once.
+        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
 
-    Raises RewardError without open_clip, CheckpointError for a file that is missing, cannot be read or does not fit.
+    Raises:
+        RewardError: Without open_clip.
+        CheckpointError: For a file that is missing, cannot be read or does not fit.
     """
 
     def __init__(

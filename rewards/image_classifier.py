@@ -22,23 +22,25 @@ ModelClasses = int | str | list[int | str]
 class ImageClassifier(NetworkReward):
     """How well the image shows its class, by a classifier that was trained on photographs, such as ImageNet's.
 
-    model             folder or hub id of a transformers image classifier with its image processor
-                      ("timm/resnet50.a1_in1k" too), or "timm:NAME" for a network of timm with weights in a file
-    weights           for timm:NAME: the file, safetensors or a state_dict of tensors
-    score             "log_probability" of the class (default, <= 0); "margin": that minus the log-probability of the
-                      best other class; "accuracy": 1 where the class is the most probable one, else 0, and not
-                      differentiable
-    label_map         None: class_labels are the model's classes, as those of ImageNet are in their usual order.
-                      "names": the model's class of the same name, or with it among its synonyms ("tench, Tinca tinca").
-                      A mapping: class name -> the model's class, by index or name, or a list whose probabilities add up
-    dtype             "float32" or "bfloat16" for the network
-    micro_batch_size  images at a time, with gradients too; None for all
-    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
+    Args:
+        model: Folder or hub id of a transformers image classifier with its image processor ("timm/resnet50.a1_in1k"
+            too), or "timm:NAME" for a network of timm with weights in a file.
+        weights: For timm:NAME: the file, safetensors or a state_dict of tensors.
+        score: "log_probability" of the class (default, <= 0); "margin": that minus the log-probability of the best
+            other class; "accuracy": 1 where the class is the most probable one, else 0, and not differentiable.
+        label_map: None: class_labels are the model's classes, as those of ImageNet are in their usual order. "names":
+            the model's class of the same name, or with it among its synonyms ("tench, Tinca tinca"). A mapping: class
+            name -> the model's class, by index or name, or a list whose probabilities add up.
+        dtype: "float32" or "bfloat16" for the network.
+        micro_batch_size: Images per pass, also with gradients; None for all at once.
+        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
 
     Images are resized, cut and normalised as the model's own settings say.
 
-    Raises ValueError for an unknown score or class and for arguments that lead nowhere, CheckpointError for files that
-    are missing or cannot be loaded, RewardError for "timm:" without timm.
+    Raises:
+        ValueError: For an unknown score or class and for invalid arguments.
+        CheckpointError: For files that are missing or cannot be loaded.
+        RewardError: For "timm:" without timm.
     """
 
     def __init__(

@@ -15,12 +15,14 @@ SIGNS = {"compressible": -1, "incompressible": 1}
 class Jpeg:
     """Kilobytes (of 1000 bytes) of the image as a JPEG, negative where small files are wanted (arXiv 2305.13301).
 
-    encourage  "compressible" (default) for smooth images, "incompressible" for busy ones
-    quality    of the JPEG, 1 to 95
+    Args:
+        encourage: "compressible" (default) for smooth images, "incompressible" for busy ones.
+        quality: Of the JPEG, 1 to 95.
 
     The bytes are Pillow's for the image rounded to 8 bits. Not differentiable.
 
-    Raises ValueError for another word or quality.
+    Raises:
+        ValueError: For another word or quality.
     """
 
     differentiable = False

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from marval_rl.errors import CheckpointError, first_line
 
-from .cosine_reward import CosineReward
+from .network_reward import CosineReward
 from .preprocessing import Preprocessing
 from .sharing import shared_network, weights_identity
 from .weights import LOADING_ERRORS, check_exists_if_local, load_pretrained
@@ -17,13 +17,16 @@ from .weights import LOADING_ERRORS, check_exists_if_local, load_pretrained
 class PickScore(CosineReward):
     """Which of two images people would pick for the prompt: exp(logit scale) x cosine, about 18 to 24.
 
-    model             folder or hub id of a transformers CLIPModel, as safetensors
-    processor         folder or hub id of its tokenizer and image processor; the default is the authors' own choice
-    dtype             "float32" or "bfloat16" for the network
-    micro_batch_size  images at a time, with gradients too; None for all
-    compile           compile the network (`torch.compile`) on first use: slow to begin, then faster on a GPU
+    Args:
+        model: Folder or hub id of a transformers CLIPModel, as safetensors.
+        processor: Folder or hub id of its tokenizer and image processor; the default is the authors' own choice.
+        dtype: "float32" or "bfloat16" for the network.
+        micro_batch_size: Images per pass, also with gradients; None for all at once.
+        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
 
-    Raises CheckpointError for files that are missing or cannot be loaded, ValueError for a processor that does not fit.
+    Raises:
+        CheckpointError: For files that are missing or cannot be loaded.
+        ValueError: For a processor that does not fit.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a network wants to see of an image: resized as PIL would, cropped, normalised, and all of it differentiable."""
+"""The differentiable preprocessing of images for a network: resized as by PIL, cropped, normalised."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ FILTERS = {"bicubic": _bicubic, "bilinear": _bilinear}
 class Preprocessing:
     """Images [B, 3, H, W] in 0..1 of any size -> normalised pixels [B, 3, size, size].
 
-    size        pixels along a side of the square that the network takes
-    mean, std   a channel each: pixels become (x - mean) / std
-    filter      "bicubic" or "bilinear"
-    keep_ratio  True: the short side is resized to `size` and the middle cut out. False: both sides are resized.
-    crop_start  (length - size) / 2 -> first row or column of the cut: `round` as torchvision does, `int` as
-                transformers does. They differ by one pixel for some odd lengths.
+    Args:
+        size: Pixels along a side of the square that the network takes.
+        mean, std: A channel each: pixels become (x - mean) / std.
+        filter: "bicubic" or "bilinear".
+        keep_ratio: True: the short side is resized and the middle cut out. False: both sides are resized.
+        crop_start: (length - size) / 2 -> first row or column of the cut: `round` as torchvision does, `int` as
+            transformers does. They differ by one pixel for some odd lengths.
+        resized: Pixels of the short side (keep_ratio) or of both sides before the cut; None for `size`.
     """
 
     size: int
@@ -45,6 +47,7 @@ class Preprocessing:
     filter: str = "bicubic"
     keep_ratio: bool = True
     crop_start: Callable[[float], int] = round
+    resized: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         pixels = resize(images, *self._resized_shape(*images.shape[-2:]), self.filter)
@@ -54,11 +57,12 @@ class Preprocessing:
         return (pixels - mean) / std
 
     def _resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        shorter = self.resized or self.size
         if not self.keep_ratio:
-            return self.size, self.size
+            return shorter, shorter
         short, long = sorted((height, width))
-        longer = int(self.size * long / short)  # rounded down, as torchvision and transformers do
-        return (self.size, longer) if height <= width else (longer, self.size)
+        longer = int(shorter * long / short)  # rounded down, as torchvision and transformers do
+        return (shorter, longer) if height <= width else (longer, shorter)
 
 
 def resize(images: Tensor, height: int, width: int, filter: str = "bicubic") -> Tensor:

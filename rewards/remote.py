@@ -1,4 +1,4 @@
-"""Reward: whatever a server gives that `marval-rl rewards serve` started, here or on another machine."""
+"""Reward: the scores of a server that `marval-rl rewards serve` started, here or on another machine."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from marval_rl.rewarding.serving.server import read_token
 class Remote:
     """The scores of a reward in another process, which may have its own environment, machine and GPU.
 
-    url                 of the server, such as http://127.0.0.1:8000
-    timeout             seconds for one try of one request. One that is too short makes the server score in vain.
-    max_wait            seconds without any answer after which a server that is away counts as lost
-    concurrency         requests at a time
-    images_per_request  images of a request; a batch is split into so many
-    format              how images are sent: "uint8" (whole bytes; scores move by as little as rounding to 1/255 does),
-                        "png" (the same, compressed) or "float32" (every bit, four times the size)
-    token               the server's token; None takes $MARVAL_RL_REWARD_TOKEN, if it is set
+    While the server refuses connections, is too slow or is busy, requests are repeated, less and less often, with a
+    message on stderr. No request is sent before the first batch.
 
-    While the server is refused, too slow or busy, requests are repeated, less and less often, and stderr says so.
-    Nothing is asked of the server before the first batch.
+    Args:
+        url: Of the server, such as http://127.0.0.1:8000.
+        timeout: Seconds for one try of one request. Too short a timeout wastes the server's work.
+        max_wait: Seconds without any answer after which a server that is away counts as lost.
+        concurrency: Requests that are sent at the same time.
+        images_per_request: Images per request; a batch is split into requests of this size.
+        format: How images are sent: "uint8" (whole bytes; scores move as little as by rounding to 1/255), "png" (the
+            same, compressed) or "float32" (every bit, four times the size).
+        token: The server's token; None takes $MARVAL_RL_REWARD_TOKEN, if it is set.
 
-    Raises ValueError for arguments that do not fit; in use RewardError, for a server that stays away and for what
-    trying again would not change.
+    Raises:
+        ValueError: For arguments that are not valid.
+        RewardError: When called, for a server that stays away and for what another try would not change.
     """
 
-    differentiable = False  # no gradient comes over the wire
+    differentiable = False  # no gradient is sent
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class Remote:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if timeout <= 0 or max_wait < 0:
             raise ValueError(f"timeout must be positive and max_wait not negative, not {timeout} and {max_wait}")
-        self.client = RewardClient(url, read_token(token), timeout, max_wait)
+        self.client = RewardClient(url, read_token(token), timeout, max_wait, concurrency)
         self.concurrency = concurrency
         self.images_per_request = images_per_request
         self.format = format
@@ -68,8 +70,8 @@ class Remote:
         completions: Tensor | None = None,
         **columns: Sequence[Any],
     ) -> list[float | None]:
-        """Images [B, 3, H, W] in 0..1 and lists of length B -> B scores, None where the server's reward leaves an image
-        out. Columns must be text, numbers, lists and the like: what JSON carries."""
+        """Scores images [B, 3, H, W] in 0..1 with lists of length B -> B scores, None where the server's reward leaves
+        an image out. Columns must be what JSON can hold: text, numbers, lists."""
         stop = threading.Event()
 
         def score(start: int) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Rewards of one process that ask for the same network have it in memory once."""
+"""Rewards of one process that use the same network share one copy of it in memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _sources: WeakKeyDictionary[nn.Module, Hashable] = WeakKeyDictionary()
 def shared_network(source: Hashable, load: Callable[[], nn.Module]) -> nn.Module:
     """The network on the CPU that a reward has from this source, or else what load() returns.
 
-    source  everything that tells the network from others: architecture, weights (`weights_identity`), dtype
-    load    makes the network on the CPU; its weights must not be changed afterwards
+    Args:
+        source: Everything that tells the network from others: architecture, weights (`weights_identity`), dtype.
+        load: Makes the network on the CPU; its weights must not be changed afterwards.
     """
     return _shared(source, CPU, load)
 
@@ -44,7 +45,7 @@ def network_on(network: nn.Module, device: torch.device) -> nn.Module:
 def weights_identity(name_or_path: str) -> Hashable:
     """What tells the weights of a file, or of the files of a folder, from others: path, time of change and size.
 
-    A name of the hub or of a library, which is no path, stands for itself.
+    A name of the hub or of a library, which is not a path, is returned as it is.
     """
     path = Path(name_or_path).resolve()
     if path.is_dir():

@@ -30,7 +30,8 @@ LOADING_ERRORS = (
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a state_dict that torch.save wrote, by name, on the CPU.
 
-    Raises CheckpointError for anything else, such as a pickle that would run code.
+    Raises:
+        CheckpointError: For anything else, such as a pickle that would run code.
     """
     try:
         if path.suffix == ".safetensors":
@@ -63,7 +64,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: obj
 
 
 def load_pretrained(model_class: Any, name_or_path: str, what: str, **options: Any) -> nn.Module:
-    """A model of transformers from a folder or the hub: safetensors only, whole, finite, in float32.
+    """A model of transformers from a folder or the hub: safetensors only, complete, finite, in float32.
 
     what is what it should be, for messages. Raises CheckpointError.
     """
@@ -77,7 +78,7 @@ def load_pretrained(model_class: Any, name_or_path: str, what: str, **options: A
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             shown = ", ".join(map(str, sorted(info[problem], key=str)[:3]))
-            raise CheckpointError(f"{name_or_path} is no whole {what}: {len(info[problem])} {problem}: {shown}")
+            raise CheckpointError(f"{name_or_path} is not a complete {what}: {len(info[problem])} {problem}: {shown}")
     check_finite(network, name_or_path)
     return network
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import socket
 import subprocess
@@ -17,39 +15,56 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+import urllib3
 import uvicorn
 from torch import Tensor
 
 from marval_rl.rewarding import RewardSet
-from marval_rl.rewarding.serving.app import make_app
+from marval_rl.rewarding.serving.app import Scorer, make_app
 from marval_rl.rewarding.serving.protocol import Limits, pack
-from marval_rl.rewarding.serving.scoring import Scorer
 
 REWARDS = Path(__file__).with_name("remote_rewards.py")
 ROOT = Path(__file__).parents[1]
 
 
+class ThreadServer:
+    """Serves a reward from a thread of this process; may be stopped and started again on its port."""
+
+    def __init__(
+        self,
+        reward: Any,
+        token: str | None = None,
+        limits: Limits | None = None,
+        max_waiting: int = 16,
+        batch_size: int | None = None,
+    ) -> None:
+        self.app = make_app(Scorer(RewardSet([reward]), "cpu", limits or Limits(), batch_size), max_waiting, token)
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="error", timeout_graceful_shutdown=5))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.listener.close()
+
+
 @contextmanager
-def thread_server(
-    reward: Any,
-    token: str | None = None,
-    limits: Limits | None = None,
-    max_waiting: int = 16,
-    batch_size: int | None = None,
-) -> Iterator[str]:
-    """Serves a reward from a thread; yields the url."""
-    scorer = Scorer(RewardSet([reward]), "cpu", limits or Limits(), batch_size)
-    app = make_app(scorer, max_waiting, token)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            wait_until(lambda: server.started)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+def thread_server(reward: Any, **settings: Any) -> Iterator[str]:
+    """Yields the url of a ThreadServer."""
+    server = ThreadServer(reward, **settings)
+    try:
+        yield server.url
+    finally:
+        server.stop()
 
 
 class ServerProcess:
@@ -101,7 +116,7 @@ def wait_until(condition: Any, seconds: float = 30) -> None:
 def is_healthy(url: str) -> bool:
     try:
         return ask(url, "GET", "/health") == (200, {"status": "ok"})
-    except OSError:
+    except urllib3.exceptions.HTTPError:
         return False
 
 
@@ -113,14 +128,9 @@ def free_url() -> str:
 
 def ask(url: str, method: str, path: str, body: bytes | None = None, token: str | None = None) -> tuple[int, Any]:
     """(status, JSON) of one request."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
-    try:
-        connection.request(method, path, body, {} if token is None else {"Authorization": f"Bearer {token}"})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
+    headers = {"Connection": "close"} if token is None else {"Connection": "close", "Authorization": f"Bearer {token}"}
+    response = urllib3.request(method, url + path, body=body, headers=headers, retries=False, timeout=30)
+    return response.status, response.json()
 
 
 def body_for(images: Tensor, format: str = "uint8", **columns: list[Any]) -> bytes:

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from marval_rl.rewards.blip import MED_CONFIG, ImageRewardNetwork, network_configs, rename_weights
-from marval_rl.rewards.image_reward import ImageReward
+from marval_rl.rewards.image_reward import MED_CONFIG, ImageReward, ImageRewardNetwork, network_configs, rename_weights
 from marval_rl.rewards.remote import Remote
 from remote_servers import ROOT, is_healthy, wait_until
 from tiny_rewards import FIGURES, GOLDEN, noise_images, rule_b, to_pictures, to_tensor

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import urllib3
 from marval_rl.rewards.remote import Remote
 from remote_rewards import arguments, brightness, expected, number
 from remote_servers import ServerProcess, batch_for, free_url, thread_server
@@ -44,7 +45,7 @@ def said(capsys) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server():
-    with ServerProcess("number", "--max_waiting", "64") as server:
+    with ServerProcess("number_in_a_lean_process", "--max_waiting", "64") as server:
         yield server
 
 
@@ -127,8 +128,11 @@ def test_what_the_server_says_of_the_reward_is_passed_on_at_once():
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (Limits(max_images=5), "status 413, the request has 10 images, but 5 are the most; send fewer a request"),
-        (Limits(max_bytes=400), "status 413, the request has more than 400 bytes, .*; send fewer images a request"),
+        (
+            Limits(max_images=5),
+            "status 413, the request has 10 images, but at most 5 are allowed; send fewer per request",
+        ),
+        (Limits(max_bytes=400), "status 413, the request has more than 400 bytes, .*; send fewer images per request"),
     ],
 )
 def test_requests_that_are_too_large(limits, message):
@@ -313,7 +317,7 @@ def test_interrupting_does_not_leave_threads_that_try_on(impatient):
         calls.append(threading.current_thread())
         if len(calls) == 5:
             raise ValueError("enough")
-        raise ConnectionRefusedError
+        raise urllib3.exceptions.ProtocolError
 
     remote.client._post = refuse
     with pytest.raises(ValueError, match="enough"):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from marval_rl.rewards.remote import Remote
-from remote_servers import ServerProcess
+from remote_rewards import brightness
+from remote_servers import ThreadServer
 from safetensors.torch import load_file
 from tiny_models import tiny_student
 from tiny_recipes import comparable_lines
@@ -23,13 +24,14 @@ from marval_rl.runtime.resume import find_checkpoint
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 
 STEPS = 6
-DIES_IN = (3, 3)  # step, micro-batch: after 3 steps neither a line nor a checkpoint is due
+STOPS_IN = (3, 3)  # step, micro-batch: after 3 steps neither a line nor a checkpoint is due
 
 
 @pytest.fixture(scope="module")
 def server():
-    with ServerProcess("brightness") as server:
-        yield server
+    server = ThreadServer(brightness)
+    yield server
+    server.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +96,12 @@ def test_the_server_comes_back_and_the_run_goes_on(server, undisturbed, tmp_path
     trainer = trainer_for(tmp_path, Remote(server.url))
     restart = threading.Timer(0.5, server.start)
 
-    def kill(step: int, micro_batch: int) -> None:
-        if (step, micro_batch) == DIES_IN:
-            server.kill()
+    def stop(step: int, micro_batch: int) -> None:
+        if (step, micro_batch) == STOPS_IN:
+            server.stop()
             restart.start()
 
-    trainer.before = kill
+    trainer.before = stop
     trainer.train()
     restart.join()
     assert_same_end(tmp_path, undisturbed)
@@ -111,11 +113,11 @@ def test_the_server_comes_back_and_the_run_goes_on(server, undisturbed, tmp_path
 def test_the_server_stays_away_and_the_run_stops_with_a_checkpoint(server, undisturbed, tmp_path):
     trainer = trainer_for(tmp_path, Remote(server.url, max_wait=0.4))
 
-    def kill(step: int, micro_batch: int) -> None:
-        if (step, micro_batch) == DIES_IN:
-            server.kill()
+    def stop(step: int, micro_batch: int) -> None:
+        if (step, micro_batch) == STOPS_IN:
+            server.stop()
 
-    trainer.before = kill
+    trainer.before = stop
     kept = tmp_path / "checkpoint-3"
     with pytest.raises(RewardError, match=f"{server.url} did not score .*; {kept} is kept, --resume continues from it"):
         trainer.train()

@@ -203,7 +203,7 @@ def test_a_name_registered_by_two_packages_is_refused(monkeypatch):
     [
         (Scaled, {"facto": 2}, r"'Scaled' refuses its reward_kwargs: .*'facto'; it takes \(factor: 'float' = 1.0\)"),
         (Scaled, {"factor": -1}, "'Scaled' cannot be made with {'factor': -1}: ValueError: factor must not"),
-        (brightness, {"factor": 2}, r"'brightness' is no class, so it takes no reward_kwargs \(given: factor\)"),
+        (brightness, {"factor": 2}, r"'brightness' is not a class, so it takes no reward_kwargs \(given: factor\)"),
     ],
 )
 def test_kwargs_that_do_not_fit_are_refused(spec, kwargs, message):

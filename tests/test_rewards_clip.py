@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from marval_rl.rewards import cosine_reward
+from marval_rl.rewards import network_reward
 from marval_rl.rewards.clip import Clip, _warn_of_gelu
 from safetensors.torch import load_file, save_file
 from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_pictures, to_tensor, write_clip
@@ -98,7 +98,7 @@ def test_a_template_takes_the_place_of_the_prompts(folder):
     torch.testing.assert_close(
         found, score(Clip(f"local-dir:{folder}"), images, ["a photo of a cat", "a photo of a {dog}"])
     )
-    with pytest.raises(ValueError, match=r"'a photo' lacks \{name\}"):
+    with pytest.raises(ValueError, match=r"'a photo' does not contain \{name\}"):
         Clip(f"local-dir:{folder}", prompt_template="a photo")
 
 
@@ -112,7 +112,7 @@ def test_each_prompt_is_embedded_once(folder, monkeypatch):
     assert embedded == ["a", "b"]
     assert torch.equal(score(reward, noise_images(3, 32, 32), ["a", "b", "a"]), first)
     assert embedded == ["a", "b"]
-    monkeypatch.setattr(cosine_reward, "KEPT_PROMPTS", 2)
+    monkeypatch.setattr(network_reward, "KEPT_PROMPTS", 2)
     score(reward, noise_images(3, 32, 32), ["b", "c", "d"])
     assert embedded == ["a", "b", "c", "d"]
     score(reward, noise_images(2, 32, 32), ["d", "a"])

@@ -13,7 +13,6 @@ from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_pictures, t
 from torch import Tensor
 
 from marval_rl.errors import CheckpointError
-from marval_rl.rewarding import RewardSet
 
 PROMPTS = ["a photo of the digit seven", "two red cats", "an umbrella"]
 SIZE = CLIP_CONFIG["vision_cfg"]["image_size"]
@@ -86,36 +85,11 @@ def test_the_whole_image_counts(weights):
     assert abs(score(Hps(weights), wide, ["a"]) - score(Hps(weights), changed, ["a"])) > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(36, 40), (40, 20)])
-def test_the_gradient_is_the_one_of_finite_differences(weights, shape):
-    reward = Hps(weights)
-    reward.network.double()
-    reward.dtype = torch.float64
-    images = noise_images(2, *shape).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda images: reward.score(images, PROMPTS[:2]), images, fast_mode=True)
-
-
-def test_scores_do_not_depend_on_the_batch(weights):
-    reward, images = Hps(weights), noise_images(3, 40, 50)
-    together = score(reward, images)
-    torch.testing.assert_close(score(Hps(weights, micro_batch_size=2), images), together, rtol=0, atol=1e-6)
-    for number, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(
-            score(reward, images[number : number + 1], [prompt])[0], together[number], rtol=0, atol=1e-6
-        )
-
-
-def test_used_by_a_recipe_with_gradients_and_a_template(weights):
-    kwargs = {"weights": str(weights), "prompt_template": "a photo of a {name}"}
-    rewards = RewardSet(["marval_rl.rewards.hps:Hps"], None, {"Hps": kwargs})
-    images = noise_images(2, 32, 32).requires_grad_()
-    batch = {"prompts": ["", ""], "class_labels": torch.zeros(2), "class_names": ["cat", "dog"]}
-    total = rewards.score(images, **batch, with_grad=True).total
-    total.sum().backward()
-    assert rewards.differentiable and images.grad.abs().sum() > 0
-    torch.testing.assert_close(
-        total.detach(), score(Hps(weights), images.detach(), ["a photo of a cat", "a photo of a dog"])
-    )
+def test_a_template_takes_the_place_of_the_prompts(weights):
+    images = noise_images(2, 32, 32)
+    reward = Hps(weights, prompt_template="a photo of a {name}")
+    found = reward(images=images, prompts=["", ""], class_names=["cat", "dog"])
+    torch.testing.assert_close(found, score(Hps(weights), images, ["a photo of a cat", "a photo of a dog"]))
 
 
 def test_files_that_cannot_be_used_are_refused_in_one_line(weights, tmp_path):

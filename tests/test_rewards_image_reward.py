@@ -7,9 +7,8 @@ import shutil
 
 import pytest
 import torch
-from marval_rl.rewards import blip
-from marval_rl.rewards.blip import MED_CONFIG, ImageRewardNetwork, network_configs, rename_weights
-from marval_rl.rewards.image_reward import ImageReward
+from marval_rl.rewards import image_reward
+from marval_rl.rewards.image_reward import MED_CONFIG, ImageReward, ImageRewardNetwork, network_configs, rename_weights
 from marval_rl.rewards.preprocessing import Preprocessing
 from safetensors.torch import load_file, save_file
 from tiny_rewards import FIGURES, GOLDEN, golden_image, image_reward_arguments, to_tensor, write_image_reward
@@ -20,12 +19,12 @@ from marval_rl.errors import CheckpointError
 
 PROMPTS, EXPECTED = FIGURES["prompts"], FIGURES["rules"]["B"]
 TOLERANCE = 1e-5
-PUBLISHED_HEADS = blip.VISION_HEADS
+PUBLISHED_HEADS = image_reward.VISION_HEADS
 
 
 @pytest.fixture(autouse=True)
 def tiny_heads(monkeypatch):
-    monkeypatch.setattr(blip, "VISION_HEADS", 4)
+    monkeypatch.setattr(image_reward, "VISION_HEADS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_prompts_become_the_same_tokens(arguments, tmp_path):
 
 
 def test_the_network_at_full_size_has_the_reference_names(monkeypatch):
-    monkeypatch.setattr(blip, "VISION_HEADS", PUBLISHED_HEADS)
+    monkeypatch.setattr(image_reward, "VISION_HEADS", PUBLISHED_HEADS)
     expected = json.loads((GOLDEN / "key_map.json").read_text())
     found = {name: None for name in expected}
     found |= {old: new for new, old in rename_weights({name: name for name in expected}).items()}
@@ -133,7 +132,7 @@ def test_the_built_in_settings_are_the_published_ones():
 
 @pytest.mark.parametrize("heads", [2, 8])
 def test_another_number_of_image_heads_is_noticed(arguments, monkeypatch, heads):
-    monkeypatch.setattr(blip, "VISION_HEADS", heads)
+    monkeypatch.setattr(image_reward, "VISION_HEADS", heads)
     assert distance(ImageReward(**arguments)) > 100 * TOLERANCE
 
 
@@ -215,7 +214,7 @@ def test_wrong_arguments_name_the_remedy(arguments, tmp_path):
         ("tokenizer", str(tmp_path / "no.txt"), "the tokenizer .*no.txt' does not exist"),
         ("tokenizer", str(tmp_path / "short.txt"), "has 6 tokens, but the network's vocabulary of 173 needs 171"),
         ("med_config", tmp_path / "no.json", "no.json' cannot be read"),
-        ("med_config", tmp_path / "other.json", "other.json' lacks hidden_act, "),
+        ("med_config", tmp_path / "other.json", "other.json' is not a med_config.json: hidden_act, "),
     ):
         with pytest.raises(CheckpointError, match=message):
             ImageReward(**{**arguments, argument: value})

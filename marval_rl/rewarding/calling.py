@@ -28,8 +28,9 @@ def call_rewards(rewards: Mapping[str, Reward], arguments: Mapping[str, Any], wi
     to them, now or later, reaches another reward or the training. What returns an awaitable (`async def`) is awaited,
     all of them at the same time, after the others have been called.
 
-    Raises RewardError where a reward raises, changes the images or a setting of the whole process, returns anything
-    but B finite numbers or Nones, or, with_grad, returns scores without a gradient.
+    Raises:
+        RewardError: Where a reward raises, changes the images or a setting of the whole process, returns anything but B
+            finite numbers or Nones, or, with_grad, returns scores without a gradient.
     """
     images = arguments["images"]
     scores: dict[str, Tensor] = {}
@@ -116,8 +117,8 @@ async def _outcome(awaitable: Awaitable[Any]) -> Any:
 
 @cache
 def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """One loop a process (threads do not survive a fork), in a thread of its own: it does not matter whether the caller
-    has a running loop, as in a notebook, and the connections that a reward keeps stay usable from call to call."""
+    """One loop per process (threads do not survive a fork), in its own thread: the caller may have a running loop, as
+    in a notebook, and the connections that a reward keeps stay usable from call to call."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
@@ -154,7 +155,7 @@ def _check_gradients(scores: Mapping[str, Tensor]) -> None:
 
 
 def _read_scores(name: str, returned: Any, images: Tensor, with_grad: bool) -> Tensor:
-    """`_to_scores` in memory of our own, without a graph unless asked for."""
+    """`_to_scores` in new memory, without a graph unless with_grad."""
     try:
         scores = _to_scores(name, returned, images)
     except RewardError:

@@ -1,4 +1,4 @@
-"""The checks of `marval-rl rewards check`: a reward is tried on made-up images and held to each rule."""
+"""The checks of `marval-rl rewards check`: each tests one rule of the contract on made-up images."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from marval_rl.errors import MarvalError, RewardError
-from marval_rl.rewarding.contract_gradients import check_gradient
+from marval_rl.errors import MarvalError, RewardError, first_line
 from marval_rl.rewarding.contract_probe import FAILS, NUM_IMAGES, OK, WARNING, Captions, Probe, Verdict
-from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, describe
+from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, describe, is_differentiable
 from marval_rl.rewarding.reward_set import RewardSet
 
 OTHER_SIZES = ((8, 8), (33, 47), (256, 256))  # height, width
 BATCH_SIZES = (1, 32)  # of the timing
 TIMED_SECONDS = 0.5
 EXACT, ROUGH = 1e-3, 0.05  # differences, as a share of the spread of the scores, that are rounding; that are suspicious
+STEPS = (3e-2, 1e-2, 3e-3, 1e-3)  # of finite differences: small ones drown in rounding, large ones in curvature
+CLOSE, WRONG = 0.1, 0.25  # relative errors of a gradient
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. status: "ok"; "warning", works but with a consequence one should know; or "fails"."""
+    """One line of the table: "ok"; "warning", for what works but has a consequence; or "fails"."""
 
     check: str
     status: str
@@ -38,17 +39,19 @@ class Finding:
 
 
 def check_contract(rewards: RewardSet, captions: Captions, image_size: int, device: str) -> Iterator[Finding]:
-    """Yield the findings about the only reward of a set; the other checks are left out where it gives no scores at all.
+    """Yields the findings about the only reward of a set; without any scores the other checks are skipped.
 
-    image_size is the side of the square images; other sizes are tried as well. Nothing that the reward raises or
-    returns gets through, and the global random state is left as it was.
+    Nothing that the reward raises gets through, and the global random state is left as it was.
+
+    Args:
+        image_size: Side of the square images in pixels; other sizes are tried as well.
     """
     probe = Probe(rewards, captions, image_size, device)
     yield Finding("keywords", OK, _keywords(rewards))
     for name, check in CHECKS.items():
         try:
             status, detail = check(probe)
-        except Exception as error:  # the author's reward may bring about anything, and the rest is still worth knowing
+        except Exception as error:  # a reward may raise anything, and the other checks still tell something
             status, detail = FAILS, str(error) if isinstance(error, MarvalError) else describe(error)
         yield Finding(name, status, detail)
         if name == "scores" and status == FAILS:
@@ -98,7 +101,7 @@ def _batch(probe: Probe) -> Verdict:
 
 
 def _networks(probe: Probe) -> Verdict:
-    """Whether the networks that the reward holds or names are in evaluation mode."""
+    """Whether the networks that the reward uses are in evaluation mode."""
     networks = networks_of(probe.reward)
     training = [name for name, network in networks.items() if any(part.training for part in network.modules())]
     if training:
@@ -108,7 +111,7 @@ def _networks(probe: Probe) -> Verdict:
 
 
 def networks_of(reward: Any) -> dict[str, nn.Module]:
-    """The networks that a reward is, has as attributes, or names in its code, by their names there."""
+    """The networks that a reward is, holds as attributes, or uses as globals or closure variables, by name."""
     if isinstance(reward, functools.partial):
         return networks_of(reward.func)
     function = reward if inspect.isroutine(reward) else type(reward).__call__
@@ -193,6 +196,60 @@ def _sizes(probe: Probe) -> Verdict:
     return WARNING, f"{probe.image_size}x{probe.image_size} works, {', '.join(failed)} not ({size}: {reason})"
 
 
+def _gradient(probe: Probe) -> Verdict:
+    """Whether the gradient exists, is finite and not zero, and agrees with finite differences."""
+    images = probe.images.requires_grad_()
+    if not is_differentiable(probe.reward):
+        try:
+            probe.score(images, with_grad=True)
+        except ValueError as error:
+            return OK, f"none is declared; method reward_backprop would say: {error}"
+    scores = probe.score(images, with_grad=True)
+    scored = ~scores.isnan()
+    if not scored.any():
+        return WARNING, "differentiable, but all images are left out (None): nothing to compare"
+    try:
+        [gradient] = torch.autograd.grad(scores[scored].sum(), images, allow_unused=True)
+    except RuntimeError as error:  # an operation without a derivative, or a tensor changed after its use
+        return FAILS, f"the gradient cannot be computed: {first_line(error)}"
+    if gradient is None:
+        return FAILS, "declared differentiable, but the scores do not depend on the images"
+    broken = ~gradient.isfinite().flatten(1).all(dim=1)
+    if broken.any():
+        return FAILS, f"the gradient of sample {int(broken.nonzero()[0])} is not finite"
+    flat = scored & (gradient.flatten(1).abs().amax(dim=1) == 0)
+    if flat.sum() == scored.sum():
+        return FAILS, "declared differentiable, but the gradient is zero for every image"
+    error = _gradient_error(probe, gradient, scored & ~flat)
+    off = f"the gradient is off by {error:.0%} from finite differences"
+    if error > WRONG:
+        return FAILS, f"{off}: a part of the way is cut off or wrong"
+    if error > CLOSE:
+        return WARNING, f"{off} (rounding of a coarse dtype, kinks?)"
+    if flat.any():
+        return WARNING, f"the gradient is zero for {int(flat.sum())} of {len(flat)} images: they would not train"
+    return OK, f"within {error:.2g} of finite differences, relatively"
+
+
+def _gradient_error(probe: Probe, gradient: Tensor, scored: Tensor) -> float:
+    """The relative error of the slope along one direction per image; the median over the images, at the best step.
+
+    The direction has random sizes and the gradient's signs, so that the change is far above rounding errors; where the
+    gradient is zero the signs are random, so that a detached path is found.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size, sign = torch.rand(2, *gradient.shape, generator=generator).to(gradient.device)
+    direction = size * torch.where(gradient == 0, (sign - 0.5).sign(), gradient.sign())
+    slope = (gradient * direction).flatten(1).sum(dim=1)[scored]
+    errors = []
+    for step in STEPS:
+        there, back = (probe.score(probe.images + way * step * direction)[scored] for way in (1, -1))
+        measured = (there - back) / (2 * step)
+        error = (measured - slope).abs() / torch.maximum(measured.abs(), slope.abs())
+        errors.append(float(error.nan_to_num(torch.inf).median()))
+    return min(errors)
+
+
 def _speed(probe: Probe) -> Verdict:
     rates = []
     for count in BATCH_SIZES:
@@ -216,6 +273,6 @@ CHECKS: dict[str, Callable[[Probe], Verdict]] = {
     "grey": _grey,
     "black and white": _flat,
     "sizes": _sizes,
-    "gradient": check_gradient,
+    "gradient": _gradient,
     "speed": _speed,
 }

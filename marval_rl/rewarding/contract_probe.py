@@ -1,4 +1,4 @@
-"""What the checks of the contract have in common: a reward, images to try it on, and what is said of them."""
+"""What the checks of the contract share: a reward, and the images and captions that it is tried on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_IMAGES = 8
 
 @dataclass(frozen=True)
 class Captions:
-    """What the images are said to show; lists of one length, gone through again and again."""
+    """What the images are said to show; lists of equal length, repeated as often as needed."""
 
     prompts: Sequence[str]
     class_labels: Sequence[int]

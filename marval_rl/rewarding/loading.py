@@ -32,11 +32,13 @@ Reward = Callable[..., Any]  # returns B scores, or an awaitable of them
 def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
     """Return the reward that `spec` means, ready to be called.
 
-    spec    the name of an entry point of the group `marval_rl.rewards`, `path/file.py:attribute`,
+    Args:
+        spec: The name of an entry point of the group `marval_rl.rewards`, `path/file.py:attribute`,
             `package.module:attribute`, or a callable. A class is instantiated with kwargs.
 
-    Raises ValueError for a spec that leads nowhere (unknown names are answered with the nearest ones), for
-    something that is no callable with the arguments of a reward, and for kwargs that are not accepted.
+    Raises:
+        ValueError: For an invalid spec (unknown names are answered with the nearest ones), for something that
+            is not callable with the arguments of a reward, and for kwargs that are not accepted.
     """
     name = reward_name(spec)
     if isinstance(spec, str) and spec.rpartition(":")[0].endswith(".py"):
@@ -47,7 +49,9 @@ def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
             return _checked(name, _instantiate(name, target, _with_paths(name, kwargs)), target)
     if kwargs:
         given = ", ".join(kwargs)
-        raise ValueError(f"reward {name!r} is no class, so it takes no reward_kwargs (given: {given}); make it a class")
+        raise ValueError(
+            f"reward {name!r} is not a class, so it takes no reward_kwargs (given: {given}); make it a class"
+        )
     return _checked(name, target, target)
 
 

@@ -37,15 +37,17 @@ class RewardScores:
 class RewardSet:
     """Several rewards with weights, called by keyword and summed.
 
-    reward_funcs    specs or callables as `load_reward` takes them
-    reward_weights  one factor a reward; None for 1 each
-    reward_kwargs   name of a reward -> what its class is made with. The name is what `reward_name` says, the
-                    second of equal names with _2 appended, and so on.
+    Args:
+        reward_funcs: Specs or callables as `load_reward` takes them.
+        reward_weights: One factor per reward; None for 1 each.
+        reward_kwargs: Name of a reward -> what its class is made with. The name is what `reward_name` says, the second
+            of equal names with _2 appended, and so on.
 
     names, weights, rewards: lists in the order of reward_funcs. differentiable: whether all rewards are.
 
-    Raises ValueError for an empty list, wrong weights, kwargs for a reward that is not there, and whatever
-    `load_reward` refuses.
+    Raises:
+        ValueError: For an empty list, wrong weights, kwargs for a reward that is not in the list, and whatever
+            `load_reward` refuses.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class RewardSet:
 
         Each reward is given its own copies of all arguments. Random states are not looked at here.
 
-        Raises RewardError where a reward raises, changes the images or a setting of the whole process (default dtype,
-        gradient mode, working directory), or returns anything but B finite numbers or Nones; ValueError
-        for arguments that do not fit, and for with_grad with a reward that is not differentiable.
+        Raises:
+            RewardError: Where a reward raises, changes the images or a setting of the whole process (default dtype,
+                gradient mode, working directory), or returns anything but B finite numbers or Nones.
+            ValueError: For invalid arguments, and for with_grad with a reward that is not differentiable.
         """
         images = _check_images(images)
         self._check_batch(images, prompts, class_labels, class_names, columns)
@@ -128,7 +131,7 @@ class RewardSet:
 
 
 def _check_images(images: Tensor) -> Tensor:
-    """Refuse what is no image, so that no reward is blamed for it; repeat a grey channel."""
+    """Refuses invalid images, so that no reward is blamed for them; repeats a grey channel."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images must have the shape [B, 1 or 3, H, W], not {list(images.shape)}")
     low, high = (float(bound) for bound in images.detach().aminmax())

@@ -1,9 +1,9 @@
-"""What goes over the wire: one safetensors file a request, JSON in its metadata, JSON back. Nothing is ever unpickled.
+"""What is sent: one safetensors file per request with JSON in its metadata, and JSON back. Nothing is ever unpickled.
 
 A request to score B images of one size, the body of POST /score:
 
     tensors    "images"                 uint8 [B, 3, H, W], or float32 in 0..1
-               or "png/0".."png/{B-1}"  uint8 [bytes]: PNG files, 8 bits a channel, RGB or grey
+               or "png/0".."png/{B-1}"  uint8 [bytes]: PNG files, 8 bits per channel, RGB or grey
     metadata   "request": JSON {"protocol": 1, "prompts": [...], "class_names": [...], "class_labels": [...],
                                 "columns": {name: [...]}}, each list of length B
 
@@ -32,7 +32,7 @@ PNG_MODES = {"RGB": 3, "L": 1}  # channels
 
 
 class MalformedRequest(ValueError):
-    """The body is no request (status 400)."""
+    """The body is not a valid request (status 400)."""
 
 
 class RequestTooLarge(ValueError):
@@ -68,10 +68,12 @@ def pack(
 ) -> bytes:
     """The body for images [B, 3, H, W] in 0..1 on any device.
 
-    format  "uint8" rounds to whole bytes, "png" does too and compresses them, "float32" keeps every bit. Images that
-            come from files are whole bytes.
+    Args:
+        format: "uint8" rounds to whole bytes, "png" does too and compresses them, "float32" keeps every bit. Images
+            that come from files are whole bytes.
 
-    Raises ValueError for a column that JSON cannot carry.
+    Raises:
+        ValueError: For a column that JSON cannot carry.
     """
     request = {
         "protocol": PROTOCOL,
@@ -86,14 +88,16 @@ def pack(
 def unpack(body: bytes, limits: Limits) -> ScoreRequest:
     """The request in a body, which may hold anything.
 
-    Raises MalformedRequest and RequestTooLarge, with the reason; sizes are checked before memory is taken for them.
+    Raises:
+        MalformedRequest: For a body that is not a valid request.
+        RequestTooLarge: For one that exceeds the limits; sizes are checked before memory is allocated.
     """
     if len(body) > limits.max_bytes:
         raise too_many_bytes(limits)
     try:
         entries = dict(deserialize(body))
     except SafetensorError as error:
-        raise MalformedRequest(f"the body is no whole safetensors file ({error}); was it cut off?") from error
+        raise MalformedRequest(f"the body is not a complete safetensors file ({error}); was it cut off?") from error
     request = _read_metadata(body)
     images = _unpack_images(entries, limits)
     return ScoreRequest(images, **_checked_lists(request, len(images)))
@@ -101,7 +105,7 @@ def unpack(body: bytes, limits: Limits) -> ScoreRequest:
 
 def too_many_bytes(limits: Limits) -> RequestTooLarge:
     return RequestTooLarge(
-        f"the request has more than {limits.max_bytes} bytes, as sent or unpacked; send fewer images a request, "
+        f"the request has more than {limits.max_bytes} bytes, as sent or unpacked; send fewer images per request, "
         "or start the server with a larger --max_bytes"
     )
 
@@ -134,19 +138,19 @@ def _to_png(image: Tensor) -> Tensor:
 
 
 def _read_metadata(body: bytes) -> dict[str, Any]:
-    length = int.from_bytes(body[:8], "little")  # `deserialize` has found the header to be whole
+    length = int.from_bytes(body[:8], "little")  # `deserialize` has checked the header
     header = json.loads(body[8 : 8 + length])
     try:
         request = json.loads(header["__metadata__"]["request"])
     except KeyError as error:
-        raise MalformedRequest("the body lacks the metadata 'request'") from error
+        raise MalformedRequest("the metadata 'request' is missing") from error
     except (ValueError, RecursionError) as error:
-        raise MalformedRequest(f"the metadata 'request' is no JSON: {error}") from error
+        raise MalformedRequest(f"the metadata 'request' is not valid JSON: {error}") from error
     if not isinstance(request, dict):
         raise MalformedRequest("the metadata 'request' must be a JSON object")
     if request.get("protocol") != PROTOCOL:
         raise MalformedRequest(
-            f"the request speaks protocol {request.get('protocol')!r}, this server {PROTOCOL}; "
+            f"the request has protocol {request.get('protocol')!r}, this server {PROTOCOL}; "
             "install one version of marval-rl on both sides"
         )
     return request
@@ -157,10 +161,10 @@ def _checked_lists(request: dict[str, Any], count: int) -> dict[str, Any]:
     for name, kind in (("prompts", str), ("class_names", str), ("class_labels", int)):
         values = request.get(name)
         if not isinstance(values, list) or len(values) != count:
-            raise MalformedRequest(f"{name} must be a list of {count} values, one an image")
+            raise MalformedRequest(f"{name} must be a list of {count} values, one per image")
         for index, value in enumerate(values):
-            if type(value) is not kind:  # JSON's true is no number here, though Python's is one
-                raise MalformedRequest(f"{name}[{index}] must be a {kind.__name__}, not a {type(value).__name__}")
+            if type(value) is not kind:  # JSON's true is not a number here, though Python's is
+                raise MalformedRequest(f"{name}[{index}] must be of type {kind.__name__}, not {type(value).__name__}")
             if kind is int and not -(2**63) <= value < 2**63:
                 raise MalformedRequest(f"{name}[{index}] does not fit into 64 bits")
         lists[name] = values
@@ -169,7 +173,7 @@ def _checked_lists(request: dict[str, Any], count: int) -> dict[str, Any]:
         raise MalformedRequest("columns must be a JSON object of lists")
     for name, values in columns.items():
         if not isinstance(values, list) or len(values) != count:
-            raise MalformedRequest(f"the column {name!r} must be a list of {count} values, one an image")
+            raise MalformedRequest(f"the column {name!r} must be a list of {count} values, one per image")
     return {**lists, "columns": columns}
 
 
@@ -203,7 +207,7 @@ def _raw_images(entry: dict[str, Any], limits: Limits) -> Tensor:
 def _check_count(count: int, limits: Limits) -> None:
     if count > limits.max_images:
         raise RequestTooLarge(
-            f"the request has {count} images, but {limits.max_images} are the most; send fewer a request, "
+            f"the request has {count} images, but at most {limits.max_images} are allowed; send fewer per request, "
             "or start the server with a larger --max_images"
         )
 
@@ -213,9 +217,9 @@ def _open_png(name: str, entry: dict[str, Any]) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(entry["data"]), formats=["PNG"])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad data
-        raise MalformedRequest(f"{name} is no PNG: {error}") from error
+        raise MalformedRequest(f"{name} is not a PNG: {error}") from error
     if picture.mode not in PNG_MODES:
-        raise MalformedRequest(f"{name} has the mode {picture.mode}; send RGB or grey with 8 bits a channel")
+        raise MalformedRequest(f"{name} has the mode {picture.mode}; send RGB or grey with 8 bits per channel")
     return picture
 
 

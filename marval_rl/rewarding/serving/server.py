@@ -43,8 +43,10 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def serve(args: argparse.Namespace) -> None:
     """Load the reward and serve it until interrupted.
 
-    Raises ValueError for arguments that do not fit, for an address that is not this machine's own without a token, and
-    for a reward that cannot be loaded; OSError for a port that is taken.
+    Raises:
+        ValueError: For invalid arguments, for an address that is not this machine's own without a token, and
+            for a reward that cannot be loaded.
+        OSError: For a port that is taken.
     """
     kwargs = parse_kwargs(args.reward_kwargs)
     token = read_token(args.token)
@@ -62,11 +64,10 @@ def serve(args: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from marval_rl.rewarding.serving.app import make_app
+        from marval_rl.rewarding.serving.app import Scorer, make_app
     except ImportError as error:
         raise ValueError(f"a server needs FastAPI and uvicorn ({error}): pip install 'marval-rl[serve]'") from error
     from marval_rl.rewarding.serving.protocol import Limits
-    from marval_rl.rewarding.serving.scoring import Scorer
 
     with _bind(args.host, args.port) as listener:  # first, so that a port that is taken is known before a long loading
         scorer = Scorer(
