@@ -122,7 +122,9 @@ def curve_chart(metric: Metric, runs: list[Run], smoothing: float | None = None)
     }
     if is_page:
         cursor = {"x": {"value": {"expr": "scale('x', at)"}}, "opacity": {"value": {"expr": "at < 0 ? 0 : 1"}}}
-        chart["layer"].append({"mark": {"type": "rule", "color": "var(--soft)"}, "encoding": cursor})
+        chart["layer"].append(
+            {"mark": {"type": "rule", "color": "var(--soft)", "strokeWidth": 0.6}, "encoding": cursor}
+        )
     return _framed(chart, metric.label if not is_page else None)
 
 

@@ -51,9 +51,13 @@ def _fit(samples: list[tuple[int, Path]], budget: int) -> list[dict]:
     return grids
 
 
-@lru_cache(maxsize=256)  # a page that is watched shows most grids again
 def _embed(path: Path, side: int) -> tuple[str, int, int]:
-    """The data URI of a grid and its size in pixels."""
+    return _embed_as_written(path, side, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)  # a page that is watched shows most grids again
+def _embed_as_written(path: Path, side: int, written: int) -> tuple[str, int, int]:
+    """The data URI of a grid `written` at that time, and its size in pixels."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     kind, data = "png", path.read_bytes()

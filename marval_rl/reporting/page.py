@@ -11,25 +11,13 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from marval_rl.reporting import summary
 from marval_rl.reporting.catalogue import KINDS, SECTIONS, Metric, catalogue
 from marval_rl.reporting.charts import NUM_COLOURS, curve_chart, frontier_chart
 from marval_rl.reporting.findings import FD_LIMIT, KEPT_LIMIT, findings_of
 from marval_rl.reporting.images import sample_strips
 from marval_rl.reporting.run_folder import Run, load_runs
-from marval_rl.reporting.summary import (
-    change_of,
-    comparison,
-    differences,
-    evaluations,
-    format_number,
-    format_seconds,
-    headline,
-    over_seeds,
-    per_class,
-    reference_levels,
-    seed_groups,
-    setting,
-)
+from marval_rl.reporting.summary import format_number, format_seconds
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "page"),
@@ -38,7 +26,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"number": format_number, "seconds": format_seconds, "setting": setting}
+_TEMPLATES.filters |= {"number": format_number, "seconds": format_seconds, "setting": summary.setting}
 
 
 def write_report(runs: list[Path], output: Path) -> Path:
@@ -82,19 +70,12 @@ def render_page(runs: list[Run], version: str = "") -> str:
     return _TEMPLATES.get_template("report.html").render(
         runs=runs,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
-        headlines=[headline(run, runs) for run in runs],
         findings=[(index, sentence) for index, run in enumerate(runs) for sentence in findings_of(run)],
-        comparison=comparison(metrics, runs),
-        levels=lambda metric: " / ".join(map(format_number, reference_levels(metric, runs))),
-        seed_groups=seed_groups(runs),
-        over_seeds=over_seeds,
+        summary=summary,
+        metrics=metrics,
         strips=strips,
         frontier=[(metric, place) for metric, place in drawn if place is not None],
         sections=[section for section in sections if section["charts"] or section["notes"]],
-        seconds_per_step=[change_of(catalogue(["seconds_per_step"], set())[0], run) for run in runs],
-        evaluations=evaluations(runs),
-        per_class=[per_class(run) for run in runs],
-        differences=differences,
         keys={key for run in runs for key in run.keys},
         limits=(FD_LIMIT, KEPT_LIMIT),
         colours=[index % NUM_COLOURS for index in range(len(runs))],

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +149,18 @@ def _find_samples(folder: Path) -> tuple[dict[str, list[tuple[int, Path]]], list
     for path in sorted(folder.glob("*step_*.png")):
         if not (match := re.fullmatch(r"(?:(.+)_)?step_(\d+)", path.stem)):
             continue
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except (OSError, SyntaxError):  # what Pillow raises for truncated and for broken PNG files
-            torn.append(path.name)
-        else:
+        if _is_readable(path, path.stat().st_mtime_ns):
             good.setdefault(match[1] or "", []).append((int(match[2]), path))
+        else:
+            torn.append(path.name)
     return {name: sorted(good[name]) for name in sorted(good)}, torn
+
+
+@cache  # a run that is watched has most grids for the second time
+def _is_readable(path: Path, written: int) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # what Pillow raises for truncated and for broken PNG files
+        return False
+    return True

@@ -58,6 +58,11 @@ def change_of(metric: Metric, run: Run) -> Change | None:
     return Change(*ends, int(steps[0]), width, spread, (float(values.min()), float(values.max())))
 
 
+def step_time(run: Run) -> Change | None:
+    """Seconds per step; None where no two lines of training tell them."""
+    return change_of(catalogue(["seconds_per_step"], set())[0], run)
+
+
 def reference_levels(metric: Metric, runs: list[Run]) -> list[float]:
     """The distinct levels (to three digits) that a metric is compared with: a constant, or each run's last one."""
     if metric.reference is None:

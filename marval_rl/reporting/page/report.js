@@ -152,10 +152,21 @@ $(".sortable th button").forEach(button => button.addEventListener("click", () =
   table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
 }));
 
-// A page that is served by `marval-rl report --watch` asks whether its runs have changed.
+// A page that is served by `marval-rl report --watch` asks whether its runs have changed, and keeps the view then.
 if (page.version) {
-  setInterval(async () => {
+  const kept = JSON.parse(sessionStorage.getItem("view"));
+  if (kept) {
+    state.smoothing = byId("smoothing").value = kept.smoothing;
+    for (const box of $(".run")) if (kept.hidden.includes(+box.value)) box.click();
+    if (kept.zoom) zoom(...kept.zoom);
+  }
+  const ask = async () => {
     const answer = await fetch("/version").catch(() => null);
-    if (answer?.ok && await answer.text() !== page.version) location.reload();
-  }, 3000);
+    if (!answer?.ok || await answer.text() === page.version) return setTimeout(ask, 3000);
+    const isZoomed = state.x0 > 0 || state.x1 < page.last;
+    const view = {smoothing: state.smoothing, hidden: state.hidden, zoom: isZoomed ? [state.x0, state.x1] : null};
+    sessionStorage.setItem("view", JSON.stringify(view));
+    location.reload();
+  };
+  setTimeout(ask, 3000);
 }
