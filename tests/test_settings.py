@@ -124,12 +124,12 @@ READ_BY: dict[str, Any] = {
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), (TRAINER, TrainingArguments)),
     **dict.fromkeys(("run_name", "project", "trackio_space_id", "trackio_bucket_id"), TRACKER),
     "trackio_static_space_id": TRACKER,
-    "disable_tqdm": "marval_rl.runtime.progress",
+    "disable_tqdm": "marval_rl.runtime.callbacks",
     **dict.fromkeys(
         ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), "marval_rl.trainers.base"
     ),
     **dict.fromkeys(("eval_batch_size", "max_skipped_steps"), "marval_rl.trainers.base"),
-    "overwrite_output_dir": "marval_rl.cli.training",
+    "overwrite_output_dir": "marval_rl.recipes.training",
 }
 
 
