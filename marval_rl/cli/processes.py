@@ -183,7 +183,7 @@ def _summary(launch: Launch, failures: Sequence[ProcessFailure]) -> str:
     """One message from those of several processes: each cause once, without those that only repeat another one's."""
     distinct: dict[str, int] = {}
     for failure in failures:
-        message = failure.message  # a dictionary is what `record_error` of marval_rl.cli.main wrote
+        message = failure.message  # a dictionary is what `marval_rl.launched.record_error` wrote
         text = message["message"] if isinstance(message, dict) else _ending(failure.exitcode)
         distinct.setdefault(text, failure.local_rank)
     if len(distinct) == 1 and len(failures) == launch.local_processes:
