@@ -142,7 +142,7 @@ class MARTrainingArguments(TrainingArguments):
 
     @property
     def num_readers(self) -> int:
-        """Processes among which the batches are dealt out."""
+        """Processes among which the batches are distributed."""
         return self.world_size
 
     @property

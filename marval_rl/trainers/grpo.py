@@ -17,7 +17,7 @@ steps_per_generation 2, num_generations 4, so a generation batch of N = 12 image
 
     rows, the same in all processes       row 0            row 1            row 2
     images, a group for each row          0  1  2  3       4  5  6  7       8  9 10 11
-    one permutation, dealt out:
+    one permutation, split:
                         micro-batch 0     micro-batch 1
         process 0       7  2 11           5  8  1          each generates and scores its own six images
         process 1       0  9  4           10 3  6

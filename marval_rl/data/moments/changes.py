@@ -87,7 +87,7 @@ def drop_changed_shards(
 
 
 def changes_since(folder: Path, manifest: dict[str, Any]) -> str | None:
-    """What a run should be told of the images that its cache was made from; None if nothing is known to have changed.
+    """A note on the images that a cache was made from; None if nothing is known to have changed.
 
     Only a folder of images that is still there is looked at: all names, and the stamps of at most 10,000 images.
     """
