@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
 import logging
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -244,14 +246,16 @@ def test_changing_a_field_changes_the_run(outcomes, recipe):
     assert unchanged == []
 
 
+@functools.cache
+def source_of(place: Any) -> str:
+    return inspect.getsource(import_module(place) if isinstance(place, str) else place)
+
+
 @pytest.mark.parametrize("recipe", COMMANDS)
 def test_what_leaves_no_trace_here_is_read_by_the_code_that_is_named(recipe):
     for name in set(fields_of(recipe)) & set(READ_BY):
         places = READ_BY[name] if isinstance(READ_BY[name], tuple) else (READ_BY[name],)
-        sources = [
-            Path(p.replace(".", "/") + ".py").read_text() if isinstance(p, str) else inspect.getsource(p)
-            for p in places
-        ]
+        sources = [source_of(place) for place in places]
         owners = ("args.", "self.", "config.", "self.args.", 'getattr(args, "', '"')  # or in a loop over names
         assert any(owner + name in source for owner in owners for source in sources), name
 
