@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from marval_rl.data.digits import DIGIT_GROUPS, DIGIT_LABELLINGS, load_digit_images
+from marval_rl.data import load_image_dataset
 from marval_rl.rewarding import load_reward
 
-TEMPLATES = {  # by labelling; the first of each is what zero-shot accuracy is measured with
-    "digit": ["a photo of the digit {name}", "a handwritten {name}", "the number {name}", "a picture of a {name}"],
+TEMPLATES = {  # by class_groups; the first of each is what zero-shot accuracy is measured with
+    None: ["a photo of the digit {name}", "a handwritten {name}", "the number {name}", "a picture of a {name}"],
     "parity": ["a photo of an {name}", "a handwritten {name}", "a picture of some {name}", "this is an {name}"],
 }
 MODEL: dict[str, Any] = {
@@ -56,10 +56,11 @@ ROTATION, SCALING, SHIFT, NOISE = 0.2, 0.1, 0.15, 0.15  # radians, share, share 
 def captions() -> tuple[list[str], Tensor]:
     """All captions (N), and which are true of which digit: float32 [10, N]."""
     texts, truths = [], []
-    for labelling, templates in TEMPLATES.items():
-        for name in DIGIT_LABELLINGS[labelling]:
-            truth = torch.zeros(10)
-            truth[DIGIT_GROUPS[name]] = 1
+    for groups, templates in TEMPLATES.items():
+        data = load_image_dataset("digits", "train", groups)
+        class_of_digit = dict(zip(data.modes.tolist(), data.class_labels.tolist(), strict=True))
+        for label, name in enumerate(data.class_names):
+            truth = torch.tensor([float(class_of_digit[digit] == label) for digit in range(10)])
             texts += [template.format(name=name) for template in templates]
             truths += [truth] * len(templates)
     return texts, torch.stack(truths, dim=1)
@@ -69,7 +70,8 @@ def train(steps: int, seed: int) -> nn.Module:
     """A CLIP trained on the digits' train split."""
     torch.manual_seed(seed)
     model = open_clip.CLIP(**MODEL)
-    images, digits = load_digit_images("train")  # [N, 1, 8, 8]
+    data = load_image_dataset("digits", "train")
+    images, digits = data.images, data.class_labels  # [N, 1, 8, 8] and [N]
     texts, truths = captions()
     tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(texts)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -107,18 +109,18 @@ def save(model: nn.Module, folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS_FILE)
 
 
-def zero_shot_accuracy(folder: Path, labelling: str) -> float:
+def zero_shot_accuracy(folder: Path, class_groups: str | None) -> float:
     """The share of the 500 test digits to whose own class the reward gives the highest score."""
-    images, digits = load_digit_images("test")
-    names = DIGIT_LABELLINGS[labelling]
-    reward = load_reward("clip", model=f"local-dir:{folder}", prompt_template=TEMPLATES[labelling][0])
+    data = load_image_dataset("digits", "test", class_groups)
+    images = data.images
+    reward = load_reward("clip", model=f"local-dir:{folder}", prompt_template=TEMPLATES[class_groups][0])
     with torch.no_grad():
         scores = [
             reward(images=images.repeat(1, 3, 1, 1), prompts=[name] * len(images), class_names=[name] * len(images))
-            for name in names
+            for name in data.class_names
         ]
     best = torch.stack(scores).argmax(dim=0)
-    return sum(digit in DIGIT_GROUPS[names[label]] for digit, label in zip(digits, best, strict=True)) / len(images)
+    return float((best == data.class_labels).float().mean())
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -153,8 +155,8 @@ def main() -> None:
     start = time.monotonic()
     save(train(args.steps, args.seed), args.output)
     print(f"saved to {args.output} after {time.monotonic() - start:.0f} s")
-    for labelling in TEMPLATES:
-        print(f"zero-shot accuracy, {labelling}: {zero_shot_accuracy(args.output, labelling):.3f}")
+    for groups in TEMPLATES:
+        print(f"zero-shot accuracy, {groups or 'digit'}: {zero_shot_accuracy(args.output, groups):.3f}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marval_rl.data.digits import DIGIT_GROUPS
+from marval_rl.data.bundled import DIGIT_NAMES, PARITY
 
 from .digit_networks import ConvolutionalNetwork, DigitNetwork, PerceptronNetwork, load_digit_network
 
 SCORES = ("log_probability", "accuracy", "confidence")
 IMAGE_SIZE = 8
+DIGITS_OF = {  # class name -> the digits that belong to it
+    **{name: [digit] for digit, name in enumerate(DIGIT_NAMES)},
+    **{group: [DIGIT_NAMES.index(name) for name in names] for group, names in PARITY.items()},
+}
 
 
 class Classifier:
@@ -82,7 +86,7 @@ def _class_members(class_names: list[str]) -> Tensor:
     """Which digits belong to each sample's class: bool [B, 10]."""
     members = torch.zeros(len(class_names), 10, dtype=torch.bool)
     for row, class_name in enumerate(class_names):
-        if class_name not in DIGIT_GROUPS:
-            raise ValueError(f"unknown class name {class_name!r}; this classifier knows {', '.join(DIGIT_GROUPS)}")
-        members[row, DIGIT_GROUPS[class_name]] = True
+        if class_name not in DIGITS_OF:
+            raise ValueError(f"unknown class name {class_name!r}; this classifier knows {', '.join(DIGITS_OF)}")
+        members[row, DIGITS_OF[class_name]] = True
     return members

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from marval_rl.data.digits import load_digit_images
+from marval_rl.data import load_image_dataset
 from marval_rl.errors import CheckpointError
 
 FEATURES = 32  # width of the penultimate layer, in which the Frechet distance is measured
@@ -92,7 +92,7 @@ def load_digit_network(architecture: type[DigitNetwork], checkpoint: str | os.Pa
 
 def cache_path(architecture: type[DigitNetwork]) -> Path:
     """The cache file of a trained network: its name changes with whatever decides the weights."""
-    images, digits = load_digit_images("train")
+    images, digits = _training_images()
     digest = hashlib.sha256(Path(__file__).read_bytes())  # architectures, settings and seeds
     digest.update(images.numpy().tobytes() + digits.numpy().tobytes())
     digest.update(json.dumps([architecture.__name__, torch.__version__]).encode())
@@ -106,7 +106,7 @@ def train_digit_network(network: DigitNetwork) -> None:
     Deterministic: all draws come from a generator of its own. Images are shifted by up to one pixel and made noisy,
     so that the slightly unclean images of a generator are judged by what they show.
     """
-    images, digits = load_digit_images("train")
+    images, digits = _training_images()
     generator = torch.Generator().manual_seed(network.seed)
     steps = EPOCHS * (len(images) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
@@ -120,6 +120,12 @@ def train_digit_network(network: DigitNetwork) -> None:
             optimizer.step()
             schedule.step()
     optimizer.zero_grad()  # frees the last gradients
+
+
+def _training_images() -> tuple[Tensor, Tensor]:
+    """Images [N, 1, 8, 8] in 0..1 and the digits that they show [N]."""
+    data = load_image_dataset("digits", "train")
+    return data.images, data.class_labels
 
 
 @contextmanager

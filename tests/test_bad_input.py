@@ -39,6 +39,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, complaint):
         ("anchor_weight", "it is now called gsim_weight"),
         ("guidance_scale", "it is now called gsim_guidance_scale"),  # a setting of distillation still
         ("mask-ratio-std", "it is now called gsim_mask_ratio_std"),
+        ("labelling", "it was removed: class_groups: parity merges classes; without it each stays"),
         ("num_trained_steps", "it was removed: all unmasking steps explore and are trained"),
         ("advantage_clip", "it was removed: advantages are scaled by scale_rewards alone"),
     ],
@@ -84,7 +85,7 @@ def test_a_value_of_the_wrong_type(train, complaint, settings, message):
         ({"prompt_template": "a digit"}, ("prompt_template", "does not contain {name}")),
         ({"scale_rewards": "groups"}, ("--scale_rewards: expected one of group, batch, none, got 'groups'",)),
         ({"max_steps": 0}, ("max_steps must be at least 1, not 0",)),
-        ({"labelling": "colour"}, ("unknown labelling 'colour'", "digit, parity")),
+        ({"class_groups": "colour"}, ("unknown class_groups 'colour'", "digits has parity")),
         ({"reward_weights": [1, 2]}, ("2 reward_weights for 1 reward_funcs (classifier)",)),
         ({"reward_funcs": "clasifier"}, ("clasifier", "classifier")),
     ],
@@ -147,11 +148,13 @@ def test_a_student_as_the_teacher_of_an_anchor(train, tiny_runs, complaint):
 @pytest.mark.parametrize("command", ["distill", "train"])
 def test_a_model_of_other_classes(train, tiny_runs, tmp_path, complaint, command):
     if command == "train":
-        code = train(labelling="parity")
+        code = train(class_groups="parity")
     else:
-        code = run_recipe("distill", tmp_path / "run", teacher=tiny_runs.teacher, labelling="parity")
+        code = run_recipe("distill", tmp_path / "run", teacher=tiny_runs.teacher, class_groups="parity")
     line = complaint(2, code)
-    assert "10 classes (zero, one, two, ...)" in line and "2 (even digit, odd digit" in line and "--labelling" in line
+    assert (
+        "10 classes (zero, one, two, ...)" in line and "2 (even digit, odd digit" in line and "--class_groups" in line
+    )
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

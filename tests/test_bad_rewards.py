@@ -117,6 +117,6 @@ def test_a_dry_run_says_what_is_missing(train, tmp_path, capsys):
 
 
 def test_a_failed_run_can_be_started_again(train, rewards, tmp_path, complaint):
-    assert complaint(2, train(labelling="parity"))
+    assert complaint(2, train(class_groups="parity"))
     assert train() == 0
     assert read_lines(tmp_path / "run")

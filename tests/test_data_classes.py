@@ -11,9 +11,14 @@ from tiny_images import noise_image, png_bytes, write_folder
 
 from marval_rl.cli.evaluate_images import class_names
 from marval_rl.data import load_labelled_images
-from marval_rl.data.class_names import describe_classes, label_classes, natural_key
+from marval_rl.data.class_names import (
+    IMAGENET_CLASS_NAMES,
+    IMAGENET_WNIDS,
+    describe_classes,
+    label_classes,
+    natural_key,
+)
 from marval_rl.data.hub_images import HubImages
-from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES, IMAGENET_WNIDS
 from marval_rl.data.moments import NpzMoments
 from marval_rl.errors import DataError
 from marval_rl.models import MARConfig

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_recipes import RECIPES, is_finite, run_recipe, training_lines
 
 from marval_rl.cli import main as cli
-from marval_rl.data.digits import load_digit_images
+from marval_rl.data import load_image_dataset
 from marval_rl.rewarding import load_reward
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "digits_clip.py"
@@ -77,9 +77,10 @@ def test_nothing_is_true_of_a_spoilt_image(example):
 
 def test_it_learns_and_is_read_back_as_a_reward(example, trained):
     """Thirty steps do not make a judge, but what was saved is what was trained, and the loss fell."""
-    assert example.zero_shot_accuracy(trained, "digit") <= 1
+    assert example.zero_shot_accuracy(trained, None) <= 1
     reward = load_reward("clip", model=f"local-dir:{trained}", scale=1.0)
-    images, digits = load_digit_images("test")
+    data = load_image_dataset("digits", "test")
+    images, digits = data.images, data.class_labels
     texts, truths = example.captions()
     tokens = open_clip.SimpleTokenizer(context_length=12)(texts)
     torch.manual_seed(0)
@@ -109,7 +110,7 @@ def test_the_recipe_rewards_with_it(trained, tiny_runs, tmp_path):
 def test_scoring_a_folder_prints_the_mean(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("images").mkdir()
-    images, _ = load_digit_images("test")
+    images = load_image_dataset("digits", "test").images
     for number, image in enumerate(images[:3]):
         Image.fromarray((image[0] * 255).byte().numpy()).save(f"images/{number}.png")
     Path("prompts.txt").write_text("zero\none\ntwo\n")

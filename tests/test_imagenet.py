@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import marval_rl.data.imagenet
-from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES, IMAGENET_WNIDS, imagenet_names
+import marval_rl.data.class_names
+from marval_rl.data.class_names import IMAGENET_CLASS_NAMES, IMAGENET_WNIDS, imagenet_names
 
 
 def test_there_are_1000_classes_whose_ids_are_sorted_and_unique():
@@ -45,7 +45,7 @@ def test_a_part_of_the_classes_is_named_by_id_and_anything_else_is_not():
 
 
 def test_the_file_says_where_it_comes_from_and_under_which_licence():
-    text = Path(marval_rl.data.imagenet.__file__).with_name("imagenet_classes.tsv").read_text()
+    text = Path(marval_rl.data.class_names.__file__).with_name("imagenet_classes.tsv").read_text()
     assert all(
         words in text for words in ("https://github.com/openai/CLIP", "open_clip", "Permission is hereby granted")
     )

@@ -13,7 +13,7 @@ from tiny_models import tiny_model, tiny_student
 
 from marval_rl import MARConfig, MARModel, load_model
 from marval_rl.cli.main import main
-from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES
+from marval_rl.data.class_names import IMAGENET_CLASS_NAMES
 from marval_rl.errors import CheckpointError
 from marval_rl.models.checkpoints import load_config
 from marval_rl.models.official.mar_weights import mar_config, published_name, read_mar

@@ -21,7 +21,7 @@ from tiny_recipes import CONFIGS, is_finite, training_lines
 from tiny_rewards import image_reward_arguments, write_clip, write_image_reward, write_pick_score
 
 from marval_rl.cli.main import main
-from marval_rl.data.imagenet import IMAGENET_WNIDS
+from marval_rl.data.class_names import IMAGENET_WNIDS
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
 from marval_rl.runtime.settings import defaults_of, unmet_needs

@@ -96,7 +96,7 @@ def test_the_metrics_have_the_promised_names(runs, recipe):
     rewarded = {"eval_rewards/held_out_classifier/mean"} if COMMANDS[recipe] == "train" else set()
     for line in evaluations:
         assert all(is_finite(line[name]) for name in EVALUATION_NAMES | rewarded)
-        assert line["eval_mode_coverage"] is None  # a class of this labelling is one digit
+        assert line["eval_mode_coverage"] is None  # each class has one mode
         assert not line.keys() & TRAINING_NAMES[recipe]
     times = [line["time"] for line in lines]
     assert times == sorted(times) and [line["step"] for line in lines] == sorted(line["step"] for line in lines)
@@ -117,7 +117,7 @@ def public(config: Any) -> dict[str, Any]:
 
 
 def test_parity_measures_mode_coverage_and_the_same_recipe_twice_gives_the_same_metrics(tmp_path):
-    settings = {"labelling": "parity", "max_steps": 2, "eval_steps": 2, "eval_num_images": 12}
+    settings = {"class_groups": "parity", "max_steps": 2, "eval_steps": 2, "eval_num_images": 12}
     assert run_recipe("teacher", tmp_path / "a", **settings) == 0
     torch.manual_seed(99)  # whatever ran before in this process must not matter
     assert main(["pretrain", str(tmp_path / "a" / "recipe.yaml"), "--output_dir", str(tmp_path / "b")]) == 0

@@ -324,22 +324,22 @@ OFF: dict[tuple[str, ...], dict[str, Any]] = {
     ("use_peft",): {"use_peft": False},
     ("lora_target_modules",): {"lora_target_modules": ["qkv"]},
     ("eval_reward_funcs",): {"eval_reward_funcs": []},
-    ("labelling",): {"labelling": "digit"},
+    ("class_groups",): {"class_groups": None},
 }
 OFF_BY_SETTING: dict[str, dict[str, Any]] = {  # where one setting switches some off by one value, some by another
     **{name: {"optim": "sgd"} for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
     "optim_args": {"optim": "adamw_torch"},
-    **{name: {"dataset": "images"} for name in ("labelling", "feature_extractor", "judges")},
+    **{name: {"dataset": "images"} for name in ("feature_extractor", "judges")},
     **{name: {"dataset": "images"} for name in ("max_frechet_ratio", "min_diversity", "min_mode_coverage")},
-    **{name: {"dataset": "digits"} for name in ("image_column", "label_column", "class_names", "image_size")},
-    **{name: {"dataset": "digits"} for name in ("image_channels", "flip", "cache_dir")},
+    **{name: {"dataset": "digits"} for name in ("image_column", "label_column", "class_names")},
+    **{name: {"dataset": "digits"} for name in ("eval_dataset", "eval_holdout")},
 }
 # for settings that need two things
 ON = {
     "use_peft": True,
     "gsim_weight": 1.0,
     "eval_guidance_scale": 2.0,
-    "labelling": "parity",
+    "class_groups": "parity",
     "eval_reward_funcs": ["classifier"],
 }
 
@@ -393,14 +393,25 @@ def uses_of(recipe: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> st
     class Scorer:
         features = None
 
-    for name in ("load_image_dataset", "load_moments", "CroppedImages", "load_labelled_images", "ImageEvaluator"):
-        monkeypatch.setattr(data_arguments, name, recorded(name))
+    class Images:
+        image_size, mode_names = 8, ("a",)
+        merge_classes, in_memory = recorded("merge_classes"), recorded("in_memory")
+
+        def __repr__(self) -> str:
+            return "images"
+
+    images = Images()
+    for name in ("load_moments", "CroppedImages", "load_labelled_images", "load_held_out", "ImageEvaluator"):
+        monkeypatch.setattr(data_arguments, name, recorded(name, images))
+    monkeypatch.setattr(data_arguments, "hold_out", recorded("hold_out", (images, images)))
+    settings = {"dataset": "digits", **settings}
     monkeypatch.setattr(data_arguments, "load_reward", recorded("load_reward", Scorer))
     for part in (
         kind(**{k: v for k, v in settings.items() if k in kind.__dataclass_fields__}) for kind in CONFIGS[recipe][:-1]
     ):
         if isinstance(part, DataArguments):
             part.load_training(None if part.image_size else 8, seed=0)
+            part.load_held_out()
             part.evaluator()
             config = MARConfig()
             part.fit(config, "model")
@@ -417,7 +428,9 @@ def uses_of(recipe: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> st
 OWN = {"dataset": "images", "image_size": 8}
 PARTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # field -> recipe, another value, what else is set
     "dataset": ("distill", "images", {"image_size": 8}),
-    "labelling": ("distill", "parity", {}),
+    "class_groups": ("distill", "parity", {}),
+    "eval_dataset": ("distill", "val", OWN),
+    "eval_holdout": ("distill", 0.2, OWN),
     **{name: ("distill", "other", OWN) for name in ("image_column", "label_column", "class_names", "cache_dir")},
     "image_size": ("distill", 9, OWN),
     "image_channels": ("distill", 1, OWN),

@@ -29,7 +29,7 @@ CONFIGS = {
 # Whatever the tests count on is set here, so that the recipes can be tuned without them.
 TINY = {
     "dataset": "digits",
-    "labelling": "digit",
+    "class_groups": "null",
     "max_steps": 6,
     "per_device_train_batch_size": 16,
     "logging_steps": 1,

@@ -129,8 +129,6 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
 def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> Job:
     """What the recipe says, with the VAE and the image size of the teacher where it does not say them."""
-    if data.are_digits:
-        raise RecipeError("the digits need no cache, their latents are their pixels: name other images (--dataset ...)")
     vae, image_size = data.vae, data.image_size
     if source.teacher is not None and (vae is None or image_size is None):
         teacher = load_config(source.teacher)
@@ -143,7 +141,7 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
         "vae_name": vae,
         "dtype": cache.cache_dtype,
         "shard_size": cache.shard_size,
-        "flip": data.flip,
+        "flip": data.flips,
     }
     return Job(data.load_images(), VAECodec.from_pretrained(vae), image_size, Path(data.cache_dir), storage)
 
@@ -160,7 +158,7 @@ def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> N
             run_processes(Launch(num_processes), arguments, grace=math.inf)
         except MarvalError as error:
             raise DataError(f"{error}; finished shards are kept: run the same command again to resume") from error
-    manifest = write_manifest(job.folder, settings, job.source.class_labels)
+    manifest = write_manifest(job.folder, settings, job.source.modes)
     if manifest is None:
         raise DataError(f"{job.folder} is unfinished although all processes ended well: run the same command again")
     print_summary(job.folder, manifest)
@@ -192,7 +190,7 @@ def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArgume
     done = total - len(missing_shards(job.folder, settings))
     changes = find_changes(job.folder, settings, job.source, range(total))
     done -= len(changes.shards)
-    numbers = (1 + data.flip) * torch.Size(settings["moments_shape"]).numel()
+    numbers = (1 + data.flips) * torch.Size(settings["moments_shape"]).numel()
     needed = len(job.source) * numbers * DTYPES[cache.cache_dtype].itemsize
     there = next(folder for folder in (job.folder, *job.folder.resolve().parents) if folder.is_dir())
     print(describe_classes(len(job.source), job.source.class_names))

@@ -90,7 +90,7 @@ def class_names(num_classes: int) -> list[str] | None:
     """ImageNet's names for a model of 1000 classes: the published ones were trained on nothing else."""
     if num_classes != 1000:
         return None
-    from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES
+    from marval_rl.data.class_names import IMAGENET_CLASS_NAMES
 
     return list(IMAGENET_CLASS_NAMES)
 

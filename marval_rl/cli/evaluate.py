@@ -9,16 +9,16 @@ from typing import Any
 
 from marval_rl.cli.arguments import add_sampling_arguments
 from marval_rl.cli.launch import add_launch_arguments
-from marval_rl.data.digits import DIGIT_LABELLINGS
+from marval_rl.data.bundled import DIGIT_NAMES, PARITY
 from marval_rl.launched import launched_processes
 from marval_rl.models import MARConfig
 from marval_rl.models.checkpoints import load_config
 from marval_rl.paths import path_or_id
-from marval_rl.recipes.data_arguments import DIGITS
 from marval_rl.recipes.values import WrongType, convert
 
+DIGITS = "digits"
 DIGITS_IMAGES, SET_IMAGES = 1000, 50_000
-DIGITS_ONLY = ("redraws", "labelling")
+DIGITS_ONLY = ("redraws", "class_groups")
 SETS_ONLY = (
     "reference",
     "inception_weights",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     digits = parser.add_argument_group("models of digits (8 x 8 pixels), compared with scikit-learn's")
     digits.add_argument("--dataset", choices=[DIGITS], help="real images to compare with (default: if they fit)")
     digits.add_argument("--redraws", type=int, help="draws, seeds from --seed on; gives mean and std (default: 1)")
-    digits.add_argument("--labelling", help="classes (default: the one that fits the model's class names)")
+    digits.add_argument("--class_groups", help="classes (default: the one that fits the model's class names)")
 
     sets = parser.add_argument_group("other models: FID, Inception Score, precision, recall, rewards, speed")
     sets.add_argument("--images", type=Path, metavar="DIR", help="evaluate a folder of images instead of a MODEL")
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
 def paints_digits(config: MARConfig) -> bool:
     """Whether a model's images are like scikit-learn's digits."""
-    classes = (None, *DIGIT_LABELLINGS.values())  # other grey images may be as small
+    classes = (None, DIGIT_NAMES, list(PARITY))  # other grey images may be as small
     return (config.image_channels, config.image_size, config.vae) == (1, 8, None) and config.class_names in classes
 
 

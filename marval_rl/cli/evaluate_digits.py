@@ -14,7 +14,7 @@ from marval_rl.cli.evaluate import default_output, write_results
 from marval_rl.errors import check_output
 from marval_rl.evaluation.diversity import check_num_images
 from marval_rl.models.generation import generate_images
-from marval_rl.recipes.data_arguments import DIGITS, DataArguments
+from marval_rl.recipes.data_arguments import DataArguments
 
 
 def evaluate_digits(args: argparse.Namespace) -> None:
@@ -23,9 +23,9 @@ def evaluate_digits(args: argparse.Namespace) -> None:
         raise ValueError(f"--redraws must be at least 1, not {args.redraws}")
     check_output(args.output or default_output(Path(args.model)))
     model, codec, device = load_for_sampling(args)
-    labelling = args.labelling or ("parity" if model.config.num_classes == 2 else "digit")
-    data = DataArguments(labelling=labelling)
-    data.fit(model.config, args.model, data.load("test"))
+    groups = args.class_groups or ("parity" if model.config.num_classes == 2 else None)
+    data = DataArguments(dataset="digits", class_groups=groups)
+    data.fit(model.config, args.model, data.crop(data.load_held_out(), model.config))
     check_num_images(args.num_images, model.config.num_classes, "--num_images")
     settings = sampling_settings(args)
     evaluator = data.evaluator()
@@ -55,8 +55,8 @@ def evaluate_digits(args: argparse.Namespace) -> None:
             "num_images": args.num_images,
             "redraws": args.redraws,
             "batch_size": args.batch_size,
-            "dataset": DIGITS,
-            "labelling": labelling,
+            "dataset": data.dataset,
+            "class_groups": groups,
             "device": str(device),
             "threads": torch.get_num_threads(),
         },

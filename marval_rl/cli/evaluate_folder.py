@@ -29,7 +29,7 @@ def evaluate_folder(args: argparse.Namespace) -> None:
 
     Raises ValueError or a MarvalError for what is missing or does not fit.
     """
-    refuse(args, (*PAINTING, "dataset", "redraws", "labelling"), "a folder of images is evaluated")
+    refuse(args, (*PAINTING, "dataset", "redraws", "class_groups"), "a folder of images is evaluated")
     if args.inception_weights is None:
         raise ValueError("--images needs the weights of Inception (--inception_weights FILE)")
     check_fidelity_arguments(args)

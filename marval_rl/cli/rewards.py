@@ -96,7 +96,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _captions(file: Path | None) -> Captions:
-    from marval_rl.data.digits import DIGIT_NAMES
+    from marval_rl.data.bundled import DIGIT_NAMES
     from marval_rl.evaluation.scored_images import read_prompts
     from marval_rl.rewarding.contract_probe import Captions
 

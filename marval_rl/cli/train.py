@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         student = load_model(rewarded.model, one_step=True)
         source.check_size(student.config, rewarded.model)
         anchored = config.gsim_weight > 0
-        images = data.load_training(student.config.image_size, config.seed) if anchored or data.are_digits else None
+        images = data.load_training(student.config.image_size, config.seed) if anchored or data.is_bundled else None
         if images is not None:
             data.announce(images, config.process_index)
         data.fit(student.config, rewarded.model, images)

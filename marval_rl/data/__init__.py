@@ -1,11 +1,10 @@
 """Labelled image sets to train on and to judge against."""
 
 from marval_rl.data.class_rows import class_rows
-from marval_rl.data.cropped_images import CroppedImages
-from marval_rl.data.datasets import ImageDataset, load_image_dataset
-from marval_rl.data.image_sources import load_labelled_images
-from marval_rl.data.labelled_images import LabelledImages
+from marval_rl.data.datasets import CroppedImages, ImageDataset, load_image_dataset
+from marval_rl.data.labelled_images import LabelledImages, hold_out
 from marval_rl.data.moments import MomentsCache, NpzMoments, load_moments
+from marval_rl.data.sources import load_labelled_images
 
 __all__ = [
     "CroppedImages",
@@ -14,6 +13,7 @@ __all__ = [
     "MomentsCache",
     "NpzMoments",
     "class_rows",
+    "hold_out",
     "load_image_dataset",
     "load_labelled_images",
     "load_moments",

@@ -1,16 +1,38 @@
-"""Which label a class has, and what it is called: so that no name lands on the images of another class."""
+"""Which label a class has, what it is called, and which classes a recipe merges.
+
+ImageNet's names (ILSVRC 2012) are in imagenet_classes.tsv, with their sources and licence.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from marval_rl.data.imagenet import IMAGENET_CLASS_NAMES, IMAGENET_WNIDS, imagenet_names
 from marval_rl.errors import DataError
 from marval_rl.text import read_text
 
 IMAGENET = "imagenet"
+
+
+def _read_imagenet_classes() -> list[tuple[str, str]]:
+    lines = Path(__file__).with_name("imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("\t") for line in lines if not line.startswith("#"))
+    return [(wnid, name) for wnid, name in pairs]
+
+
+_NAME_OF_WNID = dict(_read_imagenet_classes())  # sorted: the label is the position
+IMAGENET_WNIDS = list(_NAME_OF_WNID)
+IMAGENET_CLASS_NAMES = list(_NAME_OF_WNID.values())  # "missile" and "sunglasses" name two classes each
+
+
+def imagenet_names(words: Sequence[str]) -> list[str] | None:
+    """The names of classes that are given by their WordNet ids; None unless all words are ids of the 1000 classes."""
+    if not all(word in _NAME_OF_WNID for word in words):
+        return None
+    return [_NAME_OF_WNID[word] for word in words]
 
 
 def read_class_names(given: Sequence[str] | str) -> list[str]:
@@ -88,7 +110,7 @@ def label_classes(
         if known.get(word, position) != position:
             raise DataError(
                 f"class_names would call the images of {words[position]!r} {names[position]!r}, and others "
-                f"{names[known[word]]!r}: name every class of {where} as it is, or in the order {_shortened(words)}"
+                f"{names[known[word]]!r}: name every class of {where} as it is, or in the order {shorten(words)}"
             )
     if is_imagenet and not are_numbered:
         raise DataError(
@@ -98,16 +120,62 @@ def label_classes(
     return positions, names
 
 
+def merge_classes(class_names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], list[int]]:
+    """Merges classes under new names: the setting `class_groups`.
+
+    The new classes come first, in the order of `groups`; classes that no group names follow, each as it is.
+
+    Args:
+        class_names: The classes of the data.
+        groups: New class name -> the names of its old classes, upper and lower case alike.
+
+    Returns:
+        The new class names, and the new label of each old class.
+
+    Raises:
+        DataError: For an empty group, a name that the data do not have or have twice, a class in two groups, and a new
+            name that a class outside the group has already.
+    """
+    known: dict[str, list[int]] = {}
+    for label, name in enumerate(class_names):
+        known.setdefault(_fold(name), []).append(label)
+    group_of: dict[int, str] = {}
+    for group, members in groups.items():
+        if not members:
+            raise DataError(f"class_groups: {group!r} is empty: list the classes that it merges")
+        for member in members:
+            labels = known.get(_fold(str(member)), [])
+            if not labels:
+                alike = difflib.get_close_matches(str(member), class_names, n=1)
+                hint = f"did you mean {alike[0]!r}?" if alike else f"it has {shorten(class_names)}"
+                raise DataError(f"class_groups: {group!r} names {member!r}, a class that the data do not have; {hint}")
+            if len(labels) > 1:
+                raise DataError(f"class_groups: {len(labels)} classes are called {member!r}: name them apart")
+            other = group_of.setdefault(labels[0], group)
+            if other != group:
+                raise DataError(f"class_groups: {member!r} is in {other!r} and in {group!r}")
+    labels, names = [], list(groups)
+    for label, name in enumerate(class_names):
+        if label in group_of:
+            labels.append(names.index(group_of[label]))
+            continue
+        if _fold(name) in map(_fold, groups):
+            raise DataError(f"class_groups: {name!r} is the name of a group and of a class outside it")
+        labels.append(len(names))
+        names.append(name)
+    return names, labels
+
+
 def describe_classes(num_images: int, class_names: Sequence[str]) -> str:
     """ "60 images of 10 classes: zero, one, ... nine"."""
     plural = "class" if len(class_names) == 1 else "classes"
-    return f"{num_images} images of {len(class_names)} {plural}: {_shortened(class_names)}"
+    return f"{num_images} images of {len(class_names)} {plural}: {shorten(class_names)}"
 
 
 def _labels_of_numbers(words: Sequence[str], names: Sequence[str], where: str) -> list[int]:
     numbers = [int(word) for word in words]
     if len(set(numbers)) < len(numbers):
-        raise DataError(f"{where} has a class number twice, with other zeros in front: {_shortened(words)}")
+        raise DataError(f"{where} has a class number twice, with other zeros in front: {shorten(words)}")
     if max(numbers) < len(names):
         return numbers
     if sorted(numbers) == list(range(1, len(names) + 1)):
@@ -122,5 +190,6 @@ def _fold(word: str) -> str:
     return unicodedata.normalize("NFC", word).casefold().strip()
 
 
-def _shortened(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
+    """ "first, second, ... last"."""
     return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, ... {names[-1]}"

@@ -60,9 +60,7 @@ class HubImages(LabelledImages):
         labels = dataset.select_columns([label_column]).with_format("arrow")[:].column(label_column)
         if labels.null_count:
             raise DataError(f"{column} has no label in {labels.null_count} of {len(labels)} rows")
-        self.class_labels, self.class_names = _labels_and_names(
-            labels, dataset.features[label_column], class_names, column
-        )
+        super().__init__(*_labels_and_names(labels, dataset.features[label_column], class_names, column))
 
     def name(self, index: int) -> str:
         return f"row {index}"

@@ -30,7 +30,7 @@ class ImageFolder(LabelledImages):
     def __init__(self, root: str | Path, split: str = "train", class_names: Sequence[str] | str | None = None):
         self.files = ClassFolders(_split_folder(Path(root), split), IMAGE_ENDINGS, class_names)
         self.folder = str(self.files.root.absolute())
-        self.class_labels, self.class_names = self.files.class_labels, self.files.class_names
+        super().__init__(self.files.class_labels, self.files.class_names)
 
     def name(self, index: int) -> str:
         return self.files.name(index)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from marval_rl.data.imagenet import imagenet_names
+from marval_rl.data.class_names import imagenet_names
 from marval_rl.errors import DataError
 
 SPLIT = re.compile(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from marval_rl.data.class_folders import is_ignored
-from marval_rl.data.cropped_images import to_pixels
+from marval_rl.data.datasets import to_pixels
 from marval_rl.data.decoding import IMAGE_ENDINGS, CorruptImageError, decode_image, read_bytes
 from marval_rl.text import read_text
 

@@ -7,16 +7,11 @@ from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
-from marval_rl.data import (
-    CroppedImages,
-    ImageDataset,
-    MomentsCache,
-    load_image_dataset,
-    load_labelled_images,
-    load_moments,
-)
+from marval_rl.data import CroppedImages, LabelledImages, MomentsCache, hold_out, load_labelled_images, load_moments
+from marval_rl.data.bundled import BUNDLED, find_groups
 from marval_rl.data.class_names import describe_classes
 from marval_rl.data.image_folder import ImageFolder
+from marval_rl.data.sources import load_held_out
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
@@ -24,20 +19,31 @@ from marval_rl.rewarding import load_reward
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
 from marval_rl.trainers.anchors import ANCHORED
 
-DIGITS = "digits"
-DIGIT_JUDGES = ("classifier", "held_out_classifier")
-
 
 @dataclass
 class DataArguments:
-    """The images, and for the digits the networks that judge them."""
+    """The images, their classes, and the networks that judge them."""
 
-    dataset: str = field(
-        default=DIGITS,
-        metadata={"help": '"digits", a folder of class folders, parquet, a saved `datasets` folder, or a hub id.'},
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"A bundled set ({', '.join(BUNDLED)}), a folder of class folders, parquet, a saved `datasets` "
+            "folder, or a hub id."
+        },
     )
-    labelling: str | None = field(
-        default=None, metadata={"help": 'Classes of the digits: "digit" (default) or "parity".'}
+    class_groups: dict[str, list[str]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Classes to merge: new name -> the names of its classes, which become its modes; or the name of "
+            "such groups that a bundled set brings (parity)."
+        },
+    )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Held-out images: the name of a split of `dataset` (val), or other images of its classes."},
+    )
+    eval_holdout: float = field(
+        default=0.0, metadata={"help": "Share of each class to hold out from training, where no split is held out."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of images (parquet, `datasets`)."})
     label_column: str = field(default="label", metadata={"help": "Column of class labels (parquet, `datasets`)."})
@@ -51,28 +57,30 @@ class DataArguments:
         default=None,
         metadata={"help": "1 turns images grey, 3 makes grey ones RGB (default: the model's; new ones ask the data)."},
     )
-    flip: bool = field(default=True, metadata={"help": "Mirror half of the images (never the digits)."})
+    flip: bool | None = field(
+        default=None, metadata={"help": "Mirror half of the images (default: true; false for bundled digits)."}
+    )
     vae: str | None = field(
         default=None, metadata={"help": "diffusers AutoencoderKL of the latents: folder or hub id (default: none)."}
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of VAE moments by `marval-rl cache`; read instead of the images."}
     )
-    feature_extractor: str = field(
-        default="classifier",
-        metadata={"help": "Digits: reward with a method `features`, the space of the Frechet distance."},
+    feature_extractor: str | None = field(
+        default=None,
+        metadata={"help": "Reward with a method `features`, the space of the Frechet distance (default: first judge)."},
     )
-    judges: list[str] = field(
-        default_factory=lambda: list(DIGIT_JUDGES),
-        metadata={"help": "Digits: rewards with a method `mode_log_probs`: accuracy, mode coverage."},
+    judges: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards with a method `mode_log_probs`: accuracy, mode coverage (default: the data's)."},
     )
 
     counts_if: ClassVar[Conditions] = {
-        Needs("the digits (dataset digits)", ("dataset",), lambda name: name == DIGITS): (
-            *("labelling", "feature_extractor", "judges"),
+        Needs("a bundled data set that has judges (digits)", ("dataset",), lambda name: bool(_judges_of(name))): (
+            *("feature_extractor", "judges"),
         ),
-        Needs("images of your own (another dataset than digits)", ("dataset",), lambda name: name != DIGITS): (
-            *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+        Needs("images of your own (a data set that is not bundled)", ("dataset",), lambda name: name not in BUNDLED): (
+            *("image_column", "label_column", "class_names", "eval_dataset", "eval_holdout"),
         ),
         EVALUATED: ("feature_extractor", "judges"),
         ANCHORED: ("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
@@ -81,54 +89,87 @@ class DataArguments:
     def __post_init__(self):
         if self.image_channels not in (None, 1, 3):
             raise ValueError(f"image_channels must be 1 or 3, not {self.image_channels}")
-        if self.image_channels is not None and (self.are_digits or self.vae is not None or self.cache_dir is not None):
-            other = "dataset digits" if self.are_digits else "vae" if self.vae is not None else "cache_dir"
+        if self.image_channels is not None and (self.vae is not None or self.cache_dir is not None):
+            other = "vae" if self.vae is not None else "cache_dir"
             raise ValueError(f"image_channels {self.image_channels} cannot count with {other}: leave it out")
+        if not 0 <= self.eval_holdout < 1:
+            raise ValueError(f"eval_holdout is a share of the images, in [0, 1), not {self.eval_holdout}")
+        if self.eval_dataset is not None and self.eval_holdout:
+            raise ValueError("eval_dataset and eval_holdout both say which images are held out: leave one out")
+        if self.dataset in BUNDLED and isinstance(self.class_groups, str):
+            find_groups(self.dataset, self.class_groups)
 
     @property
-    def are_digits(self) -> bool:
-        return self.dataset == DIGITS
+    def is_bundled(self) -> bool:
+        return self.dataset in BUNDLED
 
-    def load(self, split: str) -> ImageDataset:
-        """The digits' split "train" or "test"."""
-        return load_image_dataset(self.dataset, split, self.labelling)
+    @property
+    def flips(self) -> bool:
+        """Whether half of the images are mirrored: a mirrored digit is none."""
+        return self.flip if self.flip is not None else not self.is_bundled
 
     def load_training(self, image_size: int | None, seed: int) -> Dataset:
         """What is trained on: rows of "images" or cached "moments", and "class_labels"; it knows its `class_names`.
 
         Raises DataError for data that cannot be read, RecipeError where no size is known to crop to.
         """
-        if self.are_digits:
-            return self.load("train")
         if self.cache_dir is not None:
-            return load_moments(self.cache_dir, flip=self.flip, seed=seed, class_names=self.class_names)
-        size = self.image_size or image_size
+            moments = load_moments(
+                self.cache_dir, flip=self.flips, seed=seed, class_names=self.class_names, holdout=self.eval_holdout
+            )
+            return self._merge(moments)
+        source = self.load_images()
+        size = self.image_size or image_size or source.image_size
         if size is None:
             raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
-        return CroppedImages(self.load_images(), size, flip=self.flip, seed=seed, channels=self.image_channels or 3)
+        return CroppedImages(source, size, flip=self.flips, seed=seed, channels=self.image_channels or 3)
 
     def announce(self, dataset: Dataset, process_index: int) -> None:
         """Prints what is trained on, once for all processes."""
         if process_index == 0:
             print(describe_data(dataset), flush=True)
 
-    def load_images(self):
-        """The images as they are, before they are cropped.
+    def load_images(self) -> LabelledImages:
+        """The images to train on as they are, before they are cropped; those that are held out are not among them."""
+        source = self._load(self.dataset)
+        return self._merge(hold_out(source, self.eval_holdout)[0] if self.eval_holdout else source)
 
-        Raises RecipeError if columns are named and the images lie in class folders, which have none.
+    def load_held_out(self) -> LabelledImages | None:
+        """The images that are never trained on, of the same classes; None where the data have none.
+
+        They are the test split of a bundled set, those of `eval_dataset`, or the share `eval_holdout`.
         """
+        if self.is_bundled:
+            return self._merge(load_labelled_images(self.dataset, "test"))
+        if self.eval_holdout:
+            return self._merge(hold_out(self._load(self.dataset), self.eval_holdout)[1])
+        if self.eval_dataset is None:
+            return None
+        names = self._load(self.dataset).mode_names
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return self._merge(load_held_out(self.dataset, self.eval_dataset, self.class_names, names, **columns))
+
+    def crop(self, source: LabelledImages, config: MARConfig) -> CroppedImages:
+        """Images as a model generates them, never mirrored: to compare with."""
+        return CroppedImages(source, config.image_size, flip=False, channels=config.image_channels)
+
+    def _load(self, name: str | None) -> LabelledImages:
+        if name is None:
+            raise RecipeError(f"dataset is not set: name the images ({', '.join(BUNDLED)}, a folder, ...; --dataset)")
         images = load_labelled_images(
-            self.dataset,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            class_names=self.class_names,
+            name, image_column=self.image_column, label_column=self.label_column, class_names=self.class_names
         )
         if isinstance(images, ImageFolder) and (self.image_column, self.label_column) != ("image", "label"):
             raise RecipeError(
                 f"image_column {self.image_column} and label_column {self.label_column} count only for parquet and "
-                f"`datasets`, and {self.dataset} holds class folders: leave them out"
+                f"`datasets`, and {name} holds class folders: leave them out"
             )
         return images
+
+    def _merge(self, data: Any) -> Any:
+        if self.class_groups:
+            data.merge_classes(find_groups(self.dataset, self.class_groups))
+        return data
 
     def fit(self, config: MARConfig, model: str, dataset: Dataset | None = None) -> None:
         """Gives a model's configuration the recipe's VAE, and the names of its classes where it has none.
@@ -146,7 +187,7 @@ class DataArguments:
             raise ValueError(
                 f"{model} knows {config.num_classes} classes ({known}, ...), "
                 f"but the data has {len(names)} ({', '.join(names[:3])}, ...): "
-                f"{'set --labelling or ' if self.are_digits else ''}choose another model"
+                "set --class_groups, or choose another model"
             )
         config.class_names = names
         if isinstance(dataset, CroppedImages):
@@ -195,12 +236,20 @@ class DataArguments:
         }
 
     def evaluator(self) -> ImageEvaluator | None:
-        """Compares generated digits with the real ones; None for other data, which `marval-rl evaluate` measures."""
-        if not self.are_digits:
+        """Compares generated images with the real ones; None for data without judges."""
+        names = _judges_of(self.dataset) if self.judges is None else self.judges
+        if not names or not self.is_bundled:
             return None
-        judges = {name: load_reward(name) for name in self.judges}
-        features = judges.get(self.feature_extractor) or load_reward(self.feature_extractor)
-        return ImageEvaluator(self.load("train"), self.load("test"), features.features, judges)
+        judges = {name: load_reward(name) for name in names}
+        extractor = self.feature_extractor or next(iter(judges))
+        features = judges.get(extractor) or load_reward(extractor)
+        train, test = self.load_images(), self.load_held_out()
+        sets = [CroppedImages(images, images.image_size, flip=False).in_memory() for images in (train, test)]
+        return ImageEvaluator(*sets, features.features, judges)
+
+
+def _judges_of(dataset: str | None) -> list[str]:
+    return list(BUNDLED[dataset].judges) if dataset in BUNDLED else []
 
 
 def describe_data(dataset: Dataset) -> str:

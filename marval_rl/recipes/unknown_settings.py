@@ -21,6 +21,7 @@ RENAMED = {  # former names
 _ALL_STEPS = "all unmasking steps explore and are trained"
 _ADVANTAGES = "advantages are scaled by scale_rewards alone"
 REMOVED = {  # former settings, and what holds instead
+    "labelling": "class_groups: parity merges classes; without it each stays",
     "num_trained_steps": _ALL_STEPS,
     "trained_steps": _ALL_STEPS,
     "exploration_window": _ALL_STEPS,

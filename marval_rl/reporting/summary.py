@@ -14,7 +14,7 @@ from marval_rl.text import dump_yaml
 # Settings worth a line at the top, where the recipe has them: key -> words, with {} for the value.
 _HEADLINE = {
     "reward_funcs": "rewards {}",
-    "labelling": "classes by {}",
+    "class_groups": "classes by {}",
     "learning_rate": "learning rate {}",
     "num_unmasking_steps": "{} unmasking steps",
     "num_generations": "groups of {}",

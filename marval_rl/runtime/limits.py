@@ -56,9 +56,7 @@ class LimitArguments:
         Needs("the digits, whose evaluation alone measures it", ("dataset",), lambda name: name == "digits"): (
             *("max_frechet_ratio", "min_diversity", "min_mode_coverage"),
         ),
-        Needs("labelling parity, whose classes have several modes", ("labelling",), lambda s: s == "parity"): (
-            "min_mode_coverage",
-        ),
+        Needs("class_groups, as coverage counts the modes of a class", ("class_groups",), bool): ("min_mode_coverage",),
     }
 
     def check_limits(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from marval_rl.data.decoding import CorruptImageError
 from marval_rl.data.image_folder import ImageFolder
-from marval_rl.data.labelled_images import LabelledImages
+from marval_rl.data.labelled_images import LabelledImages, hold_out
 from marval_rl.data.moments.files import write_json
 from marval_rl.data.moments.fingerprint import hash_content, hash_images
 from marval_rl.data.moments.manifest import MANIFEST, digest, number_of_shards, read_sidecar, sidecar_path
@@ -96,7 +96,9 @@ def changes_since(folder: Path, manifest: dict[str, Any]) -> str | None:
         return None
     remedy = f"`marval-rl cache` tells what to do, this run trains on what {folder} holds"
     try:
-        source = ImageFolder(root, class_names=manifest["class_names"])
+        source: LabelledImages = ImageFolder(root, class_names=manifest["class_names"])
+        if share := manifest.get("source_holdout"):
+            source, _ = hold_out(source, share)
         if hash_images(source) != manifest["source_sha256"]:
             return f"images were added, removed or renamed in {root} since they were cached: {remedy}"
         size, expected, records = manifest["shard_size"], digest(manifest), {}

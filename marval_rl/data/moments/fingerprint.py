@@ -13,7 +13,7 @@ from marval_rl.data.labelled_images import LabelledImages
 def hash_images(source: LabelledImages) -> str:
     """SHA-256 of all names and labels; what the images hold is in the sidecars of the shards."""
     digest = hashlib.sha256()
-    for index, label in enumerate(source.class_labels):
+    for index, label in enumerate(source.modes):
         digest.update(f"{source.name(index)}\0{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from marval_rl.data.class_folders import ClassFolders
-from marval_rl.data.flips import FlippingDataset
+from marval_rl.data.datasets import FlippingDataset
 from marval_rl.errors import DataError
 
 ENDING = ".npz"
@@ -43,7 +43,7 @@ class NpzMoments(FlippingDataset):
     ):
         super().__init__(flip, seed)
         self.files = ClassFolders(Path(folder), (ENDING,), class_names)
-        self.class_names = self.files.class_names
+        self.set_modes(self.files.class_names)
         self.moments_shape = tuple(_read(self.files.path(0), "moments").shape)
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class NpzMoments(FlippingDataset):
         moments = _read(path, "moments_flip" if self.is_flipped(index) else "moments")
         if moments.shape != self.moments_shape:
             raise DataError(f"{path} holds moments of shape {list(moments.shape)}, not {list(self.moments_shape)}")
-        return {"moments": moments, "class_labels": self.files.class_labels[index]}
+        return {"moments": moments, "class_labels": self.class_of_mode[self.files.class_labels[index]]}
 
 
 def _read(path: Path, name: str) -> Tensor:

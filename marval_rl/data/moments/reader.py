@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from marval_rl.data.class_names import read_class_names
-from marval_rl.data.flips import FlippingDataset
+from marval_rl.data.datasets import FlippingDataset
 from marval_rl.data.moments.changes import changes_since
 from marval_rl.data.moments.manifest import MANIFEST, SETTINGS, read_manifest
 from marval_rl.data.moments.npz import NpzMoments
@@ -28,9 +28,10 @@ class MomentsCache(FlippingDataset):
     Shards are memory-mapped when first read, by each worker for itself; no file stays open.
 
     class_names:   the names of the classes, in the order of the labels
-    class_counts:  images of each class
+    class_counts:  images of each mode, which is a class unless `merge_classes` merged some
     moments_shape: (2c, h, w)
     image_size:    pixels along one side of the encoded images
+    holdout:       the share of the images that was held out
     vae:           the name or path of the VAE that encoded them
     scale:         its latent scale
 
@@ -51,10 +52,11 @@ class MomentsCache(FlippingDataset):
             raise DataError(f"{folder} holds no images: all {len(manifest['skipped'])} were corrupt, see {MANIFEST}")
         if flip and not manifest["flip"]:
             raise DataError(f"{folder} was made without flipped images: train with --flip false, or make it anew")
-        self.class_names: list[str] = manifest["class_names"]
+        self.set_modes(manifest["class_names"])
         self.class_counts: list[int] = manifest["class_counts"]
         self.moments_shape = tuple(manifest["moments_shape"])
         self.image_size: int = manifest["image_size"]
+        self.holdout: float = manifest.get("source_holdout", 0.0)
         self.vae: str = manifest["vae"]
         self.scale: float = manifest["scale"]
         self._manifest = manifest
@@ -75,7 +77,8 @@ class MomentsCache(FlippingDataset):
         tensors = self._open[shard]
         moments = tensors["moments_flip" if self.is_flipped(index) else "moments"][row]
         # A copy: what is returned must not be a view of the file.
-        return {"moments": moments.to(torch.float32, copy=True), "class_labels": int(tensors["class_labels"][row])}
+        mode = int(tensors["class_labels"][row])
+        return {"moments": moments.to(torch.float32, copy=True), "class_labels": self.class_of_mode[mode]}
 
     def changes(self) -> str | None:
         """What is known to have changed in the images since; see `changes_since`."""
@@ -110,7 +113,11 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_moments(
-    folder: str | Path, flip: bool = True, seed: int = 0, class_names: Sequence[str] | str | None = None
+    folder: str | Path,
+    flip: bool = True,
+    seed: int = 0,
+    class_names: Sequence[str] | str | None = None,
+    holdout: float | None = None,
 ) -> MomentsCache | NpzMoments:
     """A cache of `marval-rl cache`, or the .npz files of LTH14/mar: whichever lies in the folder.
 
@@ -119,14 +126,21 @@ def load_moments(
         flip: Use the moments of the flipped image for half of the images.
         seed: Of the flips.
         class_names: Names of the classes of .npz files, see `NpzMoments`; a cache of `marval-rl cache` knows its own.
+        holdout: The share of the images that must not be in the cache; None for any.
 
     Raises:
-        DataError: If it is neither, unfinished or damaged, or the cache has other `class_names`.
+        DataError: If it is neither, unfinished or damaged, or the cache has other `class_names` or another `holdout`.
     """
     path = Path(folder)
     if path.is_dir() and not (path / MANIFEST).is_file() and not (path / SETTINGS).is_file():
+        if holdout:
+            raise DataError(f"{folder} holds .npz files, of which eval_holdout {holdout} cannot leave out any")
         return NpzMoments(path, flip, seed, class_names)
     cache = MomentsCache(path, flip, seed)
-    if class_names is not None and read_class_names(class_names) != cache.class_names:
+    if class_names is not None and read_class_names(class_names) != cache.mode_names:
         raise DataError(f"{folder} was made with other class_names: leave the setting out, or make the cache anew")
+    if holdout is not None and holdout != cache.holdout:
+        raise DataError(
+            f"{folder} was made with eval_holdout {cache.holdout}, not {holdout}: set it back, or make the cache anew"
+        )
     return cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from marval_rl.data.crop import center_crop
-from marval_rl.data.cropped_images import to_pixels
+from marval_rl.data.datasets import to_pixels
 from marval_rl.data.decoding import CorruptImageError, decode_image
 from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.data.moments.files import remove_leftovers, write_atomically, write_json
@@ -66,7 +66,7 @@ def encode_crops(
     indices = [crop.index for crop in crops]
     part = {
         "indices": torch.tensor(indices, dtype=torch.int64),
-        "class_labels": torch.tensor([source.class_labels[index] for index in indices], dtype=torch.int64),
+        "class_labels": torch.tensor([source.modes[index] for index in indices], dtype=torch.int64),
     }
     size = settings["image_size"]
     pixels = torch.stack([crop.pixels for crop in crops]) if crops else torch.empty(0, 3, size, size)

@@ -66,7 +66,8 @@ def cache_settings(
         "source_sha256": hash_images(source),
         "source_images": len(source),
         "source_folder": source.folder,
-        "class_names": list(source.class_names),
+        "source_holdout": source.holdout,
+        "class_names": source.mode_names,
         "image_size": image_size,
         "vae": vae_name,
         "vae_sha256": hash_weights(codec.autoencoder),
@@ -167,7 +168,7 @@ def build_cache(
                 speed = num_images / (time.perf_counter() - start)
                 progress(CacheProgress(shards_done, len(mine), speed, bad, num_skipped))
         write_shard(folder, shard, settings, parts, skipped, records)
-    return write_manifest(folder, settings, source.class_labels)
+    return write_manifest(folder, settings, source.modes)
 
 
 def _batches(shard: int, settings: dict[str, Any], batch_size: int) -> list[list[int]]:

@@ -91,7 +91,7 @@ def plan_reward_training(
 ) -> TrainingPlan:
     plan = TrainingPlan()
     anchored = config.gsim_weight > 0
-    dataset = _data(plan, data, config.seed) if anchored or data.are_digits else None
+    dataset = _data(plan, data, config.seed) if anchored or data.is_bundled else None
     student = _model_config(plan, rewarded.model, GET_STUDENT, source, data, dataset)
     teacher = _model_config(plan, source.teacher, GET_TEACHER, source, data, dataset) if anchored else None
     for specs, kwargs in (

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from marval_rl.data.bundled import BUNDLED, BundledImages
+from marval_rl.data.class_names import shorten
 from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.labelled_images import LabelledImages
+from marval_rl.data.layout import is_split
 from marval_rl.errors import DataError
 
 
@@ -19,13 +22,14 @@ def load_labelled_images(
     label_column: str = "label",
     class_names: Sequence[str] | str | None = None,
 ) -> LabelledImages:
-    """Labelled images; the network is used only for what is no local path and looks like a hub id.
+    """Labelled images; the network is used only for what is not a local path and looks like a hub id.
 
     Args:
-        name_or_path: A folder with one folder a class (or with `split` folders of that kind); a parquet file, a
-            pattern such as "data/train-*.parquet" or a folder of parquet files; a folder that
+        name_or_path: The name of a bundled set (digits, mnist; see `BundledImages`); a folder with one folder a class
+            (or with `split` folders of that kind); a parquet file, a pattern such as "data/train-*.parquet" or a
+            folder of parquet files; a folder that
             `datasets.save_to_disk` wrote; or a hub id, owner/name.
-        split: "train", "validation", ...
+        split: "train", "validation", "test", ...
         image_column, label_column: The columns, for all but image folders.
         class_names: Names of the classes: a list, "imagenet" or a text file with one name a line; None to take those
             that the data have.
@@ -34,6 +38,8 @@ def load_labelled_images(
         DataError: If there is no such data or split, or they are not what they should be.
     """
     path = Path(name_or_path).expanduser()
+    if str(name_or_path) in BUNDLED:
+        return BundledImages(str(name_or_path), split)
     if path.is_dir() and not _is_saved(path) and not _holds_parquet(path, split):
         try:
             return ImageFolder(path, split, class_names)
@@ -45,6 +51,44 @@ def load_labelled_images(
     from marval_rl.data.hub_images import HubImages  # `datasets` is slow to import, and image folders do without
 
     return HubImages(_load_dataset(str(name_or_path), path, split), image_column, label_column, class_names, str(path))
+
+
+def load_held_out(
+    dataset: str | Path,
+    eval_dataset: str,
+    class_names: Sequence[str] | str | None,
+    mode_names: Sequence[str],
+    **columns,
+) -> LabelledImages:
+    """The images to judge against: a split of the data set that is trained on, or other images of the same classes.
+
+    Args:
+        dataset: What is trained on, as `load_labelled_images` takes it.
+        eval_dataset: The name of one of its splits (val, validation, test, ...); or else what `load_labelled_images`
+            takes.
+        class_names: Of `load_labelled_images`.
+        mode_names: The classes that are trained on; the labels of the images become those of these classes.
+        columns: image_column and label_column of `load_labelled_images`.
+
+    Raises:
+        DataError: If there are no such images, or they have a class that is not trained on.
+    """
+    if is_split(eval_dataset):
+        found = load_labelled_images(dataset, eval_dataset, class_names=class_names, **columns)
+    else:
+        found = load_labelled_images(eval_dataset, class_names=class_names, **columns)
+    if found.mode_names != list(mode_names):
+        strange = [name for name in found.mode_names if list(mode_names).count(name) != 1]
+        if strange:
+            raise DataError(
+                f"eval_dataset {eval_dataset} has the class {strange[0]!r}, which is not one class of the images that "
+                f"are trained on ({shorten(mode_names)})"
+            )
+        label_of = [list(mode_names).index(name) for name in found.mode_names]
+        found.modes = [label_of[mode] for mode in found.modes]
+        found.set_modes(mode_names)
+        found.class_labels = found.modes
+    return found
 
 
 def _load_dataset(name: str, path: Path, split: str):
@@ -67,8 +111,8 @@ def _load_dataset(name: str, path: Path, split: str):
             return datasets.load_dataset("parquet", data_files=files, split=split)
         if not _looks_like_hub_id(name):
             raise DataError(
-                f"no images at {name}: the path does not exist (a hub id is written owner/name; a folder holds one "
-                "folder a class, parquet files, or what datasets.save_to_disk wrote)"
+                f"no images at {name}: the path does not exist ({', '.join(BUNDLED)} are bundled; a hub id is written "
+                "owner/name; a folder holds one folder a class, parquet files, or what datasets.save_to_disk wrote)"
             )
         return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
