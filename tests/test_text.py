@@ -159,7 +159,7 @@ def test_lists_of_text_on_the_command_line(words):
         (["--reward_kwargs", "{a: 1, a: 2}"], "'a' is written twice, in line 1 and in line 1"),
         (["--reward_funcs", ""], r"--reward_funcs: expected a list, written \[a, b\] or a,b; \[\] is the empty one"),
         (["--model", ""], r"--model: is empty \(an unset variable of the shell\?\); write null to unset it"),
-        (["--dataset", " "], "--dataset: is empty .*leave it out for the default"),
+        (["--dataset", " "], "--dataset: is empty .*write null to unset it"),
         (["--output_dir", "runs/a\r"], "--output_dir: the path 'runs/a.r' begins or ends with white space"),
         (["--cache_dir", "a\tb"], "holds a tab"),
         (["--model", "~no-such-user/a"], "there is no user 'no-such-user'"),
