@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_images import noise_image, png_bytes, write_folder
 
-from marval_rl.cli.evaluate_images import class_names
+from marval_rl.cli.evaluate import class_names
 from marval_rl.data import load_labelled_images
 from marval_rl.data.class_names import (
     IMAGENET_CLASS_NAMES,

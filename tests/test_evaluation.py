@@ -1,140 +1,23 @@
-"""The measures against closed forms, and the evaluator against pictures whose answers are known."""
+"""The evaluator, against pictures whose answers are known: their grey level tells the mode; 4 modes, 2 classes."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from marval_rl.data import ImageDataset
-from marval_rl.evaluation import ImageEvaluator, frechet_distance, mode_entropy, within_class_diversity
+from marval_rl.errors import DataError
+from marval_rl.evaluation import ImageEvaluator, Reference, features, open_reference
+from marval_rl.evaluation.features import Pixels, extractor_name, load_extractors
+from marval_rl.evaluation.image_set import to_pixels
+from marval_rl.evaluation.measures import gaussian_of
+from marval_rl.evaluation.references import RealImages
+from marval_rl.rewarding import RewardSet
 
-# Frechet distance
-
-
-def with_moments(mean: torch.Tensor, root: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Features [count, F] whose sample mean and covariance are exactly `mean` and root root^T."""
-    draws = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    centred = draws - draws.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(centred.T)), centred.T, upper=False).T
-    return white @ root.T + mean
-
-
-def test_frechet_distance_of_commuting_gaussians_is_the_closed_form():
-    # For diagonal covariances: |mean difference|^2 + sum (sd_a - sd_b)^2.
-    mean_a, mean_b = torch.tensor([0.0, 1.0, 2.0]).double(), torch.tensor([3.0, 1.0, 0.0]).double()
-    sd_a, sd_b = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([2.0, 2.0, 1.5]).double()
-    a = with_moments(mean_a, sd_a.diag(), 40, seed=0)
-    b = with_moments(mean_b, sd_b.diag(), 50, seed=1)
-    assert frechet_distance(a, b) == pytest.approx((9 + 0 + 4) + (1 + 0 + 1), abs=1e-8)
-
-
-def test_frechet_distance_of_gaussians_that_do_not_commute():
-    # In two dimensions tr sqrt(AB) = sqrt(tr(AB) + 2 sqrt(det(AB))).
-    root_a = torch.tensor([[2.0, 0.0], [1.0, 1.0]]).double()
-    root_b = torch.tensor([[1.0, 0.0], [-1.5, 1.5]]).double()
-    cov_a, cov_b = root_a @ root_a.T, root_b @ root_b.T
-    assert not torch.allclose(cov_a @ cov_b, cov_b @ cov_a)
-    cross = ((cov_a @ cov_b).trace() + 2 * (cov_a @ cov_b).det().sqrt()).sqrt()
-    expected = cov_a.trace() + cov_b.trace() - 2 * cross
-    zero = torch.zeros(2).double()
-    measured = frechet_distance(with_moments(zero, root_a, 30, seed=2), with_moments(zero, root_b, 30, seed=3))
-    assert measured == pytest.approx(float(expected), abs=1e-8)
-
-
-def test_frechet_distance_is_zero_for_equal_sets_and_symmetric():
-    generator = torch.Generator().manual_seed(4)
-    a, b = torch.rand(60, 8, generator=generator), torch.rand(50, 8, generator=generator) ** 2
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
-    assert frechet_distance(a, b) > 0.1
-
-
-def test_frechet_distance_with_singular_covariances():
-    # Constant features (dead units) and fewer rows than features must not break the root.
-    few = torch.rand(5, 16, generator=torch.Generator().manual_seed(5))
-    few[:, 3] = 0
-    assert frechet_distance(few, few + 1) == pytest.approx(16, rel=1e-6)
-
-
-def test_frechet_distance_of_a_single_feature():
-    a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]])
-    assert frechet_distance(a, b) == pytest.approx(4 + (math.sqrt(8) - math.sqrt(2)) ** 2)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        (torch.zeros(3, 4), torch.zeros(3, 5), r"not \[3, 4\] and \[3, 5\]"),
-        (torch.zeros(3), torch.zeros(3), r"not \[3\] and \[3\]"),
-        (torch.zeros(1, 4), torch.zeros(3, 4), "at least 2 rows of features, got 1 and 3"),
-        (torch.full((3, 4), torch.nan), torch.zeros(3, 4), "must be finite"),
-    ],
-)
-def test_frechet_distance_refuses_what_has_no_covariance(a, b, message):
-    with pytest.raises(ValueError, match=message):
-        frechet_distance(a, b)
-
-
-# Diversity
-
-
-def test_diversity_is_the_mean_pair_distance_averaged_over_classes():
-    images = torch.zeros(5, 1, 2, 2)
-    images[1, 0, 0, 0] = 3  # class 0: images 0, 1 at distance 3
-    images[3] = 1  # class 1: pair distances 2, 0, 2
-    labels = torch.tensor([0, 0, 1, 1, 1])
-    assert within_class_diversity(images, labels) == pytest.approx((3 + 4 / 3) / 2)
-
-
-def test_diversity_ignores_distances_between_classes():
-    images = torch.zeros(4, 1, 2, 2)
-    images[2:] = 1
-    assert within_class_diversity(images, torch.tensor([0, 0, 1, 1])) == 0
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 0, 1], "class 1 has only 1 image"),
-        ([0, 0], "3 images but 2 class labels"),
-    ],
-)
-def test_diversity_refuses_what_has_no_pairs(labels, message):
-    with pytest.raises(ValueError, match=message):
-        within_class_diversity(torch.zeros(3, 1, 2, 2), torch.tensor(labels))
-
-
-# Mode coverage
-
-
-def test_mode_entropy_is_averaged_over_classes():
-    modes = torch.tensor([0, 2, 4, 6, 1, 1, 1, 1])
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    assert mode_entropy(modes, labels, num_modes=10) == pytest.approx((math.log(4) + 0) / 2)
-
-
-def test_modes_of_another_class_are_no_coverage():
-    class_modes = torch.tensor([[True, True, False], [False, False, True]])
-    modes, labels = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([0, 0, 0, 0, 0, 1])
-    assert mode_entropy(modes, labels, 3, class_modes) == pytest.approx(math.log(2) / 2)  # class 1: all wrong, 0
-
-
-@pytest.mark.parametrize(
-    ("modes", "labels", "message"),
-    [
-        ([0, 1], [0], "2 modes but 1 class labels"),
-        ([], [], "at least one image"),
-        ([0, 3], [0, 0], r"modes must lie in 0..2, not 0..3"),
-    ],
-)
-def test_mode_entropy_refuses_what_does_not_fit(modes, labels, message):
-    with pytest.raises(ValueError, match=message):
-        mode_entropy(torch.tensor(modes, dtype=torch.long), torch.tensor(labels, dtype=torch.long), num_modes=3)
-
-
-# The evaluator, on pictures whose grey level tells the mode: 4 modes, 2 classes
+CLASS_OF_MODE = torch.tensor([0, 0, 1, 1])
 
 
 class GreyJudge:
@@ -143,63 +26,80 @@ class GreyJudge:
     def __init__(self, trust: float) -> None:
         self.trust = trust
 
-    def mode_log_probs(self, images):
+    def mode_log_probs(self, images: Tensor) -> Tensor:
         assert images.shape[1] == 3
         mode = (images.mean(dim=(1, 2, 3)) * 5 - 1).round().long().clamp(0, 3)
         rest = (1 - self.trust) / 3
         return torch.full((len(images), 4), rest).scatter(1, mode[:, None], self.trust).log()
 
 
-def grey_features(images):
-    return images[:, 0].flatten(1)[:, :4]
+class GreyFeatures:
+    def features(self, images: Tensor) -> Tensor:
+        return images[:, 0].flatten(1)[:, :4]
 
 
-def pictures(modes: list[int], seed: int) -> torch.Tensor:
+def pictures(modes: list[int], seed: int) -> Tensor:
     noise = 0.04 * torch.randn(len(modes), 1, 4, 4, generator=torch.Generator().manual_seed(seed))
     return (torch.tensor(modes)[:, None, None, None] * 0.2 + 0.2 + noise).clamp(0, 1)
 
 
-def grey_dataset(per_mode: int, seed: int, class_of_mode: list[int], class_names: list[str]) -> ImageDataset:
-    modes = [0, 1, 2, 3] * per_mode
-    labels = torch.tensor(class_of_mode)[modes]
-    return ImageDataset(pictures(modes, seed), labels, class_names, torch.tensor(modes), num_modes=4)
+def real_images(per_mode: int, seed: int, class_of_mode: Tensor | None = CLASS_OF_MODE) -> RealImages:
+    modes = torch.tensor([0, 1, 2, 3] * per_mode)
+    pixels = to_pixels(pictures(modes.tolist(), seed))
+    identity = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    labels = None if class_of_mode is None else class_of_mode[modes]
+    return RealImages(
+        lambda indices: pixels[list(indices)], len(pixels), identity, labels, None if labels is None else modes
+    )
+
+
+def make_evaluator(class_of_mode: Tensor = CLASS_OF_MODE, **changes) -> ImageEvaluator:
+    parts = {
+        "extractors": {"grey": GreyFeatures(), "pixels": Pixels()},
+        "reference": Reference(images=real_images(25, 1, class_of_mode)),
+        "train": real_images(40, 0, class_of_mode),
+        "class_of_mode": class_of_mode,
+        "judges": {"sure": GreyJudge(0.97), "timid": GreyJudge(0.7)},
+    }
+    return ImageEvaluator(**{**parts, **changes})
 
 
 @pytest.fixture(scope="module")
 def evaluator():
-    parts = {"class_of_mode": [0, 0, 1, 1], "class_names": ["dark", "bright"]}
-    train, test = grey_dataset(40, seed=0, **parts), grey_dataset(25, seed=1, **parts)
-    return ImageEvaluator(train, test, grey_features, {"sure": GreyJudge(0.97), "timid": GreyJudge(0.7)})
+    return make_evaluator()
 
 
 def test_images_like_the_real_ones_reach_the_floor(evaluator):
     modes = [0, 1, 2, 3] * 30
-    labels = torch.tensor([0, 0, 1, 1])[modes]
-    results = evaluator.evaluate(pictures(modes, seed=2), labels)
-    assert all(type(value) is float for value in results.values())
-    assert set(evaluator.names) == set(results)
+    results = evaluator.evaluate(pictures(modes, seed=2), CLASS_OF_MODE[modes])
+    assert all(type(value) is float for name, value in results.items() if "vs_real" not in name)
+    assert set(evaluator.names(120, 2)) == set(results)
     assert results["frechet_distance"] < 3 * results["frechet_floor"] < 0.05
+    assert abs(results["kid"]) < 0.01 and min(results["precision"], results["recall"]) > 0.8
     assert results["diversity"] == pytest.approx(1, abs=0.05)
     assert results["mode_coverage"] == pytest.approx(1, abs=1e-6)
+    assert results["mode_coverage/grey"] == pytest.approx(1, abs=0.05)
     assert results["sure/accuracy"] == results["timid/accuracy"] == 1
     assert results["sure/confidence"] == pytest.approx(0.97, abs=1e-5)
     assert results["timid/log_probability"] == pytest.approx(math.log(0.8), abs=1e-5)  # .7 and one other mode's .1
+    assert results["image/edge_energy/vs_real"] == pytest.approx(1, abs=0.1)
+    assert results["image/colourfulness"] == 0 and results["image/colourfulness/vs_real"] is None  # all are grey
+    for figure in ("frechet_distance", "frechet_floor", "kid", "precision", "recall"):
+        assert results[figure] == results[f"{figure}/grey"] != results[f"{figure}/pixels"], figure
 
 
 def test_collapse_within_a_class_shows_in_coverage_and_distance_but_not_in_accuracy(evaluator):
     modes = [0, 0, 0, 0, 2, 3] * 20
-    labels = torch.tensor([0, 0, 1, 1])[modes]
-    results = evaluator.evaluate(pictures(modes, seed=3), labels)
+    results = evaluator.evaluate(pictures(modes, seed=3), CLASS_OF_MODE[modes])
     assert results["sure/accuracy"] == 1
     assert results["mode_coverage"] == pytest.approx(0.5)  # one class covered, one collapsed
-    assert results["diversity"] < 0.8
-    assert results["frechet_distance"] > 3 * results["frechet_floor"]
+    assert results["mode_coverage/pixels"] < 0.9  # clusters of real features notice without knowing the modes
+    assert results["diversity"] < 0.8 and results["recall"] < 0.8
+    assert results["frechet_distance"] > 3 * results["frechet_floor"] and results["kid"] > 0.001
 
 
 def test_images_of_the_wrong_class_lower_accuracy(evaluator):
-    modes = [0, 1, 2, 3] * 10
-    labels = torch.zeros(40, dtype=torch.long)
-    results = evaluator.evaluate(pictures(modes, seed=4), labels)
+    results = evaluator.evaluate(pictures([0, 1, 2, 3] * 10, seed=4), torch.zeros(40, dtype=torch.long))
     assert results["sure/accuracy"] == 0.5
     half_wrong = (math.log(0.97 + 0.01) + math.log(0.01 + 0.01)) / 2
     assert results["sure/log_probability"] == pytest.approx(half_wrong, abs=1e-5)
@@ -207,21 +107,93 @@ def test_images_of_the_wrong_class_lower_accuracy(evaluator):
 
 def test_colour_images_are_judged_as_grey_ones_are(evaluator):
     modes = [0, 1, 2, 3] * 5
-    images, labels = pictures(modes, seed=5), torch.tensor([0, 0, 1, 1])[modes]
+    images, labels = pictures(modes, seed=5), CLASS_OF_MODE[modes]
     assert evaluator.evaluate(images.repeat(1, 3, 1, 1), labels) == pytest.approx(evaluator.evaluate(images, labels))
 
 
-def test_coverage_is_none_where_a_class_is_one_mode():
-    parts = {"class_of_mode": [0, 1, 2, 3], "class_names": ["a", "b", "c", "d"]}
-    train = grey_dataset(10, seed=0, **parts)
-    evaluator = ImageEvaluator(train, train, grey_features, {"sure": GreyJudge(0.97)})
-    assert evaluator.evaluate(train.images, train.class_labels)["mode_coverage"] is None
-    assert "mode_coverage" not in evaluator.names
+def test_how_images_are_batched_and_shared_changes_no_figure(evaluator):
+    modes = [0, 1, 2, 3] * 10
+    pixels, labels = to_pixels(pictures(modes, seed=6)), CLASS_OF_MODE[modes]
+    parts = [evaluator.measure(*part) for part in zip(pixels.split(7), labels.split(7), strict=True)]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    assert evaluator.figures(rows) == evaluator.figures(evaluator.measure(pixels, labels))
 
 
-def test_the_floor_is_higher_for_fewer_images(evaluator):
-    assert evaluator.frechet_floor(10) > evaluator.frechet_floor(80) > 0
-    assert evaluator.frechet_floor(10_000) == evaluator.frechet_floor(160)  # all there are
+@pytest.mark.parametrize(
+    ("changes", "count", "missing"),
+    [
+        ({"train": None}, 120, {"frechet_floor"}),
+        ({"reference": None}, 120, {"frechet_distance", "kid", "recall", "diversity", "mode_coverage"}),
+        ({"judges": {}, "class_of_mode": None}, 120, {"sure/accuracy"}),
+        ({}, 3, {"precision", "recall", "diversity"}),
+        ({}, 1, {"frechet_distance", "kid"}),
+        ({"reference": Reference(images=real_images(5, 1))}, 120, {"mode_coverage/grey"}),
+        ({"extractors": {}}, 120, {"frechet_distance"}),
+    ],
+)
+def test_what_cannot_be_measured_is_known_before(changes, count, missing):
+    evaluator = make_evaluator(**changes)
+    modes = ([0, 1, 2, 3] * 30)[:count]
+    found = evaluator.evaluate(pictures(modes, 2), evaluator_labels := torch.arange(count) * 2 // max(count, 2))
+    assert len(evaluator_labels) == count and set(found) == set(evaluator.names(count, 2))
+    assert not missing & set(found) and missing <= set(make_evaluator().names(120, 2))
+
+
+def test_coverage_is_that_of_clusters_where_a_class_is_one_mode():
+    evaluator = make_evaluator(torch.arange(4))
+    modes = [0, 0, 0, 3] * 30
+    results = evaluator.evaluate(pictures(modes, 2), torch.tensor(modes))
+    assert results["mode_coverage"] == results["mode_coverage/grey"] < 0.9
+
+
+def test_statistics_give_a_frechet_distance_alone():
+    images = real_images(25, 1)
+    stored = Reference(gaussian_of(GreyFeatures().features(images.read(range(100)).float() / 255)), path="real.npz")
+    evaluator = make_evaluator(reference=stored, judges={}, class_of_mode=None)
+    modes = [0, 1, 2, 3] * 10
+    found = evaluator.evaluate(pictures(modes, 2))
+    assert found["frechet_distance"] == make_evaluator().evaluate(pictures(modes, 2))["frechet_distance"]
+    assert not {"kid", "recall", "frechet_distance/pixels"} & set(found)
+    evaluator.check_statistics(4)
+    with pytest.raises(DataError, match=r"real.npz holds the statistics of 4 features, but pixels, .* has 48"):
+        make_evaluator(extractors={"pixels": Pixels()}, reference=stored).check_statistics(4)
+
+
+def test_rewards_are_averaged_over_the_images_that_they_scored():
+    def half(*, images, prompts, **columns):
+        return [None if prompt == "a dark" else 2.0 for prompt in prompts]
+
+    evaluator = ImageEvaluator()
+    evaluator.add_rewards(RewardSet([half]), lambda names: [f"a {name}" for name in names], ["dark", "bright"])
+    modes = [0, 2, 3]
+    assert evaluator.evaluate(pictures(modes, 0), CLASS_OF_MODE[modes])["rewards/half/mean"] == 2
+    assert evaluator.evaluate(pictures([0], 0), CLASS_OF_MODE[[0]])["rewards/half/mean"] is None
+
+
+def test_real_images_are_measured_once_until_they_or_the_extractor_change(monkeypatch, tmp_path):
+    monkeypatch.setenv("MARVAL_RL_CACHE", str(tmp_path))
+    calls = []
+
+    class Counted(GreyFeatures):
+        scale = 1.0
+
+        def features(self, images):
+            calls.append(len(images))
+            return super().features(images) * self.scale
+
+    def measure(seed: int = 1, scale: float = 1.0) -> int:
+        extractor = Counted()
+        extractor.scale = scale
+        evaluator = make_evaluator(extractors={"grey": extractor}, reference=Reference(images=real_images(25, seed)))
+        calls.clear()
+        assert torch.equal(evaluator.real["features/grey"][:, 0] > 0, torch.ones(100, dtype=torch.bool))
+        return sum(calls) - 4  # without those that tell extractors from each other
+
+    assert measure() == 100 and measure() == 0
+    assert measure(seed=7) == 100 and measure(scale=2.0) == 100
+    for file in (tmp_path / "references").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    assert measure() == 100 and measure() == 0
 
 
 @pytest.mark.parametrize(
@@ -229,11 +201,10 @@ def test_the_floor_is_higher_for_fewer_images(evaluator):
     [
         (torch.zeros(4, 8, 8), [0, 0, 1, 1], r"shape \[N, 1 or 3, H, W\], not \[4, 8, 8\]"),
         (torch.zeros(4, 1, 4, 4), [0, 0, 1], r"class_labels has the shape \[3\] for 4 images"),
-        (torch.zeros(0, 1, 4, 4), [], "there are no images"),
+        (torch.zeros(0, 1, 4, 4), [], r"not \[0, 1, 4, 4\]"),
         (torch.full((4, 1, 4, 4), 1.2), [0, 0, 1, 1], "pixels must lie in 0..1, but they lie in 1.2..1.2"),
         (torch.full((4, 1, 4, 4), torch.nan), [0, 0, 1, 1], "lie in nan..nan"),
         (torch.zeros(4, 1, 4, 4), [0, 0, 2, 2], "class labels must lie in 0..1, but they lie in 0..2"),
-        (torch.zeros(3, 1, 4, 4), [0, 0, 1], "class 1 has only 1 image"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(evaluator, images, labels, message):
@@ -241,7 +212,91 @@ def test_what_cannot_be_judged_is_refused(evaluator, images, labels, message):
         evaluator.evaluate(images, torch.tensor(labels, dtype=torch.long))
 
 
-def test_an_evaluator_needs_a_judge():
-    data = grey_dataset(5, 0, [0, 0, 1, 1], ["dark", "bright"])
-    with pytest.raises(ValueError, match="at least one judge"):
-        ImageEvaluator(data, data, grey_features, {})
+def test_judges_need_classes():
+    with pytest.raises(ValueError, match="which class each mode belongs to"):
+        make_evaluator(class_of_mode=None)
+
+
+# Feature extractors by name
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("inception", "inception"),
+        ("inception:a/w.pth", "inception"),
+        ("clip:ViT-B-32:openai", "clip"),
+        ("hf:facebook/dinov2-base", "dinov2-base"),
+        ("timm:resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("pixels:8", "pixels"),
+        ("classifier", "classifier"),
+        ("mine.py:Extractor", "Extractor"),
+    ],
+)
+def test_names_in_metrics(spec, name):
+    assert extractor_name(spec) == name
+
+
+def test_extractors_of_transformers_and_timm_see_what_their_library_sees(tmp_path):
+    import timm
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    size = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}
+    BitImageProcessor(**size).save_pretrained(tmp_path / "dino")
+    images = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    (extractor,) = load_extractors([f"hf:{tmp_path / 'dino'}"]).values()
+    found = features.features_of(extractor, images)
+    pixels = BitImageProcessor.from_pretrained(tmp_path / "dino")((images * 255).byte(), return_tensors="pt")
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(tmp_path / "dino").eval()(pixels["pixel_values"]).pooler_output
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)  # other rounding in resizing
+    assert found.shape == (3, 16) and found.std(dim=0).mean() > 0.05
+
+    folder = tmp_path / "resnet"
+    timm.models.save_for_hf(timm.create_model("resnet10t"), folder, safe_serialization=True)
+    (extractor,) = load_extractors([f"timm:local-dir:{folder}"]).values()
+    assert features.features_of(extractor, images).shape == (3, 512)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("jpeg", "the reward 'jpeg' has no method `features`"),
+        ("no_such", "unknown reward 'no_such'"),
+        ("pixels:big", "pixels:big: give a number of pixels"),
+        ("inception:nowhere.pth", "no Inception weights at nowhere.pth: torch-fidelity publishes them as"),
+        ("hf:./nowhere", "cannot load the feature extractor hf:./nowhere"),
+        ("timm:no_such_model", "cannot load the feature extractor timm:no_such_model"),
+    ],
+)
+def test_what_is_no_extractor(spec, message):
+    with pytest.raises(Exception, match=message) as caught:
+        load_extractors([spec])
+    assert isinstance(caught.value, (ValueError, features.MarvalError))
+
+
+def test_two_extractors_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="names pixels twice"):
+        load_extractors(["pixels:8", "pixels:4"])
+
+
+def test_an_extractor_must_return_rows():
+    class Flat:
+        def features(self, images):
+            return images.mean()
+
+    with pytest.raises(ValueError, match=r"must have the shape \[N, F\]"):
+        make_evaluator(extractors={"flat": Flat()}).evaluate(torch.rand(8, 3, 4, 4))
+
+
+def test_a_folder_is_a_reference(tmp_path):
+    from tiny_evaluation import random_images
+
+    folder = random_images(tmp_path / "real", 30, seed=3)
+    evaluator = ImageEvaluator({"pixels": Pixels()}, open_reference(folder))
+    pixels = evaluator.reference.images.read(range(30))
+    found = evaluator.evaluate(pixels.float() / 255)
+    assert found["frechet_distance"] == pytest.approx(0, abs=1e-9) and found["precision"] == 1

@@ -14,20 +14,21 @@ from tiny_models import tiny_model
 
 from marval_rl.errors import DataError
 from marval_rl.evaluation import image_run as image_run_module
+from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.evaluation.image_run import ImageRun
 from marval_rl.evaluation.image_set import (
     ImagePlan,
     claim_folder,
-    paint,
+    generate_batch,
     read_images,
     read_written_images,
     to_pixels,
     weights_digest,
     write_images,
 )
-from marval_rl.evaluation.measures import MeasureSettings, reward_statistics
 from marval_rl.models import PixelCodec
 from marval_rl.models.generation import SamplingSettings
+from marval_rl.rewarding import RewardSet
 
 CODEC = PixelCodec()
 SAMPLING = SamplingSettings(num_unmasking_steps=2)
@@ -41,24 +42,30 @@ def model():
 
 
 @pytest.fixture
-def painted(monkeypatch) -> list[int]:
-    """The batches that are painted, in turn."""
+def generated(monkeypatch) -> list[int]:
+    """The batches that are generated, in turn."""
     batches = []
 
     def noted(model, codec, plan, batch, settings, seed):
         batches.append(batch)
-        return paint(model, codec, plan, batch, settings, seed)
+        return generate_batch(model, codec, plan, batch, settings, seed)
 
-    monkeypatch.setattr(image_run_module, "paint", noted)
+    monkeypatch.setattr(image_run_module, "generate_batch", noted)
     return batches
 
 
-MEASURES = MeasureSettings(rewards=["tiny_evaluation:brightness"], prompt_template="a {name}", class_names=NAMES)
+MEASURES = {"rewards": ["tiny_evaluation:brightness"]}
+
+
+def measuring(reward: str = "tiny_evaluation:brightness") -> ImageEvaluator:
+    evaluator = ImageEvaluator()
+    evaluator.add_rewards(RewardSet([reward]), lambda names: [f"a {name}" for name in names], NAMES)
+    return evaluator
 
 
 def make_run(folder: Path, **changes) -> ImageRun:
     run = replace(
-        ImageRun(folder, keeps_images=True, plan=PLAN, sampling=SAMPLING, seed=0, measures=MeasureSettings()), **changes
+        ImageRun(folder, keeps_images=True, plan=PLAN, sampling=SAMPLING, seed=0, measured=MEASURES), **changes
     )
     run.claim(PAINTER)
     return run
@@ -139,10 +146,10 @@ def test_images_of_several_sizes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_number_of_processes_does_not_change_the_images(tmp_path, model, world_size):
-    make_run(tmp_path / "one").do_share(model, CODEC, 0, 1)
+    make_run(tmp_path / "one").do_share(model, CODEC, measuring(), 0, 1)
     shared = make_run(tmp_path / "several")
     for rank in reversed(range(world_size)):
-        shared.do_share(model, CODEC, rank, world_size)
+        shared.do_share(model, CODEC, measuring(), rank, world_size)
     whole = pixels_of(tmp_path / "one")
     assert whole.shape == (10, 3, 4, 4)
     assert torch.equal(pixels_of(tmp_path / "several"), whole)
@@ -150,66 +157,65 @@ def test_the_number_of_processes_does_not_change_the_images(tmp_path, model, wor
 
 
 def test_the_batch_size_changes_no_image_beyond_rounding(tmp_path, model):
-    whole = torch.cat([paint(model, CODEC, PLAN, batch, SAMPLING, 0) for batch in range(3)]).int()
+    whole = torch.cat([generate_batch(model, CODEC, PLAN, batch, SAMPLING, 0) for batch in range(3)]).int()
     for batch_size in (1, 10):
         plan = replace(PLAN, batch_size=batch_size)
-        images = torch.cat([paint(model, CODEC, plan, b, SAMPLING, 0) for b in range(plan.num_batches)]).int()
+        images = torch.cat([generate_batch(model, CODEC, plan, b, SAMPLING, 0) for b in range(plan.num_batches)]).int()
         assert (images - whole).abs().max() <= 1
-    other_seed = torch.cat([paint(model, CODEC, PLAN, batch, SAMPLING, 1) for batch in range(3)]).int()
+    other_seed = torch.cat([generate_batch(model, CODEC, PLAN, batch, SAMPLING, 1) for batch in range(3)]).int()
     assert (other_seed - whole).abs().float().mean() > 10
 
 
-def test_what_is_done_is_not_done_again(tmp_path, model, painted):
-    run = make_run(tmp_path, measures=MEASURES)
-    run.do_share(model, CODEC, 0, 2)
-    assert painted == [0, 2]
-    make_run(tmp_path, measures=MEASURES).do_share(model, CODEC, 0, 1)
-    assert painted == [0, 2, 1]
-    make_run(tmp_path, measures=MEASURES).do_share(model, CODEC, 0, 1)
-    assert painted == [0, 2, 1]
+def test_what_is_done_is_not_done_again(tmp_path, model, generated):
+    run = make_run(tmp_path)
+    run.do_share(model, CODEC, measuring(), 0, 2)
+    assert generated == [0, 2]
+    make_run(tmp_path).do_share(model, CODEC, measuring(), 0, 1)
+    assert generated == [0, 2, 1]
+    make_run(tmp_path).do_share(model, CODEC, measuring(), 0, 1)
+    assert generated == [0, 2, 1]
 
 
-def test_a_damaged_image_and_a_damaged_measure_are_done_again(tmp_path, model, painted):
-    run = make_run(tmp_path, measures=MEASURES)
-    run.do_share(model, CODEC, 0, 1)
+def test_a_damaged_image_and_a_damaged_measure_are_done_again(tmp_path, model, generated):
+    run = make_run(tmp_path)
+    run.do_share(model, CODEC, measuring(), 0, 1)
     images, scores = pixels_of(tmp_path), run.collect()
     file, part = tmp_path / "images" / "000005.png", tmp_path / "measures" / "000002.safetensors"
     file.write_bytes(file.read_bytes()[:40])
     part.write_bytes(part.read_bytes()[:10])
-    painted.clear()
-    run.do_share(model, CODEC, 0, 1)
-    assert painted == [1]  # batch 2 is only measured again, from its files
+    generated.clear()
+    run.do_share(model, CODEC, measuring(), 0, 1)
+    assert generated == [1]  # batch 2 is only measured again, from its files
     assert torch.equal(pixels_of(tmp_path), images)
     assert torch.equal(run.collect()["reward/brightness"], scores["reward/brightness"])
 
 
 def test_measures_are_those_of_the_pixels_in_the_order_of_the_images(tmp_path, model):
-    kept = make_run(tmp_path / "kept", measures=MEASURES)
-    only_measured = make_run(tmp_path / "measured", measures=MEASURES, keeps_images=False)
+    kept = make_run(tmp_path / "kept")
+    only_measured = make_run(tmp_path / "measured", keeps_images=False)
     for run in (kept, only_measured):
         for rank in (1, 0):
-            run.do_share(model, CODEC, rank, 2)
+            run.do_share(model, CODEC, measuring(), rank, 2)
     expected = pixels_of(tmp_path / "kept").float().div(255).mean(dim=(1, 2, 3))
     for run in (kept, only_measured):
         scores = run.collect()["reward/brightness"]
         torch.testing.assert_close(scores, expected)
-        statistics = reward_statistics(run.collect())["brightness"]
-        assert statistics["mean"] == pytest.approx(float(expected.mean()))
-        assert statistics["std"] == pytest.approx(float(expected.std()))
+        mean = measuring().figures(run.collect())["rewards/brightness/mean"]
+        assert mean == pytest.approx(float(expected.mean()))
     kept.finish(), only_measured.finish()
     assert sorted(file.name for file in (tmp_path / "kept").iterdir()) == ["images", "settings.json"]
     assert not (tmp_path / "measured").exists()
 
 
 def test_a_reward_that_leaves_images_out(tmp_path, model):
-    run = make_run(tmp_path, measures=replace(MEASURES, rewards=["tiny_evaluation:every_other"]))
-    run.do_share(model, CODEC, 0, 1)
-    assert reward_statistics(run.collect()) == {"every_other": {"mean": 3.0, "std": 0.0, "left_out": 5}}
+    run, evaluator = make_run(tmp_path), measuring("tiny_evaluation:every_other")
+    run.do_share(model, CODEC, evaluator, 0, 1)
+    assert evaluator.figures(run.collect())["rewards/every_other/mean"] == 3
 
 
 def test_an_unfinished_set_is_not_measured(tmp_path, model):
-    run = make_run(tmp_path, measures=MEASURES)
-    run.do_share(model, CODEC, 0, 2)
+    run = make_run(tmp_path)
+    run.do_share(model, CODEC, measuring(), 0, 2)
     with pytest.raises(DataError, match=r"1 of 3 batches were not measured \(the first is 1\)"):
         run.collect()
 
@@ -218,8 +224,8 @@ def test_a_teacher_in_bfloat16_paints_nearly_the_same(model):
     teacher = tiny_model(image_channels=3, latent_channels=3, clip_sample_range=1.0)
     guided = SamplingSettings(num_unmasking_steps=2, guidance_scale=1.5, num_diffusion_steps=3)
     for network, sampling in ((model, SAMPLING), (teacher, guided)):
-        exact = paint(network, CODEC, PLAN, 0, sampling, 0).float()
-        rough = paint(network, CODEC, PLAN, 0, replace(sampling, autocast_dtype=torch.bfloat16), 0).float()
+        exact = generate_batch(network, CODEC, PLAN, 0, sampling, 0).float()
+        rough = generate_batch(network, CODEC, PLAN, 0, replace(sampling, autocast_dtype=torch.bfloat16), 0).float()
         assert 0 < (rough - exact).abs().mean() < 8
 
 
@@ -234,14 +240,14 @@ def test_a_teacher_in_bfloat16_paints_nearly_the_same(model):
         ({"sampling": replace(SAMPLING, autocast_dtype=torch.bfloat16)}, "autocast_dtype was 'float32' and is now"),
         ({"plan": replace(PLAN, num_images=20)}, "num_images was 10 and is now 20"),
         ({"plan": replace(PLAN, batch_size=5)}, "batch_size was 4 and is now 5"),
-        ({"measures": replace(MEASURES, prompt_template="the {name}")}, "prompt_template was 'a {name}' and is now"),
+        ({"measured": {"rewards": ["jpeg"]}}, r"rewards was \['tiny_evaluation:brightness'\] and is now"),
     ],
 )
 def test_other_settings_are_named(tmp_path, model, changes, message):
-    make_run(tmp_path, measures=MEASURES).do_share(model, CODEC, 0, 2)
-    make_run(tmp_path, measures=MEASURES)  # the same ones continue
+    make_run(tmp_path).do_share(model, CODEC, measuring(), 0, 2)
+    make_run(tmp_path)  # the same ones continue
     with pytest.raises(DataError, match=message):
-        make_run(tmp_path, **{"measures": MEASURES, **changes})
+        make_run(tmp_path, **changes)
 
 
 def test_other_weights_under_the_same_name_are_noticed(tmp_path, model):
@@ -259,16 +265,3 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(DataError, match=r"settings\.json is damaged"):
         claim_folder(tmp_path, {}, "images", "choose another")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompt_template": "a picture"}, 'prompt_template "a picture" lacks {name}'),
-        ({"class_names": None}, "no class_names"),
-        ({"inception_batch_size": 0}, "at least 1, not 0"),
-    ],
-)
-def test_measures_that_cannot_be_taken(changes, message):
-    with pytest.raises(ValueError, match=message):
-        replace(MEASURES, **changes)

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from tiny_models import tiny_student
 from tiny_recipes import read_lines
 from tiny_trainers import GRPO, darkness, logged, same, snapshot
-from torch import Tensor
 
 from marval_rl.cli.main import main
 from marval_rl.data import class_rows
+from marval_rl.evaluation import ImageEvaluator
+from marval_rl.evaluation.references import Rows
 from marval_rl.models.checkpoints import load_model
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.limits import Limit, broken_limit, is_new_best
@@ -25,16 +26,20 @@ from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_num_images": 6, "max_steps": 8}
 
 
-class ScriptedEvaluator:
+class ScriptedEvaluator(ImageEvaluator):
     """Measures what a table says of each step; of others, what it says of the step before."""
 
-    def __init__(self, **figures: dict[int, float | None]):
-        self.figures, self.names = figures, list(figures)
+    def __init__(self, **tables: dict[int, float | None]):
+        super().__init__()
+        self.tables = tables
         self.trainer: MARTrainer
 
-    def evaluate(self, images: Tensor, class_labels: Tensor) -> dict[str, float | None]:
+    def names(self, num_images: int, num_classes: int | None = None) -> list[str]:
+        return list(self.tables)
+
+    def figures(self, rows: Rows) -> dict[str, float | None]:
         now = self.trainer.state.global_step
-        return {name: table[max(step for step in table if step <= now)] for name, table in self.figures.items()}
+        return {name: table[max(step for step in table if step <= now)] for name, table in self.tables.items()}
 
 
 def scripted_trainer(folder: Path, figures: dict[str, dict[int, Any]], **settings: Any) -> MARGRPOTrainer:
@@ -85,7 +90,8 @@ def test_the_newest_value_is_the_best_if_it_beats_all_before():
     assert is_new_best("eval_reward", history("eval_reward", 1.0, None, 2.0))
     assert not is_new_best("eval_reward", history("eval_reward", 1.0, 3.0, 2.0))
     assert not is_new_best("eval_reward", history("eval_reward", 1.0, 1.0))
-    assert is_new_best("eval_frechet_distance", history("eval_frechet_distance", 2.0, 1.0))
+    for lower in ("eval_frechet_distance", "eval_kid/pixels"):
+        assert is_new_best(lower, history(lower, 2.0, 1.0)) and not is_new_best(lower, history(lower, 1.0, 2.0))
 
 
 # A run
@@ -110,10 +116,11 @@ def test_a_run_that_breaks_a_limit_stops_with_a_checkpoint_and_its_final_model(t
     assert relaxed.state.global_step == 8, "until its limit is moved"
 
 
-@pytest.mark.parametrize("figure", ["diversity", "mode_coverage"])
+@pytest.mark.parametrize("figure", ["diversity", "mode_coverage", "recall"])
 def test_each_share_of_the_start_is_a_limit(tmp_path, figure):
-    figures = {"diversity": {0: 0.8}, "mode_coverage": {0: 0.8}} | {figure: {0: 0.8, 2: 0.76, 4: 0.71, 6: 0.9}}
-    trainer = scripted_trainer(tmp_path, figures, min_diversity=0.9, min_mode_coverage=0.9)
+    names = ("diversity", "mode_coverage", "recall")
+    figures = {name: {0: 0.8} for name in names} | {figure: {0: 0.8, 2: 0.76, 4: 0.71, 6: 0.9}}
+    trainer = scripted_trainer(tmp_path, figures, **{f"min_{name}": 0.9 for name in names})
     trainer.train()
     assert trainer.state.global_step == 4
 

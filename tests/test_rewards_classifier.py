@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from marval_rl.data import load_image_dataset
 from marval_rl.errors import CheckpointError
-from marval_rl.evaluation import ImageEvaluator
+from marval_rl.models import MARConfig
+from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.rewarding import RewardSet, load_reward
 
 
@@ -56,12 +57,14 @@ def test_held_out_images_are_recognised(judges, name, class_groups):
 
 
 def test_the_frechet_space_has_the_expected_floor(judges):
-    train, test = (load_image_dataset("digits", split, "parity") for split in ("train", "test"))
-    evaluator = ImageEvaluator(train, test, judges["classifier"].features, judges)
-    assert 0.6 < evaluator.frechet_floor(1000) < 1.5
+    data = DataArguments(dataset="digits", class_groups="parity")
+    evaluator = data.evaluator(MARConfig(image_size=8, image_channels=1, class_names=["even digit", "odd digit"]))
+    train = load_image_dataset("digits", "train", "parity")
     real = evaluator.evaluate(train.images[:1000], train.class_labels[:1000])
-    assert real["frechet_distance"] == pytest.approx(evaluator.frechet_floor(1000), abs=0.4)
+    assert 0.6 < real["frechet_floor"] < 1.5
+    assert real["frechet_distance"] == pytest.approx(real["frechet_floor"], abs=0.4)
     assert real["mode_coverage"] == pytest.approx(1, abs=0.02)
+    assert real["mode_coverage/classifier"] == pytest.approx(1, abs=0.02)
     noise = torch.rand(1000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert evaluator.evaluate(noise, train.class_labels[:1000])["frechet_distance"] > 50
 

@@ -96,7 +96,7 @@ def test_the_metrics_have_the_promised_names(runs, recipe):
     rewarded = {"eval_rewards/held_out_classifier/mean"} if COMMANDS[recipe] == "train" else set()
     for line in evaluations:
         assert all(is_finite(line[name]) for name in EVALUATION_NAMES | rewarded)
-        assert line["eval_mode_coverage"] is None  # each class has one mode
+        assert "eval_mode_coverage" not in line  # each class has one mode, and the images are too few for clusters
         assert not line.keys() & TRAINING_NAMES[recipe]
     times = [line["time"] for line in lines]
     assert times == sorted(times) and [line["step"] for line in lines] == sorted(line["step"] for line in lines)

@@ -28,6 +28,11 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         dataset = data.load_training(teacher.config.image_size, config.seed)
         data.announce(dataset, config.process_index)
         data.fit(teacher.config, source.teacher, dataset)
-        return DistillTrainer(teacher, config, train_dataset=dataset, evaluator=data.evaluator())
+        return DistillTrainer(
+            teacher,
+            config,
+            train_dataset=dataset,
+            evaluator=data.evaluator(teacher.config) if config.evaluates else None,
+        )
 
     run_training(args, settings, (data, source, config), make_trainer, lambda: plan_distillation(data, source, config))

@@ -1,60 +1,73 @@
-"""`marval-rl evaluate`: quality, rewards and speed of a model, as evaluation.json; or quality of a folder of images."""
+"""`marval-rl evaluate`: quality, diversity, rewards and speed of a model, or quality of a folder of images."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import platform
+from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from marval_rl.cli.arguments import add_sampling_arguments
-from marval_rl.cli.launch import add_launch_arguments
-from marval_rl.data.bundled import DIGIT_NAMES, PARITY
-from marval_rl.launched import launched_processes
-from marval_rl.models import MARConfig
-from marval_rl.models.checkpoints import load_config
-from marval_rl.paths import path_or_id
-from marval_rl.recipes.values import WrongType, convert
+import torch
+from accelerate import PartialState
 
-DIGITS = "digits"
-DIGITS_IMAGES, SET_IMAGES = 1000, 50_000
-DIGITS_ONLY = ("redraws", "class_groups")
-SETS_ONLY = (
-    "reference",
-    "inception_weights",
-    "inception_batch_size",
-    "images_dir",
-    "rewards",
-    "reward_kwargs",
-    "prompt_template",
-    "class_names",
+from marval_rl import __version__
+from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, sampling_settings
+from marval_rl.cli.launch import add_launch_arguments
+from marval_rl.data.class_names import check_number, label_classes, read_class_names
+from marval_rl.errors import DataError, check_output
+from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
+from marval_rl.evaluation.features import Inception
+from marval_rl.evaluation.image_run import ImageRun
+from marval_rl.evaluation.image_set import ImagePlan, weights_digest
+from marval_rl.evaluation.references import images_of_files, list_images
+from marval_rl.evaluation.speed import painting_speed
+from marval_rl.launched import check_company, launched_processes
+from marval_rl.models import MARConfig
+from marval_rl.paths import path_or_id
+from marval_rl.quiet import quiet_libraries
+from marval_rl.recipes.data_arguments import DataArguments
+from marval_rl.recipes.reading import build_configs, read_settings
+from marval_rl.recipes.values import WrongType, convert
+from marval_rl.rewarding import RewardSet
+from marval_rl.rewarding.arguments import parse_kwargs
+from marval_rl.trainers.arguments import only_cpu_here
+
+PROMPT_TEMPLATE = "a high-quality and harmonious picture of {name}"
+SLOWEST_SHARE = timedelta(days=7)  # that a process waits for the others: not NCCL's ten minutes
+FOLDER_BATCH = 50
+FEW_FOR_FID = 2048  # as many as Inception has features
+GENERATION = ("images_dir", "rewards", "reward_kwargs", "prompt_template", "class_names", "redraws")
+DATA_SETTINGS = (
+    *("dataset", "class_groups", "eval_dataset", "eval_holdout", "image_column", "label_column"),
+    *("eval_features", "eval_reference", "eval_reference_images", "judges"),
 )
+VERSIONS = ("torch", "torch-fidelity", "open_clip_torch", "diffusers", "transformers", "numpy", "pillow")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser, model_is_optional=True)
-    parser.add_argument(
-        "--num_images", type=int, help=f"images to generate (default: {SET_IMAGES}; {DIGITS_IMAGES} digits)"
-    )
+    parser.add_argument("--num_images", type=int, default=1000, help="images to generate (default: 1000)")
+    parser.add_argument("--redraws", type=int, help="sets of images, seeds from --seed on; gives mean and std")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: evaluation.json beside the model")
-
-    digits = parser.add_argument_group("models of digits (8 x 8 pixels), compared with scikit-learn's")
-    digits.add_argument("--dataset", choices=[DIGITS], help="real images to compare with (default: if they fit)")
-    digits.add_argument("--redraws", type=int, help="draws, seeds from --seed on; gives mean and std (default: 1)")
-    digits.add_argument("--class_groups", help="classes (default: the one that fits the model's class names)")
-
-    sets = parser.add_argument_group("other models: FID, Inception Score, precision, recall, rewards, speed")
-    sets.add_argument("--images", type=Path, metavar="DIR", help="evaluate a folder of images instead of a MODEL")
-    sets.add_argument(
-        "--reference", type=Path, metavar="PATH", help="real images: a folder, .npz (mu, sigma) or torch-fidelity's .pt"
+    parser.add_argument("--images", type=Path, metavar="DIR", help="evaluate a folder of images instead of a MODEL")
+    parser.add_argument(
+        "--images_dir", type=Path, metavar="DIR", help="keep the images there, as PNG (default: do not)"
     )
-    sets.add_argument("--inception_weights", type=Path, metavar="FILE", help="torch-fidelity's file")
-    sets.add_argument("--inception_batch_size", type=int, metavar="N", help="images at once (default: 50)")
-    sets.add_argument("--images_dir", type=Path, metavar="DIR", help="keep the images there, as PNG (default: do not)")
-    sets.add_argument("--rewards", type=reward_list, metavar="A,B", help="rewards to score with")
-    sets.add_argument("--reward_kwargs", metavar="YAML", help="reward name -> what its class is made with")
-    sets.add_argument("--prompt_template", help="prompt of a class {name}, for the rewards")
-    sets.add_argument(
+    data = parser.add_argument_group(
+        "what images are compared with, as in a recipe (default: as the recipe.yaml of the run says)"
+    )
+    data.add_argument("--recipe", type=Path, metavar="FILE", help="another recipe than the run's")
+    for f in dataclasses.fields(DataArguments):
+        if f.name in DATA_SETTINGS:
+            data.add_argument(f"--{f.name}", metavar="VALUE", help=f.metadata["help"].replace("%", "%%"))
+    parser.add_argument("--rewards", type=reward_list, metavar="A,B", help="rewards to score with")
+    parser.add_argument("--reward_kwargs", metavar="YAML", help="reward name -> what its class is made with")
+    parser.add_argument("--prompt_template", help="prompt of a class {name}, for the rewards")
+    parser.add_argument(
         "--class_names", type=path_or_id, metavar="FILE", help='"imagenet" or a name a line (default: the model\'s)'
     )
     add_launch_arguments(parser)  # taken by `marval_rl.cli.main`; here for --help
@@ -69,60 +82,271 @@ def reward_list(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
-    """Evaluates what was named, by the digits or by Inception and rewards. Raises ValueError for options that do not
-    go together."""
-    if args.images is not None:
-        from marval_rl.cli.evaluate_folder import evaluate_folder
+    """Evaluates a model or a folder of images, writes evaluation.json, and prints it as a table.
 
-        refuse_company("a folder of images")
-        if args.model is not None:
-            raise ValueError(f"give either the model {args.model} or the images {args.images}, not both")
-        evaluate_folder(args)
+    Raises ValueError or a MarvalError for what is missing or does not fit, before anything is generated.
+    """
+    quiet_libraries()
+    data = read_data(args)
+    if args.images is not None:
+        evaluate_folder(args, data)
     elif args.model is None:
         raise ValueError("give a MODEL to evaluate, or a folder of images (--images DIR)")
-    elif args.dataset == DIGITS or paints_digits(load_config(args.model)):
-        from marval_rl.cli.evaluate_digits import evaluate_digits
-
-        refuse_company(f"{args.model}, which paints digits,")
-        refuse(args, SETS_ONLY, f"{args.model} paints digits")
-        args.num_images = DIGITS_IMAGES if args.num_images is None else args.num_images
-        args.redraws = 1 if args.redraws is None else args.redraws
-        evaluate_digits(args)
     else:
-        from marval_rl.cli.evaluate_images import evaluate_images
-
-        refuse(args, DIGITS_ONLY, f"{args.model} paints no digits")
-        args.num_images = SET_IMAGES if args.num_images is None else args.num_images
-        evaluate_images(args)
+        evaluate_model(args, data)
 
 
-def paints_digits(config: MARConfig) -> bool:
-    """Whether a model's images are like scikit-learn's digits."""
-    classes = (None, DIGIT_NAMES, list(PARITY))  # other grey images may be as small
-    return (config.image_channels, config.image_size, config.vae) == (1, 8, None) and config.class_names in classes
+def read_data(args: argparse.Namespace) -> DataArguments:
+    """The settings of the data and of evaluation: those of the recipe, and those of the command line."""
+    recipe = args.recipe
+    if recipe is None and args.model is not None:
+        folders = (Path(args.model), Path(args.model).parent)
+        recipe = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
+    given = [(name, vars(args)[name]) for name in DATA_SETTINGS if vars(args)[name] is not None]
+    overrides = [word for name, value in given for word in (f"--{name}", value)]
+    settings = read_settings(recipe, overrides, (DataArguments,), only_known=True)
+    return build_configs(settings, (DataArguments,))[0]
 
 
-def refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
-    """Raises ValueError if one of these options was given."""
-    given = [name for name in names if vars(args)[name] is not None]
-    if given:
-        raise ValueError(f"--{given[0]} has no effect here, because {reason}: leave it out")
+# ---- A folder of images ----
 
 
-def refuse_company(what: str) -> None:
-    """Raises ValueError in one of several processes: all would write the same file."""
+def evaluate_folder(args: argparse.Namespace, data: DataArguments) -> None:
+    """Measures the images of a folder, whoever generated them."""
     if launched_processes() > 1:
-        raise ValueError(f"{what} is evaluated by one process: leave out --num_processes, or the launcher")
+        raise ValueError("a folder of images is evaluated by one process: leave out --num_processes, or the launcher")
+    if args.model is not None:
+        raise ValueError(f"give either the model {args.model} or the images {args.images}, not both")
+    if given := [name for name in GENERATION if vars(args)[name] is not None]:
+        raise ValueError(f"--{given[0]} has no effect here, because a folder of images is evaluated: leave it out")
+    output = args.output or Path("evaluation.json")
+    check_output(output)
+    images = images_of_files(list_images(args.images))
+    print(f"{len(images)} images in {args.images}", flush=True)
+    size, _ = images.read([0]).shape[-2:]
+    evaluator = data.evaluator(MARConfig(image_size=size, image_channels=3, patch_size=1))
+    evaluator.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    notes = notes_on(evaluator, len(images))
+    batches = [range(start, min(start + FOLDER_BATCH, len(images))) for start in range(0, len(images), FOLDER_BATCH)]
+    parts = [evaluator.measure(images.read(batch).to(evaluator.device)) for batch in batches]
+    figures = evaluator.figures({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    settings = {"num_images": len(images), **described(data)}
+    results = {**figures, "notes": notes, "images": str(args.images), "settings": settings}
+    write_results({**results, **environment(evaluator.device)}, output)
 
 
-def default_output(model: Path) -> Path:
-    """evaluation.json in the run folder, or in the model's own; here for a model from the hub."""
+# ---- A model ----
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those that torchrun or `accelerate launch` started; alone without them."""
+
+    rank: int = 0
+    size: int = 1
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            PartialState().wait_for_everyone()
+
+
+def join_world(args: argparse.Namespace) -> World:
+    """Meets the processes that a launcher started; gives each its GPU, unless --device names one."""
+    num_processes = launched_processes()
+    if num_processes == 1:
+        return World()
+    state = PartialState(cpu=args.device == "cpu" or only_cpu_here(num_processes), timeout=SLOWEST_SHARE)
+    check_company(state.num_processes)
+    args.device = args.device or str(state.device)
+    return World(state.process_index, state.num_processes)
+
+
+def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
+    """Generates and measures, or continues an evaluation that was interrupted."""
+    world = join_world(args)
+    if args.redraws is not None and args.redraws < 1:
+        raise ValueError(f"--redraws must be at least 1, not {args.redraws}")
+    check_output(output_file(args))
+    model, codec, device = load_for_sampling(args)
+    evaluator = make_evaluator(args, data, model.config, device)
+    runs = make_runs(args, data, model.config)
+    notes = notes_on(evaluator, args.num_images)
+    if world.rank == 0:
+        if device.type == "cpu" and world.size > 1:
+            print(f"{world.size} processes on the CPU")
+        identity = {"model": args.model, "vae": model.config.vae, "weights_sha256": weights_digest(model)}
+        for image_run in runs:
+            image_run.claim(identity)
+    world.wait()
+    for image_run in runs:
+        image_run.do_share(model, codec, evaluator, world.rank, world.size, args.progress and world.rank == 0)
+    world.wait()
+    if world.size > 1:
+        PartialState().destroy_process_group()
+    if world.rank != 0:
+        return
+
+    rows = [image_run.collect() for image_run in runs]
+    figures, deviations = mean_and_std([evaluator.figures(drawn) for drawn in rows])
+    speed = painting_speed(model.eval(), codec, runs[0].sampling, min(args.batch_size, args.num_images))
+    settings = {
+        **vars(runs[0].sampling),
+        "autocast_dtype": args.dtype,
+        "num_images": args.num_images,
+        "redraws": len(runs),
+        "batch_size": args.batch_size,
+        "vae": model.config.vae,
+        "prompt_template": (args.prompt_template or PROMPT_TEMPLATE) if args.rewards else None,
+        "processes": world.size,
+        **described(data),
+    }
+    results = {**figures, **speed, "std": deviations, "notes": notes, "settings": settings}
+    results |= {"seed": args.seed, "model": args.model, **environment(device)}
+    if evaluator.rewards is not None:
+        results["left_out"] = {
+            name: sum(int(drawn[f"reward/{name}"].isnan().sum()) for drawn in rows) for name in evaluator.rewards.names
+        }
+    write_results(results, output_file(args))
+    for image_run in runs:
+        image_run.finish()
+
+
+def make_evaluator(
+    args: argparse.Namespace, data: DataArguments, config: MARConfig, device: torch.device
+) -> ImageEvaluator:
+    """What measures the images that the command line asks for."""
+    template, names = args.prompt_template or PROMPT_TEMPLATE, class_names(args, config)
+    kwargs = parse_reward_kwargs(args.reward_kwargs)
+    if args.rewards and "{name}" not in template:
+        raise ValueError(f'prompt_template "{template}" lacks {{name}}, the place of the class\'s name')
+    if args.rewards and names is None:
+        raise ValueError(
+            "rewards need prompts, but the model's config.json has no class_names: add them there, one a class"
+        )
+    evaluator = data.evaluator(config)
+    evaluator.device = device
+    if args.rewards:
+        rewards = RewardSet(args.rewards, reward_kwargs=kwargs)
+        evaluator.add_rewards(rewards, lambda classes: [template.replace("{name}", name) for name in classes], names)
+    return evaluator
+
+
+def make_runs(args: argparse.Namespace, data: DataArguments, config: MARConfig) -> list[ImageRun]:
+    """The sets of images that the command line asks for, one a redraw."""
+    folder = args.images_dir or output_file(args).with_suffix(".partial")
+    measured = {
+        "rewards": args.rewards or [],
+        "reward_kwargs": parse_reward_kwargs(args.reward_kwargs),
+        "prompt_template": (args.prompt_template or PROMPT_TEMPLATE) if args.rewards else None,
+        **described(data),
+    }
+    plan, redraws = ImagePlan(args.num_images, config.num_classes, args.batch_size), args.redraws or 1
+    return [
+        ImageRun(
+            folder=folder if redraws == 1 else folder / f"draw_{draw}",
+            keeps_images=args.images_dir is not None,
+            plan=plan,
+            sampling=sampling_settings(args),
+            seed=args.seed + draw,
+            measured=measured,
+        )
+        for draw in range(redraws)
+    ]
+
+
+def class_names(args: argparse.Namespace, config: MARConfig) -> list[str] | None:
+    """Those of --class_names, else the model's."""
+    if args.class_names is None:
+        return config.class_names
+    names = read_class_names(args.class_names)
+    check_number(names, config.num_classes, args.model)
+    if config.class_names is not None:
+        labels, _ = label_classes(config.class_names, args.class_names, args.model, are_numbered=True)
+        if labels != list(range(len(names))):
+            raise DataError(f"--class_names has the names of {args.model} in another order: leave it out")
+    return names
+
+
+def parse_reward_kwargs(text: str | None) -> dict[str, dict]:
+    """From YAML or JSON. Raises ValueError."""
+    kwargs = parse_kwargs(text or "{}")
+    if not all(isinstance(value, dict) for value in kwargs.values()):
+        raise ValueError(f'--reward_kwargs must look like {{"reward": {{"argument": value}}}}, not {text}')
+    return kwargs
+
+
+# ---- Results ----
+
+
+def described(data: DataArguments) -> dict[str, Any]:
+    """The settings of the data and of evaluation that are set."""
+    return {
+        f.name: value for f in dataclasses.fields(data) if (value := getattr(data, f.name)) not in (None, f.default)
+    }
+
+
+def notes_on(evaluator: ImageEvaluator, count: int) -> list[str]:
+    """What the figures cannot tell, known before any image is generated."""
+    notes = []
+    reference = evaluator.reference
+    for name, extractor in evaluator.extractors.items():
+        if isinstance(extractor, Inception) and not extractor.is_published:
+            notes.append(f"{name} has other weights than the published ones: its figures compare with no paper's")
+    if reference.images is None and reference.gaussian is None:
+        notes.append("no real images: no Frechet distance, KID, precision, recall, diversity and coverage")
+    elif reference.images is None:
+        notes.append("the reference holds statistics and no images: the Frechet distance alone compares with it")
+    elif min(count, len(reference.images)) < FEW_FOR_FID and any(
+        isinstance(extractor, Inception) for extractor in evaluator.extractors.values()
+    ):
+        notes.append(
+            f"FID of {count} against {len(reference.images)} images: below {FEW_FOR_FID} the covariance is singular "
+            "and FID is biased upwards; compare it only with figures of equally many images, or read kid"
+        )
+    return notes
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "marval-rl": __version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in VERSIONS},
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # of an extra
+        return None
+
+
+def output_file(args: argparse.Namespace) -> Path:
+    """--output, else evaluation.json in the run folder, or in the model's own; here for a model from the hub."""
+    if args.output is not None:
+        return args.output
+    model = Path(args.model)
     folder = model.parent if model.name == "final" or model.is_file() else model
     return (folder if folder.is_dir() else Path()) / "evaluation.json"
 
 
 def write_results(results: dict[str, Any], output: Path) -> None:
-    """Writes the figures as JSON."""
+    """Prints the figures as a table, and writes them as JSON."""
+    deviations = results.get("std", {})
+    for name, value in results.items():
+        if isinstance(value, float):
+            spread = f" +- {deviations[name]:.4f}" if name in deviations else ""
+            print(f"{name:36s} {value:10.4f}{spread}")
+    for note in results["notes"]:
+        print(f"note: {note}")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     print(f"evaluation: {output}")

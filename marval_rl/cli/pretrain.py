@@ -28,6 +28,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         data.announce(dataset, config.process_index)
         torch.manual_seed(config.seed)
         model = MARModel(sizes.config(data.latents(dataset)))
-        return PretrainTrainer(model, config, train_dataset=dataset, evaluator=data.evaluator())
+        return PretrainTrainer(
+            model, config, train_dataset=dataset, evaluator=data.evaluator(model.config) if config.evaluates else None
+        )
 
     run_training(args, settings, (data, sizes, config), make_trainer, lambda: plan_pretraining(data, sizes, config))

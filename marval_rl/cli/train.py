@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
             auxiliary=Path(resolve_model(rewarded.model)) if anchored else None,
             anchor_dataset=images if anchored else None,
             peft_config=peft_config,
-            evaluator=data.evaluator(),
+            evaluator=data.evaluator(student.config) if config.evaluates else None,
             eval_rewards=judges,
         )
 

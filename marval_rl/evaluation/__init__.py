@@ -1,9 +1,7 @@
-"""How good generated images are: pure measures on tensors, one evaluator of digits that runs them all, and large image
-sets (`image_run`) with Inception's measures and rewards."""
+"""How good generated images are: one evaluation for any data and any model, in training and by `marval-rl evaluate`."""
 
-from marval_rl.evaluation.diversity import within_class_diversity
 from marval_rl.evaluation.evaluator import ImageEvaluator
-from marval_rl.evaluation.frechet import frechet_distance
-from marval_rl.evaluation.mode_coverage import mode_entropy
+from marval_rl.evaluation.features import load_extractors
+from marval_rl.evaluation.references import Reference, open_reference
 
-__all__ = ["ImageEvaluator", "frechet_distance", "mode_entropy", "within_class_diversity"]
+__all__ = ["ImageEvaluator", "Reference", "load_extractors", "open_reference"]

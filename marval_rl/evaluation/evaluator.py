@@ -1,21 +1,44 @@
-"""All measures of a set of generated images at once, against the real ones and under several judges."""
+"""The one evaluation: what is measured of each image, and the figures that follow from a set of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from marval_rl.data import ImageDataset
-from marval_rl.evaluation.diversity import within_class_diversity
-from marval_rl.evaluation.frechet import frechet_distance
-from marval_rl.evaluation.mode_coverage import mode_entropy
+from marval_rl.errors import DataError
+from marval_rl.evaluation.features import BATCH_SIZE, FeatureExtractor, Inception, features_of, fingerprint, shrink
+from marval_rl.evaluation.image_set import to_pixels
+from marval_rl.evaluation.image_statistics import STATISTICS, colourfulness_entropy, image_statistics
+from marval_rl.evaluation.measures import (
+    NEIGHBOURS,
+    SCORE_SPLITS,
+    Gaussian,
+    cluster_centres,
+    cluster_entropy,
+    frechet_distance,
+    gaussian_of,
+    inception_score,
+    kernel_distance,
+    mode_entropy,
+    precision_and_recall,
+    within_class_diversity,
+)
+from marval_rl.evaluation.references import RealImages, Reference, Rows, measure_real
+from marval_rl.models.generation import balanced_labels
+from marval_rl.rewarding import RewardSet
 
-BATCH_SIZE = 500
 JUDGED = ("accuracy", "log_probability", "confidence")  # by each judge
-FLOOR_DRAWS = 8  # random subsets of the train images over which the floor is averaged
+REAL_DRAWS = 8  # random subsets of real images over which what they reach themselves is averaged
+THUMBNAIL_SIZE = 32  # images are compared pixel by pixel at most at this size
+IMAGES_A_CLUSTER, MAX_CLUSTERS = 25, 50  # of real features, where the modes are not known
+
+Figures = dict[str, float | None]
+Measure = tuple[list[str], Callable[[Rows], Sequence[float | None]]]  # names, and what makes their values of rows
 
 
 class Judge(Protocol):
@@ -26,114 +49,282 @@ class Judge(Protocol):
 
 
 class ImageEvaluator:
-    """Holds the statistics of the real images, so that each evaluation costs only the generated ones.
+    """Measures sets of generated images against real ones and under several judges.
 
-    train, test        the real images; the labels of generated images mean the classes of `train`
-    feature_extractor  images [B, 3, H, W] in 0..1 -> features [B, F]: the space of the Frechet distance
-    judges             name -> judge; the modes that coverage counts are those of all judges together
+    `measure` looks at a batch of images, and `figures` at what was measured of all of them: several processes can
+    share the work, and no image has to stay in memory. docs/evaluation.md explains each figure.
+
+    Args:
+        extractors: Name -> feature extractor. The first one's figures have plain names (kid); where there are several,
+            all have names with theirs, too (kid/pixels).
+        reference: The real images, or statistics of them in the features of the first extractor.
+        train: Other real images, for the floor; None to leave it out.
+        class_of_mode: int64 [num_modes], the class that each mode belongs to; None where it is not known.
+        judges: Name -> classifier of the modes.
+
+    Raises:
+        ValueError: For judges of unknown modes.
     """
 
     def __init__(
         self,
-        train: ImageDataset,
-        test: ImageDataset,
-        feature_extractor: Callable[[Tensor], Tensor],
-        judges: Mapping[str, Judge],
+        extractors: Mapping[str, FeatureExtractor] | None = None,
+        reference: Reference | None = None,
+        train: RealImages | None = None,
+        class_of_mode: Tensor | None = None,
+        judges: Mapping[str, Judge] | None = None,
     ) -> None:
-        if not judges:
-            raise ValueError("evaluation needs at least one judge")
-        self.feature_extractor = feature_extractor
-        self.judges = dict(judges)
-        self.num_modes = train.num_modes
-        self.class_modes = torch.zeros(len(train.class_names), train.num_modes, dtype=torch.bool)
-        self.class_modes[train.class_labels, train.modes] = True  # [classes, modes]
-        self.train_features = _in_batches(feature_extractor, _in_colour(train.images))
-        self.test_features = _in_batches(feature_extractor, _in_colour(test.images))
-        self.real_diversity = within_class_diversity(_in_colour(test.images), test.class_labels)
-        self.real_entropy = mode_entropy(train.modes, train.class_labels, train.num_modes)
-        self._floors: dict[int, float] = {}
+        self.extractors = dict(extractors or {})
+        self.reference = Reference() if reference is None else reference
+        self.train = train
+        self.class_of_mode = class_of_mode
+        self.judges = dict(judges or {})
+        self.rewards: RewardSet | None = None
+        self.device: torch.device | str = "cpu"  # where real images are measured
+        if self.judges and class_of_mode is None:
+            raise ValueError("judges need to know which class each mode belongs to, and these data have no classes")
+        self._measured: dict[str, Rows] = {}
+        self._gaussians: dict[str, Gaussian] = {}
+        self._centres: dict[str, Tensor] = {}
+
+    def add_rewards(
+        self, rewards: RewardSet, prompts: Callable[[list[str]], list[str]], class_names: Sequence[str]
+    ) -> None:
+        """Score generated images by rewards that are only looked at.
+
+        Args:
+            rewards: The rewards.
+            prompts: The class names of images -> their prompts.
+            class_names: The name of each label.
+        """
+        self.rewards, self.prompts, self.class_names = rewards, prompts, class_names
+
+    def check_statistics(self, image_size: int) -> None:
+        """Raises DataError if the reference's statistics are of other features than the first extractor's."""
+        if self.reference.gaussian is None or not self.extractors:
+            return
+        name, extractor = next(iter(self.extractors.items()))
+        probe = torch.zeros(1, 3, image_size, image_size)
+        width, stored = features_of(extractor, probe).shape[1], len(self.reference.gaussian.mean)
+        if width != stored:
+            raise DataError(
+                f"{self.reference.path} holds the statistics of {stored} features, but {name}, the first of "
+                f"eval_features, has {width}: name first the extractor that they were made with"
+            )
+
+    # ---- What is measured of each image ----
+
+    def measure(self, pixels: Tensor, class_labels: Tensor | None = None) -> Rows:
+        """Of images uint8 [B, 3, H, W], of the classes int64 [B] where they have some: [B, ...] each, on the CPU."""
+        images = pixels.float() / 255
+        rows = {key: values for part in self._parts.values() for key, values in part(images).items()}
+        if class_labels is None:
+            return rows
+        if self.judges and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < len(self._class_modes):
+            found = f"{int(class_labels.min())}..{int(class_labels.max())}"
+            raise ValueError(f"class labels must lie in 0..{len(self._class_modes) - 1}, but they lie in {found}")
+        rows["class_labels"] = class_labels.cpu()
+        for name, judge in self.judges.items():
+            with torch.no_grad():
+                parts = [judge.mode_log_probs(part).float().cpu() for part in images.split(BATCH_SIZE)]
+            rows[f"judge/{name}"] = torch.cat(parts)
+        if self.rewards is not None:
+            names = [self.class_names[label] for label in class_labels.tolist()]
+            scores = self.rewards.score(images, self.prompts(names), class_labels.to(images.device), names)
+            rows |= {f"reward/{name}": values.float().cpu() for name, values in scores.components.items()}
+        return rows
 
     @property
-    def names(self) -> list[str]:
-        """The figures that `evaluate` measures of these data, known before any image is generated."""
-        judged = [f"{name}/{figure}" for name in self.judges for figure in JUDGED]
-        several_modes = ["mode_coverage"] if self.real_entropy > 0 else []
-        return ["frechet_distance", "frechet_floor", "diversity", *judged, *several_modes]
+    def _parts(self) -> dict[str, Callable[[Tensor], Rows]]:
+        """What is measured of generated and of real images [B, 3, H, W] in 0..1 alike."""
+        features = {name: partial(_feature_rows, name, extractor) for name, extractor in self.extractors.items()}
+        return {"pixels of the image": _image_rows, **features}
 
-    def evaluate(self, images: Tensor, class_labels: Tensor) -> dict[str, float | None]:
-        """Measure generated images [N, 1 or 3, H, W] in 0..1 of the classes class_labels [N].
+    @property
+    def real(self) -> Rows:
+        """What was measured of the reference's images; they are read when this is first asked for."""
+        return self._measure_real(self.reference.images)
 
-        frechet_distance        to the real test images (lower is better; biased: compare equal N only)
-        frechet_floor           the same for N real train images: what no generator should beat
-        diversity               within-class pixel distance over that of real test images (1 is right)
-        mode_coverage           entropy of the modes inside a class over that of real train images (1 is right);
-                                None where each class has a single mode
-        <judge>/accuracy        share of images whose most probable mode belongs to their class
-        <judge>/log_probability mean log-probability of the class
-        <judge>/confidence      mean of the largest probability of any mode
+    def _measure_real(self, images: RealImages) -> Rows:
+        if images.identity not in self._measured:
+            size = images.read([0]).shape[-1]
+            identities = {name: fingerprint(extractor, size) for name, extractor in self.extractors.items()}
+            self._measured[images.identity] = measure_real(images, self._parts, identities, self.device)
+        return self._measured[images.identity]
 
-        Raises ValueError for mismatched lengths, wrong shapes, labels or pixels out of range, or fewer than
-        2 images of a class.
-        """
-        images, class_labels = images.detach().float(), class_labels.to(images.device)
-        self._check(images, class_labels)
-        images = _in_colour(images)
-        diversity = within_class_diversity(images, class_labels)
-        members = self.class_modes.to(images.device)[class_labels]  # [N, modes]
+    # ---- Figures of a set of images ----
 
-        results: dict[str, float | None] = {
-            "frechet_distance": frechet_distance(_in_batches(self.feature_extractor, images), self.test_features),
-            "frechet_floor": self.frechet_floor(len(images)),
-            "diversity": diversity / self.real_diversity,
-        }
-        log_prob_sum = torch.zeros(members.shape, device=images.device)
-        for name, judge in self.judges.items():
-            log_probs = _in_batches(judge.mode_log_probs, images)  # [N, modes]
-            log_prob_sum += log_probs
-            right = members.gather(1, log_probs.argmax(dim=1, keepdim=True))
-            of_class = log_probs.masked_fill(~members, -torch.inf).logsumexp(dim=1)  # [N]
-            results[f"{name}/accuracy"] = float(right.double().mean())
-            results[f"{name}/log_probability"] = float(of_class.double().mean())
-            results[f"{name}/confidence"] = float(log_probs.amax(dim=1).exp().double().mean())
+    def names(self, num_images: int, num_classes: int | None = None) -> list[str]:
+        """The figures of so many generated images, the classes equally often; known before any is generated."""
+        labels = None if num_classes is None else balanced_labels(num_images, num_classes)
+        return [name for names, _ in self._measures(num_images, labels) for name in names]
 
-        results["mode_coverage"] = None
-        if self.real_entropy > 0:
-            # All judges together, so that one that was trained on and fooled does not decide alone.
-            entropy = mode_entropy(log_prob_sum.argmax(dim=1), class_labels, self.num_modes, self.class_modes)
-            results["mode_coverage"] = entropy / self.real_entropy
-        return results
+    def figures(self, rows: Rows) -> Figures:
+        """The figures of the images that these rows were measured of; None where one has no value, such as the ratio
+        to a real value of 0."""
+        figures: Figures = {}
+        for names, function in self._measures(len(rows["thumbnails"]), rows.get("class_labels")):
+            figures |= dict(zip(names, function(rows), strict=True))
+        return figures
 
-    def frechet_floor(self, count: int) -> float:
-        """The distance of `count` real train images (at most all) to the test images: a mean over random subsets."""
-        count = min(count, len(self.train_features))
-        if count not in self._floors:
-            generator = torch.Generator().manual_seed(0)
-            draws = [torch.randperm(len(self.train_features), generator=generator)[:count] for _ in range(FLOOR_DRAWS)]
-            distances = [frechet_distance(self.train_features[draw], self.test_features) for draw in draws]
-            self._floors[count] = sum(distances) / len(distances)
-        return self._floors[count]
-
-    def _check(self, images: Tensor, class_labels: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
+    def evaluate(self, images: Tensor, class_labels: Tensor | None = None) -> Figures:
+        """The figures of generated images [N, 1 or 3, H, W] in 0..1. Raises ValueError for what is none."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
             raise ValueError(f"images must have the shape [N, 1 or 3, H, W], not {list(images.shape)}")
-        if class_labels.shape != images.shape[:1]:
-            raise ValueError(f"class_labels has the shape {list(class_labels.shape)} for {len(images)} images")
-        if len(images) == 0:
-            raise ValueError("evaluation needs at least 2 images a class, but there are no images")
         low, high = (float(bound) for bound in images.aminmax())
         if not (low >= 0 and high <= 1):  # also refuses NaN
             raise ValueError(f"pixels must lie in 0..1, but they lie in {low:g}..{high:g}; clamp the images first")
-        if not 0 <= int(class_labels.min()) <= int(class_labels.max()) < len(self.class_modes):
-            found = f"{int(class_labels.min())}..{int(class_labels.max())}"
-            raise ValueError(f"class labels must lie in 0..{len(self.class_modes) - 1}, but they lie in {found}")
+        if class_labels is not None and class_labels.shape != images.shape[:1]:
+            raise ValueError(f"class_labels has the shape {list(class_labels.shape)} for {len(images)} images")
+        return self.figures(self.measure(to_pixels(images), class_labels))
+
+    def _measures(self, count: int, labels: Tensor | None) -> Iterator[Measure]:
+        """What `count` images of these labels are measured by."""
+        real = self.reference.images
+        if self._has_judged_modes and labels is not None:
+            yield ["mode_coverage"], self._mode_coverage
+        for position, name in enumerate(self.extractors):
+            for figure_names, function in self._feature_measures(name, count):
+                plain = figure_names if position == 0 else []
+                if plain == ["mode_coverage"] and self._has_judged_modes and labels is not None:
+                    plain = []
+                named = [f"{figure}/{name}" for figure in figure_names] if len(self.extractors) > 1 else []
+                repeats = bool(plain) + bool(named)
+                yield [*plain, *named], _repeated(function, repeats)
+            if isinstance(self.extractors[name], Inception) and count >= SCORE_SPLITS:
+                yield ["inception_score"], lambda rows, name=name: [inception_score(rows[f"logits/{name}"])]
+        if labels is not None and real is not None and real.class_labels is not None and _have_pairs(labels):
+            yield ["diversity"], self._diversity
+        for name in self.judges if labels is not None else ():
+            yield [f"{name}/{figure}" for figure in JUDGED], partial(self._judged, name)
+        for name in self.rewards.names if labels is not None and self.rewards is not None else ():
+            yield [f"rewards/{name}/mean"], lambda rows, name=name: [_mean(rows[f"reward/{name}"])]
+        suffixes = ["", "/vs_real"] if real is not None else [""]
+        looked_at = [*STATISTICS, "colourfulness_entropy"]
+        yield [f"image/{name}{suffix}" for suffix in suffixes for name in looked_at], self._image_figures
+
+    def _feature_measures(self, name: str, count: int) -> Iterator[Measure]:
+        """The figures in the features of an extractor."""
+        reference, key = self.reference, f"features/{name}"
+        num_real = 0 if reference.images is None else len(reference.images)
+        stored = reference.gaussian is not None and name == next(iter(self.extractors))
+        if count >= 2 and (stored or num_real >= 2):
+            yield ["frechet_distance"], lambda rows: [frechet_distance(rows[key], self._reference_gaussian(name))]
+            if self.train is not None and min(count, len(self.train)) >= 2:
+                yield ["frechet_floor"], lambda rows: [self._frechet_floor(name, count)]
+        if min(count, num_real) >= 2:
+            yield ["kid"], lambda rows: [kernel_distance(rows[key], self.real[key])]
+        if min(count, num_real) > NEIGHBOURS:
+            yield ["precision", "recall"], lambda rows: precision_and_recall(rows[key], self.real[key])
+        if count >= IMAGES_A_CLUSTER and num_real >= 2 * IMAGES_A_CLUSTER:
+            yield ["mode_coverage"], lambda rows: [self._cluster_coverage(name, rows[key])]
+
+    def _reference_gaussian(self, name: str) -> Gaussian:
+        if self.reference.gaussian is not None and name == next(iter(self.extractors)):
+            return self.reference.gaussian
+        if name not in self._gaussians:
+            self._gaussians[name] = gaussian_of(self.real[f"features/{name}"])
+        return self._gaussians[name]
+
+    def _frechet_floor(self, name: str, count: int) -> float:
+        """The distance of `count` other real images (at most all) to the reference: what no generator should beat."""
+        features = self._measure_real(self.train)[f"features/{name}"]
+        draws = [frechet_distance(features[draw], self._reference_gaussian(name)) for draw in _draws(features, count)]
+        return sum(draws) / len(draws)
+
+    def _cluster_coverage(self, name: str, features: Tensor) -> float | None:
+        """Entropy of the clusters of real images that generated ones fall into, over that of equally many real ones."""
+        real = self.real[f"features/{name}"]
+        if name not in self._centres:
+            self._centres[name] = cluster_centres(real, min(MAX_CLUSTERS, len(real) // IMAGES_A_CLUSTER))
+        centres = self._centres[name]
+        entropies = [cluster_entropy(real[draw], centres) for draw in _draws(real, len(features))]
+        return _ratio(cluster_entropy(features, centres), sum(entropies) / len(entropies))
+
+    # ---- Classes and modes ----
+
+    @cached_property
+    def _class_modes(self) -> Tensor:
+        """bool [classes, modes]: which modes belong to a class."""
+        return torch.arange(int(self.class_of_mode.max()) + 1).unsqueeze(1) == self.class_of_mode
+
+    @property
+    def _has_judged_modes(self) -> bool:
+        """Whether a class has several modes, and a judge tells them apart, and real images show their shares."""
+        real = self.reference.images
+        return bool(self.judges) and self._class_modes.sum(1).max() > 1 and real is not None and real.modes is not None
+
+    def _mode_coverage(self, rows: Rows) -> list[float | None]:
+        """By all judges together, so that one that was trained on and fooled does not decide alone."""
+        modes = sum(rows[f"judge/{name}"] for name in self.judges).argmax(dim=1)
+        real, num_modes = self.reference.images, len(self.class_of_mode)
+        entropy = mode_entropy(modes, rows["class_labels"], num_modes, self._class_modes)
+        return [_ratio(entropy, mode_entropy(real.modes, real.class_labels, num_modes))]
+
+    def _judged(self, name: str, rows: Rows) -> list[float]:
+        log_probs, labels = rows[f"judge/{name}"], rows["class_labels"]
+        members = self._class_modes[labels]  # [N, modes]
+        right = members.gather(1, log_probs.argmax(dim=1, keepdim=True)).double().mean()
+        of_class = log_probs.masked_fill(~members, -torch.inf).logsumexp(dim=1).double().mean()
+        return [float(right), float(of_class), float(log_probs.amax(dim=1).exp().double().mean())]
+
+    def _diversity(self, rows: Rows) -> list[float | None]:
+        labels = self.reference.images.class_labels
+        real = within_class_diversity(self.real["thumbnails"], labels)
+        return [_ratio(within_class_diversity(rows["thumbnails"], rows["class_labels"]), real)]
+
+    def _image_figures(self, rows: Rows) -> list[float | None]:
+        found = _statistics(rows)
+        if self.reference.images is None:
+            return found
+        return found + list(map(_ratio, found, _statistics(self.real)))
 
 
-def _in_colour(images: Tensor) -> Tensor:
-    """Images [N, 1 or 3, H, W] -> [N, 3, H, W], so that judges and pixel distances do not depend on the channels."""
-    return images.expand(-1, 3, -1, -1)
+def mean_and_std(draws: Sequence[Figures]) -> tuple[Figures, dict[str, float]]:
+    """Each figure's mean over the draws, and its standard deviation where there are several."""
+    values = {name: [draw[name] for draw in draws if draw[name] is not None] for name in draws[0]}
+    means = {name: statistics.mean(found) if found else None for name, found in values.items()}
+    return means, {name: statistics.stdev(found) for name, found in values.items() if len(found) > 1}
 
 
-@torch.no_grad()
-def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Apply a function of images [B, 3, H, W] to all images [N, 3, H, W] -> [N, F]."""
-    return torch.cat([function(batch) for batch in images.split(BATCH_SIZE)])
+def _image_rows(images: Tensor) -> Rows:
+    thumbnails = (shrink(images, THUMBNAIL_SIZE) * 255).round().to(torch.uint8)
+    return {"statistics": image_statistics(images).cpu(), "thumbnails": thumbnails.cpu()}
+
+
+def _feature_rows(name: str, extractor: FeatureExtractor, images: Tensor) -> Rows:
+    if not isinstance(extractor, Inception):
+        return {f"features/{name}": features_of(extractor, images)}
+    parts = [extractor.features_and_logits(part) for part in images.split(BATCH_SIZE)]
+    pool, logits = (torch.cat(layer).cpu() for layer in zip(*parts, strict=True))
+    return {f"features/{name}": pool, f"logits/{name}": logits}
+
+
+def _statistics(rows: Rows) -> list[float]:
+    measured = rows["statistics"]
+    return [*measured.double().mean(0).tolist(), colourfulness_entropy(measured)]
+
+
+def _draws(rows: Tensor, count: int) -> list[Tensor]:
+    """Random subsets of `count` rows (at most all), by a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    draws = 1 if count >= len(rows) else REAL_DRAWS
+    return [torch.randperm(len(rows), generator=generator)[:count] for _ in range(draws)]
+
+
+def _repeated(function: Callable[[Rows], Sequence[float]], times: int) -> Callable[[Rows], list[float]]:
+    return lambda rows: list(function(rows)) * times
+
+
+def _have_pairs(labels: Tensor) -> bool:
+    """Whether each class that occurs has 2 images at least."""
+    return int(labels.unique(return_counts=True)[1].min()) >= 2
+
+
+def _ratio(value: float, real: float) -> float | None:
+    return value / real if real else None
+
+
+def _mean(scores: Tensor) -> float | None:
+    scored = scores[~scores.isnan()].double()
+    return float(scored.mean()) if len(scored) else None

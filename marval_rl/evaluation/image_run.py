@@ -1,4 +1,4 @@
-"""Painting and measuring an image set, over several processes, so that it can be interrupted and gone on with."""
+"""Generating and measuring an image set in several processes, so that it can be interrupted and continued."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marval_rl.errors import DataError
+from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.evaluation.image_set import (
     ImagePlan,
     claim_folder,
-    paint,
+    generate_batch,
+    read_rows,
     read_written_images,
     write_images,
+    write_rows,
 )
-from marval_rl.evaluation.measures import ImageMeasures, MeasureSettings, read_part, write_part
+from marval_rl.evaluation.references import Rows
 from marval_rl.models import LatentCodec, MARModel
 from marval_rl.models.generation import SamplingSettings
 
@@ -28,13 +31,14 @@ IMAGES, MEASURES = "images", "measures"
 
 @dataclass(frozen=True)
 class ImageRun:
-    """One evaluation's images and measures, in a folder.
+    """One evaluation's images and what was measured of them, in a folder.
 
-    The folder has settings.json (how the images are painted), images/000000.png ... if they are kept, and while the
-    evaluation is unfinished measures/ with its own settings.json and a file a batch.
+    The folder has settings.json (how the images are generated), images/000000.png ... if they are kept, and while the
+    evaluation is unfinished measures/ with its own settings.json and a file for each batch.
 
     Attributes:
-        keeps_images: Write the images as PNG; otherwise only their measures are kept.
+        keeps_images: Write the images as PNG; otherwise only what is measured of them is kept.
+        measured: What decides the measures' values, as JSON can hold it.
     """
 
     folder: Path
@@ -42,69 +46,75 @@ class ImageRun:
     plan: ImagePlan
     sampling: SamplingSettings
     seed: int
-    measures: MeasureSettings
+    measured: dict[str, Any]
 
-    def claim(self, painter: dict[str, Any]) -> None:
+    def claim(self, generator: dict[str, Any]) -> None:
         """Makes the folder, or checks that it is the same evaluation's.
 
         Args:
-            painter: What tells the model, as JSON can hold it.
+            generator: What identifies the model, as JSON can hold it.
 
         Raises:
             DataError: If the folder holds images or measures made otherwise, naming what differs.
         """
         sampling = {**vars(self.sampling), "autocast_dtype": dtype_name(self.sampling.autocast_dtype)}
-        settings = {**painter, **sampling, **vars(self.plan), "seed": self.seed, "keeps_images": self.keeps_images}
+        settings = {**generator, **sampling, **vars(self.plan), "seed": self.seed, "keeps_images": self.keeps_images}
         claim_folder(self.folder, settings, "images", "Give the same settings, another folder, or delete it")
         if self.keeps_images:
             (self.folder / IMAGES).mkdir(exist_ok=True)
-        if not self.measures.is_empty:
-            if not any((self.folder / MEASURES).glob("*.safetensors")):
-                shutil.rmtree(self.folder / MEASURES, ignore_errors=True)  # nothing was measured yet
-            claim_folder(
-                self.folder / MEASURES,
-                self.measures.describe(),
-                "an unfinished evaluation",
-                "Give the same settings, or delete it to measure anew (the images are kept)",
-            )
+        if not any((self.folder / MEASURES).glob("*.safetensors")):
+            shutil.rmtree(self.folder / MEASURES, ignore_errors=True)  # nothing was measured yet
+        claim_folder(
+            self.folder / MEASURES,
+            self.measured,
+            "an unfinished evaluation",
+            "Give the same settings, or delete it to measure anew (the images are kept)",
+        )
 
-    def do_share(self, model: MARModel, codec: LatentCodec, rank: int, world_size: int, progress: bool = False) -> None:
-        """Does what is missing of a process's batches; nothing where neither images nor measures are asked for."""
-        loaded: ImageMeasures | None = None
+    def do_share(
+        self,
+        model: MARModel,
+        codec: LatentCodec,
+        evaluator: ImageEvaluator,
+        rank: int,
+        world_size: int,
+        progress: bool = False,
+    ) -> None:
+        """Does what is missing of a process's batches."""
         was_training = model.training
         model.eval()
         for batch in tqdm(self.plan.share(rank, world_size), desc="batches", leave=False, disable=not progress):
             pixels = self._kept_pixels(batch)
-            is_measured = self.measures.is_empty or read_part(self.folder / MEASURES, batch) is not None
+            is_measured = read_rows(self._part_file(batch)) is not None
             if is_measured and (pixels is not None or not self.keeps_images):
                 continue
-            if not is_measured:  # before anything is generated: a reward or its weights may be missing
-                loaded = loaded or ImageMeasures(self.measures, model.device)
             if pixels is None:
-                pixels = paint(model, codec, self.plan, batch, self.sampling, self.seed)
+                pixels = generate_batch(model, codec, self.plan, batch, self.sampling, self.seed)
                 if self.keeps_images:
                     write_images(self.folder / IMAGES, self.plan.indices(batch), pixels)
             if not is_measured:
-                write_part(self.folder / MEASURES, batch, loaded.measure(pixels, self.plan.labels(batch)))
+                rows = evaluator.measure(pixels.to(model.device), self.plan.labels(batch))
+                write_rows(self._part_file(batch), rows)
         model.train(was_training)
 
-    def collect(self) -> dict[str, Tensor]:
-        """The measures of all images, in their order. Raises DataError if a batch is missing."""
-        if self.measures.is_empty:
-            return {}
-        parts = [read_part(self.folder / MEASURES, batch) for batch in range(self.plan.num_batches)]
+    def collect(self) -> Rows:
+        """What was measured of all images, in their order. Raises DataError if a batch is missing."""
+        parts = [read_rows(self._part_file(batch)) for batch in range(self.plan.num_batches)]
         missing = [batch for batch, part in enumerate(parts) if part is None]
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(parts)} batches were not measured (the first is {missing[0]}): do all "
-                f"processes see {self.folder}? The same command goes on"
+                f"processes see {self.folder}? The same command continues"
             )
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def finish(self) -> None:
-        """Leaves the images, if they are kept, and removes the rest."""
+        """Leaves the images, if they are kept, and removes everything else."""
         unfinished = self.folder / MEASURES if self.keeps_images else self.folder
         shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _part_file(self, batch: int) -> Path:
+        return self.folder / MEASURES / f"{batch:06d}.safetensors"
 
     def _kept_pixels(self, batch: int) -> Tensor | None:
         if not self.keeps_images:

@@ -15,14 +15,14 @@ from marval_rl.data.sources import load_held_out
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
-from marval_rl.rewarding import load_reward
-from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
+from marval_rl.recipes.evaluation_arguments import EvaluationArguments
+from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.anchors import ANCHORED
 
 
 @dataclass
-class DataArguments:
-    """The images, their classes, and the networks that judge them."""
+class DataArguments(EvaluationArguments):
+    """The images, their classes, and what generated images are compared with."""
 
     dataset: str | None = field(
         default=None,
@@ -66,27 +66,15 @@ class DataArguments:
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of VAE moments by `marval-rl cache`; read instead of the images."}
     )
-    feature_extractor: str | None = field(
-        default=None,
-        metadata={"help": "Reward with a method `features`, the space of the Frechet distance (default: first judge)."},
-    )
-    judges: list[str] | None = field(
-        default=None,
-        metadata={"help": "Rewards with a method `mode_log_probs`: accuracy, mode coverage (default: the data's)."},
-    )
-
     counts_if: ClassVar[Conditions] = {
-        Needs("a bundled data set that has judges (digits)", ("dataset",), lambda name: bool(_judges_of(name))): (
-            *("feature_extractor", "judges"),
-        ),
         Needs("images of your own (a data set that is not bundled)", ("dataset",), lambda name: name not in BUNDLED): (
             *("image_column", "label_column", "class_names", "eval_dataset", "eval_holdout"),
         ),
-        EVALUATED: ("feature_extractor", "judges"),
         ANCHORED: ("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
     }
 
     def __post_init__(self):
+        self.check_evaluation()
         if self.image_channels not in (None, 1, 3):
             raise ValueError(f"image_channels must be 1 or 3, not {self.image_channels}")
         if self.image_channels is not None and (self.vae is not None or self.cache_dir is not None):
@@ -235,21 +223,22 @@ class DataArguments:
             **classes,
         }
 
-    def evaluator(self) -> ImageEvaluator | None:
-        """Compares generated images with the real ones; None for data without judges."""
-        names = _judges_of(self.dataset) if self.judges is None else self.judges
-        if not names or not self.is_bundled:
-            return None
-        judges = {name: load_reward(name) for name in names}
-        extractor = self.feature_extractor or next(iter(judges))
-        features = judges.get(extractor) or load_reward(extractor)
-        train, test = self.load_images(), self.load_held_out()
-        sets = [CroppedImages(images, images.image_size, flip=False).in_memory() for images in (train, test)]
-        return ImageEvaluator(*sets, features.features, judges)
+    def evaluator(self, config: MARConfig) -> ImageEvaluator:
+        """Measures the images of a model, against these data where they are there.
 
+        Raises:
+            ValueError, MarvalError: For feature extractors, judges or images that cannot be loaded.
+        """
+        judges = list(BUNDLED[self.dataset].judges) if self.is_bundled else []
+        # Who trains on cached latents need not have the images; who names held-out ones has them.
+        has_images = self.dataset is not None and (self.cache_dir is None or self.names_held_out)
+        return self.make_evaluator(
+            config, judges, self.load_held_out if has_images else None, self.load_images if has_images else None
+        )
 
-def _judges_of(dataset: str | None) -> list[str]:
-    return list(BUNDLED[dataset].judges) if dataset in BUNDLED else []
+    @property
+    def names_held_out(self) -> bool:
+        return self.is_bundled or self.eval_dataset is not None or self.eval_holdout > 0
 
 
 def describe_data(dataset: Dataset) -> str:

@@ -46,11 +46,16 @@ def parse_recipe(path: str | Path | None, overrides: Sequence[str], config_types
     return build_configs(read_settings(path, overrides, config_types), config_types)
 
 
-def read_settings(path: str | Path | None, overrides: Sequence[str], config_types: Sequence[type]) -> dict[str, Any]:
+def read_settings(
+    path: str | Path | None, overrides: Sequence[str], config_types: Sequence[type], *, only_known: bool = False
+) -> dict[str, Any]:
     """Returns what the recipe and the command line set, by key, checked and converted; defaults are not in it.
 
     Paths have ~ and $VARIABLE replaced; relative ones are seen from the current folder. Also sets the environment
     variables of the recipe's `env:` block, whose values are the text that is written there.
+
+    Args:
+        only_known: Pass over the recipe's other keys, which belong to another command.
 
     Raises:
         RecipeError: For a file that is missing or is not a mapping, for an unknown key (with the nearest known ones),
@@ -63,6 +68,8 @@ def read_settings(path: str | Path | None, overrides: Sequence[str], config_type
         recipe = _load_yaml(path)
         environment = recipe.pop("env", None) or {}
         for key, value in recipe.items():
+            if key not in fields and only_known:
+                continue
             if key not in fields:
                 raise RecipeError(f"{path}: {explain_unknown(str(key), fields, f'unknown key {str(key)!r}')}")
             settings[key] = _checked(value, fields[key], hints[key], f"{path}: {key}")

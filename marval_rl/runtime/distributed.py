@@ -36,6 +36,15 @@ def from_first_process(value: Any) -> Any:
     return shared[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks; they must be picklable. All processes must call it."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
 def in_any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in at least one process. All processes must call it."""
     if not torch.distributed.is_initialized():

@@ -10,16 +10,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from marval_rl.runtime.settings import Conditions, Needs
-
 BEST_FOLDER = "best"
 BEST_FILE = "best.json"  # {"step": int, "metric": str, "value": float}
-LOWER_IS_BETTER = ("frechet_distance",)
+LOWER_IS_BETTER = ("frechet_distance", "kid")  # whatever the features
+SHARES = ("min_diversity", "min_mode_coverage", "min_recall")  # of the figure of the first evaluation
 
 History = Sequence[dict[str, Any]]  # TrainerState.log_history: what was logged, in its order, each with its "step"
 
@@ -40,6 +39,10 @@ class LimitArguments:
         default=None,
         metadata={"help": "Stop when mode coverage falls below this share of that of the first evaluation."},
     )
+    min_recall: float | None = field(
+        default=None,
+        metadata={"help": "Stop when recall falls below this share of that of the first evaluation."},
+    )
     max_kl: float | None = field(
         default=None,
         metadata={"help": "Stop when a logged KL divergence from the reference model exceeds this (needs beta > 0)."},
@@ -52,13 +55,6 @@ class LimitArguments:
         },
     )
 
-    counts_if: ClassVar[Conditions] = {
-        Needs("the digits, whose evaluation alone measures it", ("dataset",), lambda name: name == "digits"): (
-            *("max_frechet_ratio", "min_diversity", "min_mode_coverage"),
-        ),
-        Needs("class_groups, as coverage counts the modes of a class", ("class_groups",), bool): ("min_mode_coverage",),
-    }
-
     def check_limits(self) -> None:
         """Raises ValueError for a limit that the first evaluation itself would break, and for one that is never looked
         at. Called by a class that has `eval_strategy` and `beta` too."""
@@ -66,7 +62,7 @@ class LimitArguments:
             raise ValueError(
                 f"max_frechet_ratio is a ratio to the run's first evaluation, at least 1, not {self.max_frechet_ratio}"
             )
-        shares = {"min_diversity": self.min_diversity, "min_mode_coverage": self.min_mode_coverage}
+        shares = {name: getattr(self, name) for name in SHARES}
         for name, share in shares.items():
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} is a share of the run's first evaluation, in (0, 1], not {share}")
@@ -74,11 +70,11 @@ class LimitArguments:
             raise ValueError(f"max_kl must be positive, not {self.max_kl}")
         if self.max_kl is not None and self.beta == 0:
             raise ValueError(f"max_kl {self.max_kl} needs a reference model: set beta > 0, however small")
-        evaluated = [self.max_frechet_ratio, self.min_diversity, self.min_mode_coverage, self.best_metric]
+        evaluated = [self.max_frechet_ratio, *shares.values(), self.best_metric]
         if self.eval_strategy == "no" and any(setting is not None for setting in evaluated):
             raise ValueError(
-                "max_frechet_ratio, min_diversity, min_mode_coverage and best_metric look at evaluations, but "
-                'eval_strategy is "no": set it to steps'
+                f"max_frechet_ratio, {', '.join(SHARES)} and best_metric look at evaluations, but eval_strategy is "
+                '"no": set it to steps'
             )
 
 
@@ -118,8 +114,7 @@ def limits_of(args: LimitArguments) -> list[Limit]:
     """The limits that are set."""
     limits = [
         Limit("eval_frechet_distance", "max_frechet_ratio", args.max_frechet_ratio, upper=True),
-        Limit("eval_diversity", "min_diversity", args.min_diversity),
-        Limit("eval_mode_coverage", "min_mode_coverage", args.min_mode_coverage),
+        *(Limit(f"eval_{name.removeprefix('min_')}", name, getattr(args, name)) for name in SHARES),
         Limit("kl", "max_kl", args.max_kl, relative=False, upper=True),
     ]
     return [limit for limit in limits if limit.value is not None]
@@ -133,7 +128,7 @@ def broken_limit(limits: Sequence[Limit], history: History) -> str | None:
 def is_new_best(metric: str, history: History) -> bool:
     """Whether the newest value of an evaluation's figure is better than all before it."""
     values = [entry[metric] for entry in history if entry.get(metric) is not None]
-    sign = -1 if metric.removeprefix("eval_") in LOWER_IS_BETTER else 1
+    sign = -1 if metric.removeprefix("eval_").split("/")[0] in LOWER_IS_BETTER else 1
     return all(sign * values[-1] > sign * value for value in values[:-1])
 
 

@@ -29,7 +29,7 @@ SCHEDULER_FILE = "scheduler.pt"  # every checkpoint that can be resumed has it, 
 FREE_ON_RESUME = frozenset(
     {
         *("max_steps", "num_train_epochs", "max_skipped_steps"),
-        *("max_frechet_ratio", "min_diversity", "min_mode_coverage", "max_kl", "best_metric"),
+        *("max_frechet_ratio", "min_diversity", "min_mode_coverage", "min_recall", "max_kl", "best_metric"),
         *("logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
         *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         *("save_strategy", "save_steps", "save_total_limit"),

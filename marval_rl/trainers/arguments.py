@@ -93,11 +93,24 @@ class MARTrainingArguments(TrainingArguments):
     eval_batch_size: int = field(default=250, metadata={"help": "Images generated at once in evaluation."})
     eval_unmasking_steps: int = field(default=16, metadata={"help": "K, unmasking steps in evaluation."})
     eval_seed: int = field(default=1234, metadata={"help": "Seed of evaluation: the same images at every step."})
+    eval_redraws: int = field(
+        default=1,
+        metadata={
+            "help": "Sets of images at each evaluation: the figures are means, with their deviations as <name>/std."
+        },
+    )
     sample_grid_columns: int = field(default=10, metadata={"help": "Images a class in the sample grids."})
 
     counts_if: ClassVar[Conditions] = {
         EVALUATED: (
-            *("eval_on_start", "eval_num_images", "eval_batch_size", "eval_unmasking_steps", "eval_seed"),
+            *(
+                "eval_on_start",
+                "eval_num_images",
+                "eval_batch_size",
+                "eval_unmasking_steps",
+                "eval_seed",
+                "eval_redraws",
+            ),
             *("eval_delay", "sample_grid_columns"),
         ),
         Needs("eval_strategy steps", ("eval_strategy",), lambda s: s == "steps", in_python=False): ("eval_steps",),
@@ -124,6 +137,11 @@ class MARTrainingArguments(TrainingArguments):
             *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         ),
     }
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether images are ever generated and measured."""
+        return self.eval_strategy != "no" or self.eval_on_start
 
     @property
     def rows_per_batch(self) -> int:

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from marval_rl.evaluation.diversity import check_num_images
-from marval_rl.evaluation.evaluator import ImageEvaluator
+from marval_rl.errors import MarvalError
+from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
+from marval_rl.evaluation.image_set import GeneratedBatch, ImagePlan, generate_batch, grid_of
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
-from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, generate_images, save_image_grid
+from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, save_image_grid
 from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.callbacks import (
@@ -32,6 +33,7 @@ from marval_rl.runtime.distributed import (
     failing_together,
     forget_gradients,
     from_first_process,
+    gather_objects,
     is_partitioned,
     mean_over_processes,
 )
@@ -56,8 +58,8 @@ class MARTrainer(ResumableTrainer):
     Args:
         network: What the optimizer trains; `model` or a module that holds it.
         model: The MAR model that is sampled, averaged and saved.
-        evaluator: Compares generated with real images at each evaluation; None to leave that out.
-        eval_rewards: Judges that are only looked at; None for none.
+        evaluator: Measures generated images at each evaluation; None looks at the images alone.
+        eval_rewards: Rewards that are only looked at; None for none.
     """
 
     def __init__(
@@ -75,8 +77,6 @@ class MARTrainer(ResumableTrainer):
                 "the model's parameters are already partitioned by ZeRO-3: make it outside deepspeed.zero.Init, and "
                 "load it after the training arguments were made; the trainer partitions it"
             )
-        if evaluator is not None and (args.eval_strategy != "no" or args.eval_on_start):
-            check_num_images(args.eval_num_images, model.config.num_classes, "eval_num_images")
         # transformers asks for an evaluation set although evaluation here generates its own images.
         super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
         unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
@@ -89,8 +89,11 @@ class MARTrainer(ResumableTrainer):
         self.codec = codec_for(model.config).to(args.device)
         config = model.config
         self.class_names = config.class_names or [f"class {label}" for label in range(config.num_classes)]
-        self.evaluator = evaluator
-        self.eval_rewards = eval_rewards
+        self.evaluator = ImageEvaluator() if evaluator is None else evaluator
+        self.evaluator.device = args.device
+        if eval_rewards is not None:
+            self.evaluator.add_rewards(eval_rewards, self.prompts_for, self.class_names)
+        self.eval_plan = ImagePlan(args.eval_num_images, config.num_classes, args.eval_batch_size)
         self.ema = ExponentialMovingAverage(model, args.ema_decay)
         self.buffer: dict[str, Tensor] = {}
         self.recorded: dict[str, list[Tensor]] = defaultdict(list)
@@ -231,44 +234,49 @@ class MARTrainer(ResumableTrainer):
     @property
     def evaluation_names(self) -> list[str]:
         """The figures that an evaluation measures, without "eval_"."""
-        judges = [] if self.eval_rewards is None else self.eval_rewards.names
-        measured = [] if self.evaluator is None else self.evaluator.names
-        return [*measured, *(f"rewards/{name}/mean" for name in judges)]
+        return self.evaluator.names(self.eval_plan.num_images, self.eval_plan.num_classes)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Generate `eval_num_images` images from fixed seeds with the averaged weights, and judge them."""
-        args = self.args
-        images, class_labels = generate_images(
-            self.ema.module,
-            self.codec,
-            args.eval_num_images,
-            self.sampling_settings(),
-            seed=args.eval_seed,
-            batch_size=args.eval_batch_size,
-            device=args.device,
-        )
+        """Generate `eval_num_images` images from fixed seeds with the averaged weights, and measure them.
+
+        The processes share the work; figures and images are the same for any number of them.
+        """
+        args, plan = self.args, self.eval_plan
+        draws, grid = [], None
+        for seed in range(args.eval_seed, args.eval_seed + args.eval_redraws):
+            with failing_together(args.device, MarvalError), kept_random_state(args.device):
+                batches = [
+                    self._measure_batch(batch, seed) for batch in plan.share(args.process_index, args.world_size)
+                ]
+            batches = sorted((batch for share in gather_objects(batches) for batch in share), key=lambda b: b.number)
+            with failing_together(args.device, MarvalError):
+                if self.is_world_process_zero():
+                    rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in batches[0].rows}
+                    draws.append(self.evaluator.figures(rows))
+                    grid = batches if grid is None else grid
         metrics: dict[str, float] = {}
-        if self.evaluator is not None:
-            metrics |= self.evaluator.evaluate(images, class_labels)
-        if self.eval_rewards is not None:
-            metrics |= self.judge(images, class_labels)
-        # The last digits may differ between processes, but what follows from the figures must not.
-        metrics = from_first_process({f"eval_{name}": value for name, value in metrics.items()})
         if self.is_world_process_zero():
+            means, deviations = mean_and_std(draws)
+            metrics = {f"eval_{name}": value for name, value in means.items()}
+            metrics |= {f"eval_{name}/std": value for name, value in deviations.items()}
             folder = Path(args.output_dir) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step_{self.state.global_step:06d}.png"
+            images, class_labels = grid_of(grid)
             save_image_grid(images, class_labels, path, args.sample_grid_columns)
             if len(shown := class_labels.unique()) <= MAX_GRID_ROWS:
                 (folder / "rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
+        metrics = from_first_process(metrics)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
-    def judge(self, images: Tensor, class_labels: Tensor) -> dict[str, float]:
-        """The mean of each held-out reward, as `rewards/<name>/mean`; left out where it scored no image."""
-        names = self.names_of(class_labels)
-        with failing_together(self.args.device), kept_random_state(self.args.device):
-            scores = self.eval_rewards.score(images, self.prompts_for(names), class_labels, names)
-        means = {name: values.nanmean().item() for name, values in scores.components.items()}
-        return {f"rewards/{name}/mean": mean for name, mean in means.items() if not math.isnan(mean)}
+    def _measure_batch(self, batch: int, seed: int) -> GeneratedBatch:
+        model, plan = self.ema.module, self.eval_plan
+        was_training = model.training
+        model.eval()
+        pixels = generate_batch(model, self.codec, plan, batch, self.sampling_settings(), seed)
+        model.train(was_training)
+        shown = torch.isin(plan.indices(batch), plan.shown(self.args.sample_grid_columns))
+        labels = plan.labels(batch)
+        return GeneratedBatch(batch, self.evaluator.measure(pixels, labels), pixels.cpu()[shown], labels[shown])

@@ -1,4 +1,4 @@
-"""`marval-rl evaluate` of models that paint no digits, and of folders of images."""
+"""`marval-rl evaluate`: models of any data, folders of images, and what is refused before any work."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tiny_evaluation import NAMES, colour_student, random_images, save_student
 from tiny_models import tiny_student
 
 from marval_rl.cli.main import main
+from marval_rl.data import load_labelled_images
 from marval_rl.evaluation import image_run
 from marval_rl.evaluation.image_set import read_images
 from marval_rl.models import generate
@@ -37,7 +38,7 @@ def evaluate(student, tmp_path, capsys):
 
     def call(*arguments: object, model: object = student):
         words = ["evaluate", *([] if model is None else [model]), "--output", tmp_path / "e.json"]
-        words += ["--steps", 2, "--batch_size", 8, *arguments]
+        words += ["--steps", 2, "--batch_size", 8, "--device", "cpu", *arguments]
         code = main([str(word) for word in words])
         out, err = capsys.readouterr()
         results = json.loads((tmp_path / "e.json").read_text()) if (tmp_path / "e.json").exists() else None
@@ -46,71 +47,105 @@ def evaluate(student, tmp_path, capsys):
     return call
 
 
+def class_folders(folder: Path, per_class: int, seed: int) -> Path:
+    for index, name in enumerate(NAMES):
+        random_images(folder / name, per_class, seed=seed + index, size=4)
+    return folder
+
+
 def test_everything_at_once(evaluate, tmp_path, weights):
-    reference = random_images(tmp_path / "real", 16, seed=3)
+    reference = random_images(tmp_path / "real", 60, seed=3)
     code, out, err, results = evaluate(
-        *("--num_images", 20, "--images_dir", tmp_path / "set", "--reference", reference),
-        *("--inception_weights", weights, "--rewards", "tiny_evaluation:brightness,tiny_evaluation:every_other"),
-        *("--prompt_template", "a {name}"),
+        *("--num_images", 30, "--images_dir", tmp_path / "set", "--eval_reference", reference),
+        *("--eval_features", f"inception:{weights},pixels"),
+        *("--rewards", "tiny_evaluation:brightness,tiny_evaluation:every_other", "--prompt_template", "a {name}"),
     )
     assert (code, err) == (0, "")
     images = read_images(sorted((tmp_path / "set" / "images").iterdir()))
-    assert len(images) == 20
+    assert len(images) == 30
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["images", "settings.json"]
-    assert results["rewards"]["brightness"]["mean"] == pytest.approx(float(images.float().mean()) / 255, rel=1e-5)
-    assert results["rewards"]["every_other"] == {"mean": 3.0, "std": 0.0, "left_out": 10}
-    assert results["fid"] > 0 and results["inception_score"]["mean"] > 1
-    assert 0 <= results["precision"] <= 1 and 0 <= results["recall"] <= 1
+    assert results["rewards/brightness/mean"] == pytest.approx(float(images.float().mean()) / 255, rel=1e-5)
+    assert (results["rewards/every_other/mean"], results["left_out"]["every_other"]) == (3.0, 15)
+    for name in ("inception", "pixels"):
+        assert results[f"frechet_distance/{name}"] > 0 and 0 <= results[f"recall/{name}"] <= 1
+        assert 0 < results[f"mode_coverage/{name}"] < 1.5 and results[f"kid/{name}"] > 0
+    assert results["frechet_distance"] == results["frechet_distance/inception"]
+    assert results["inception_score"] > 1 and results["image/sharpness/vs_real"] > 0
     assert results["seconds_per_image"] > 0 and results["images_per_second"] > 0
-    assert (results["seed"], results["settings"]["num_images"], results["reference_images"]) == (0, 20, 16)
+    assert (results["seed"], results["settings"]["num_images"]) == (0, 30)
     assert [note.split(":")[0] for note in results["notes"]] == [
-        "the Inception weights are not the published ones",
-        "FID of 20 against 16 images",
+        "inception has other weights than the published ones",
+        "FID of 30 against 60 images",
     ]
-    assert "FID" in out and "brightness (reward)" in out
+    assert "frechet_distance/inception" in out and "rewards/brightness/mean" in out
 
-    # The folder by itself has the same figures. (Its FID costs seconds; one shows it.)
-    statistics = tmp_path / "images.npz"
-    np.savez(statistics, arr_0=read_images(sorted(reference.iterdir())).permute(0, 2, 3, 1).numpy())
+    # The folder by itself has the same figures, and its images may come as an array.
+    np.savez(tmp_path / "r.npz", arr_0=read_images(sorted(reference.iterdir())).permute(0, 2, 3, 1).numpy())
     code, _, err, again = evaluate(
-        "--images", tmp_path / "set" / "images", "--reference", statistics, "--inception_weights", weights, model=None
+        *("--images", tmp_path / "set" / "images", "--eval_reference", tmp_path / "r.npz"),
+        *("--eval_features", f"inception:{weights},pixels"),
+        model=None,
     )
     assert (code, err) == (0, "")
-    for name in ("fid", "precision", "recall"):
-        assert again[name] == pytest.approx(results[name], rel=1e-5)
-    assert again["inception_score"] == pytest.approx(results["inception_score"], rel=1e-5)
+    for name in ("frechet_distance", "kid", "precision", "recall/pixels", "inception_score", "image/edge_energy"):
+        assert again[name] == pytest.approx(results[name], rel=1e-4), name
 
 
-def test_without_a_reference_there_are_rewards_and_speed(evaluate, tmp_path):
+def test_a_data_set_gives_the_reference_and_the_classes(evaluate, tmp_path):
+    data = ("--dataset", class_folders(tmp_path / "data", 30, 0))
+    code, _, err, results = evaluate("--num_images", 30, *data, "--redraws", 2, "--eval_holdout", 0.4)
+    assert (code, err) == (0, "")
+    assert results["frechet_distance"] > results["frechet_floor"] > 0
+    assert results["std"]["frechet_distance"] > 0 and results["std"]["frechet_floor"] == 0
+    assert results["diversity"] > 0 and 0 <= results["recall"] <= 1
+    assert results["settings"]["eval_holdout"] == 0.4
+    code, _, err, results = evaluate("--num_images", 30, *data)
+    assert (code, err) == (0, "") and "frechet_floor" not in results  # no other real images than the reference
+    code, _, err, _ = evaluate("--dataset", random_images(tmp_path / "other" / "a", 3, 0).parent)
+    assert (
+        code == 2 and "the model knows 3 classes (cat, dog, owl, ...), but evaluation compares with 1 (a, ...)" in err
+    )
+
+
+@pytest.mark.parametrize("groups", [None, "parity"])
+def test_the_digits_are_data_with_judges(evaluate, tmp_path, groups):
+    digits = load_labelled_images("digits", "test")
+    names = digits.class_names if groups is None else ["even digit", "odd digit"]
+    folder = tmp_path / "run" / "final"
+    tiny_student(image_size=8, num_classes=len(names), class_names=names).save_pretrained(folder)
+    recipe = "dataset: digits\nmax_steps: 3\n" + ("" if groups is None else f"class_groups: {groups}\n")
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    for model in (folder, tmp_path / "run"):
+        code, out, err, results = evaluate("--num_images", 30, model=model)
+        assert (code, err) == (0, "")
+    assert results["frechet_distance/classifier"] > results["frechet_floor"] > 0
+    assert 0 <= results["held_out_classifier/accuracy"] <= 1 and 0 <= results["mode_coverage"] < 1.5
+    assert (results["mode_coverage"] == results["mode_coverage/classifier"]) == (groups is None)
+    assert results["settings"]["dataset"] == "digits" and "held_out_classifier/accuracy" in out
+
+
+def test_without_real_images_there_are_rewards_statistics_and_speed(evaluate, tmp_path):
     code, out, _, results = evaluate(
         "--num_images", 6, "--rewards", "tiny_evaluation:brightness", "--prompt_template", "a {name}"
     )
     assert code == 0
-    assert results["fid"] is results["inception_score"] is results["precision"] is None
-    assert 0 < results["rewards"]["brightness"]["mean"] < 1
-    assert "images a second" in out
+    assert not {"frechet_distance", "kid", "recall", "diversity"} & set(results)
+    assert 0 < results["rewards/brightness/mean"] < 1 and results["image/edge_energy"] > 0
+    assert "images_per_second" in out and "note: no real images: " in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "student"]
 
 
-def test_without_a_reference_there_still_is_an_inception_score(evaluate, weights):
-    code, out, _, results = evaluate("--num_images", 20, "--inception_weights", weights)
-    assert code == 0
-    assert results["fid"] is results["precision"] is None and results["inception_score"]["mean"] > 1
-    assert "note: no reference: no FID, precision and recall" in out
+def test_statistics_give_a_frechet_distance_alone(evaluate, tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(48), sigma=np.eye(48))
+    options = ("--num_images", 10, "--eval_reference", tmp_path / "stats.npz")
+    code, out, _, results = evaluate(*options, "--eval_features", "pixels")
+    assert code == 0 and results["frechet_distance"] > 0 and "precision" not in results
+    assert "note: the reference holds statistics and no images: the Frechet distance alone" in out
+    code, _, err, _ = evaluate(*options, "--eval_features", "pixels:1")
+    assert code == 1 and "stats.npz holds the statistics of 48 features, but pixels, " in err
 
 
-def test_statistics_alone_give_no_precision(evaluate, tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(np.linalg, "eigvals", lambda matrix: np.zeros(len(matrix)))  # its value is tested elsewhere
-    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    code, out, _, results = evaluate(
-        "--num_images", 10, "--inception_weights", weights, "--reference", tmp_path / "stats.npz"
-    )
-    assert code == 0
-    assert results["fid"] > 2048 and results["precision"] is results["recall"] is results["reference_images"] is None
-    assert "note: the reference holds statistics and no images: no precision and recall" in out
-
-
-def test_an_interrupted_evaluation_goes_on_only_with_its_settings(evaluate, student, tmp_path):
+def test_an_interrupted_evaluation_continues_only_with_its_settings(evaluate, student, tmp_path):
     arguments = ("--num_images", 10, "--images_dir", tmp_path / "set")
     assert evaluate(*arguments)[0] == 0
     file = tmp_path / "set" / "images" / "000003.png"
@@ -130,7 +165,7 @@ def test_bfloat16_is_recorded(evaluate):
     assert code == 0 and results["settings"]["autocast_dtype"] == "bfloat16"
 
 
-def test_latents_are_painted_through_a_vae(evaluate, tmp_path):
+def test_latents_are_decoded_by_a_vae(evaluate, tmp_path):
     vae = AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=["DownEncoderBlock2D"] * 2,
@@ -151,9 +186,9 @@ def test_latents_are_painted_through_a_vae(evaluate, tmp_path):
         model, torch.tensor([0, 0, 1, 1, 2]), num_unmasking_steps=2, generator=IndexedNoise(0, torch.arange(5))
     )
     images = ((vae.decode(latents.latents / 0.5).sample + 1) / 2).clamp(0, 1)
-    painted = read_images(sorted((tmp_path / "set" / "images").iterdir()))
-    assert painted.shape == (5, 3, 8, 8)
-    assert (painted - images * 255).abs().max() < 0.51
+    kept = read_images(sorted((tmp_path / "set" / "images").iterdir()))
+    assert kept.shape == (5, 3, 8, 8)
+    assert (kept - images * 255).abs().max() < 0.51
 
 
 def test_samples_in_bfloat16_differ_from_those_in_float32(student, tmp_path):
@@ -180,23 +215,25 @@ def test_class_names_from_a_file(evaluate, student, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (
-            ("--reference", "r.npz"),
-            2,
-            "--reference r.npz needs the weights of Inception: torch-fidelity's weights-incep",
-        ),
-        (("--inception_weights", "w.pth"), 1, "no Inception weights at w.pth: torch-fidelity publishes them as"),
+        (("--eval_reference", "r.npz"), 1, "no reference at r.npz: give a folder of images, an .npz"),
+        (("--eval_features", "inception:w.pth"), 1, "no Inception weights at w.pth: torch-fidelity publishes them as"),
+        (("--eval_features", "jpeg"), 2, "the reward 'jpeg' has no method `features`"),
+        (("--judges", "classifier"), 2, "judges need to know which class each mode belongs to"),
+        (("--eval_refrence", "r.npz"), 2, "did you mean '--eval_reference'"),
+        (("--eval_reference_images", "1"), 2, "eval_reference_images must be at least 2, not 1"),
+        (("--dataset", "nowhere"), 1, "set eval_reference to a folder or statistics of others, or to none"),
+        (("--recipe", "nowhere.yaml"), 2, "no recipe at nowhere.yaml"),
         (("--rewards", "clipp"), 2, "unknown reward 'clipp'"),
+        (("--rewards", "jpeg", "--prompt_template", "a picture"), 2, 'prompt_template "a picture" lacks {name}'),
         (("--reward_kwargs", "{"), 2, "--reward_kwargs must be a mapping"),
         (("--reward_kwargs", "[1]"), 2, "--reward_kwargs must be a mapping"),
         (("--reward_kwargs", "{clip: 1}"), 2, "--reward_kwargs must look like"),
         (("--num_images", "0"), 2, "num_images must be at least 1, not 0"),
+        (("--redraws", "0"), 2, "--redraws must be at least 1, not 0"),
         (("--batch_size", "0"), 2, "--batch_size must be at least 1, not 0"),
         (("--num_processes", "0"), 2, "num_processes 0 and num_machines 1 must be at least 1"),
-        (("--inception_batch_size", "0"), 2, "must be at least 1, not 0"),
         (("--guidance_scale", "2.0"), 2, "guidance_scale 2.0 was given to a one-step student"),
         (("--vae", "nowhere"), 1, "no VAE at nowhere"),
-        (("--redraws", "2"), 2, "--redraws has no effect here, because"),
         (("--images", "folder"), 2, "give either the model"),
     ],
 )
@@ -210,7 +247,7 @@ def test_what_cannot_be_evaluated(evaluate, arguments, code, message):
     ("arguments", "code", "message"),
     [
         ((), 2, "give a MODEL to evaluate, or a folder of images (--images DIR)"),
-        (("--images", "folder"), 2, "--images needs the weights of Inception"),
+        (("--images", "folder"), 1, "folder is not a folder of images"),
         (("--images", "folder", "--rewards", "clip"), 2, "--rewards has no effect here"),
     ],
 )
@@ -219,22 +256,9 @@ def test_folders_that_cannot_be_evaluated(evaluate, arguments, code, message):
     assert found == code and message in err
 
 
-def test_few_images_are_measured_as_far_as_they_go(evaluate, tmp_path, weights):
-    images, reference = random_images(tmp_path / "few", 9, seed=0), random_images(tmp_path / "real", 12, seed=1)
-    options = ("--images", images, "--inception_weights", weights)
-    code, out, err, _ = evaluate(*options, model=None)
-    assert code == 2 and f"needs at least 10 images; {images} holds 9" in err
-    code, out, err, results = evaluate(*options, "--reference", reference, model=None)
-    assert (code, err) == (0, "") and results["fid"] > 0 and results["inception_score"] is None
-    assert (
-        "note: FID of 9 against 12 images: below 2048" in out
-        and "images                                        9" in out
-    )
-
-
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(student, tmp_path, weights, capsys):
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(student, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    folder = ["evaluate", "--images", random_images(tmp_path / "few", 12, seed=0), "--inception_weights", weights]
+    folder = ["evaluate", "--images", random_images(tmp_path / "few", 12, seed=0)]
     for command in (["evaluate", student, "--num_images", "4"], ["sample", student], folder):
         code = main([str(word) for word in (*command, "--device", "cpu", "--output", tmp_path / "file" / "e.json")])
         out, err = capsys.readouterr()
@@ -243,24 +267,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(student, tm
 
 def test_rewards_are_loaded_before_anything_is_generated(evaluate, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(image_run, "paint", lambda *_: pytest.fail("images were generated"))
+        patch.setattr(image_run, "generate_batch", lambda *_: pytest.fail("images were generated"))
         for wrong in ("no_such", "tiny_evaluation:brightnes"):
             code, _, err, _ = evaluate("--num_images", 4, "--rewards", wrong)
             assert code == 2 and wrong in err, err
     code, _, err, results = evaluate("--num_images", 4, "--rewards", "tiny_evaluation:every_other")
     assert code == 0, err  # what failed before is not in the way
-    assert list(results["rewards"]) == ["every_other"]
+    assert results["rewards/every_other/mean"] == 3
 
 
-def test_torch_fidelity_is_an_extra(evaluate, tmp_path, weights, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as if it were not installed
-    code, _, err, results = evaluate("--num_images", 10, "--inception_weights", weights)
+def test_torch_fidelity_is_an_extra(evaluate, weights, monkeypatch):
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    code, _, err, results = evaluate("--num_images", 10, "--eval_features", f"inception:{weights}")
     assert code == 1 and "need torch-fidelity: pip install 'marval-rl[evaluate]'" in err and results is None
     assert evaluate("--num_images", 3)[0] == 0
-
-
-def test_digits_take_no_options_of_other_models(tmp_path, capsys):
-    folder = tmp_path / "digits"
-    tiny_student(image_size=8).save_pretrained(folder)
-    assert main(["evaluate", str(folder), "--reference", "r.npz"]) == 2
-    assert "--reference has no effect here, because" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""What a recipe says of evaluation: what generated images are compared with, in which features, and who judges."""
+
+# No `from __future__ import annotations`: the recipe parser reads the field types.
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from marval_rl.data import LabelledImages
+from marval_rl.errors import DataError
+from marval_rl.evaluation.evaluator import ImageEvaluator
+from marval_rl.evaluation.features import KINDS, load_extractors
+from marval_rl.evaluation.references import RealImages, Reference, images_of_data, open_reference
+from marval_rl.models import MARConfig
+from marval_rl.paths import expand_path
+from marval_rl.rewarding import load_reward
+from marval_rl.runtime.settings import EVALUATED, Conditions
+
+NONE = "none"
+
+
+@dataclass
+class EvaluationArguments:
+    """What generated images are compared with, and by what."""
+
+    eval_features: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Feature extractors: {KINDS}, or rewards with a method `features`. The first one gives "
+            "frechet_distance, kid, ... their plain names (default: the data's first judge if any, and pixels)."
+        },
+    )
+    eval_reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Real images to compare with: a folder, or statistics in .npz or torch-fidelity's .pt; none to "
+            "leave them out (default: the held-out images, else a sample of the training images)."
+        },
+    )
+    eval_reference_images: int = field(
+        default=5000, metadata={"help": "Real images of the data that are compared with, at most."}
+    )
+    judges: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards with a method `mode_log_probs`: accuracy, coverage of modes (default: the data set's)."
+        },
+    )
+
+    counts_if: ClassVar[Conditions] = {
+        EVALUATED: ("eval_features", "eval_reference", "eval_reference_images", "judges"),
+    }
+
+    def check_evaluation(self) -> None:
+        """Raises ValueError for settings that mean nothing."""
+        if self.eval_reference_images < 2:
+            raise ValueError(f"eval_reference_images must be at least 2, not {self.eval_reference_images}")
+
+    def make_evaluator(
+        self,
+        config: MARConfig,
+        judges: list[str],
+        load_held_out: Callable[[], LabelledImages | None] | None,
+        load_training: Callable[[], LabelledImages] | None,
+    ) -> ImageEvaluator:
+        """What measures the images of a model.
+
+        Args:
+            config: The model's configuration: how large its images are.
+            judges: The data set's own judges.
+            load_held_out: The images of the data that are never trained on, or None where there are none.
+            load_training: The images that are trained on. None, as load_held_out, where there are none to read.
+
+        Raises:
+            ValueError, MarvalError: For extractors, judges or images that cannot be loaded.
+        """
+        judges = judges if self.judges is None else self.judges
+        features = self.eval_features if self.eval_features is not None else [*judges[:1], "pixels"]
+        reference, train, source = self._load_reference(config, load_held_out, load_training, bool(judges))
+        evaluator = ImageEvaluator(
+            load_extractors(features),
+            reference,
+            train,
+            class_of_mode=None if source is None else torch.tensor(source.class_of_mode),
+            judges={name: load_reward(name) for name in judges},
+        )
+        evaluator.check_statistics(config.image_size)
+        return evaluator
+
+    def _load_reference(
+        self,
+        config: MARConfig,
+        load_held_out: Callable[[], LabelledImages | None] | None,
+        load_training: Callable[[], LabelledImages] | None,
+        needs_classes: bool,
+    ) -> tuple[Reference | None, RealImages | None, LabelledImages | None]:
+        """The reference, other real images for the floor, and images that know the classes."""
+        is_given = self.eval_reference is not None
+        held_out = training = None
+        if load_training is not None and (needs_classes or not is_given):
+            try:
+                held_out, training = load_held_out(), load_training()
+            except DataError as error:
+                raise DataError(
+                    f"{error}. Evaluation compares with these images: set eval_reference to a folder or statistics of "
+                    "others, or to none"
+                ) from error
+        source = training if held_out is None else held_out
+        if source is not None and config.class_names not in (None, source.class_names):
+            raise ValueError(
+                f"the model knows {len(config.class_names)} classes ({', '.join(config.class_names[:3])}, ...), but "
+                f"evaluation compares with {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...): set "
+                "--dataset and --class_groups to those that the model was trained on, or eval_reference to none"
+            )
+        if is_given:
+            if self.eval_reference == NONE:
+                return None, None, source
+            return open_reference(Path(expand_path(self.eval_reference)), config.image_size), None, source
+        if source is None:
+            return None, None, None
+        shape = (config.image_size, config.image_channels, self.eval_reference_images)
+        train = None if held_out is None else images_of_data(training, *shape)
+        return Reference(images=images_of_data(source, *shape)), train, source
