@@ -68,7 +68,7 @@ def test_everything_at_once(evaluate, tmp_path, weights):
     assert (results["rewards/every_other/mean"], results["left_out"]["every_other"]) == (3.0, 15)
     for name in ("inception", "pixels"):
         assert results[f"frechet_distance/{name}"] > 0 and 0 <= results[f"recall/{name}"] <= 1
-        assert 0 < results[f"mode_coverage/{name}"] < 1.5 and results[f"kid/{name}"] > 0
+        assert 0 <= results[f"mode_coverage/{name}"] < 1.5 and results[f"kid/{name}"] > 0
     assert results["frechet_distance"] == results["frechet_distance/inception"]
     assert results["inception_score"] > 1 and results["image/sharpness/vs_real"] > 0
     assert results["seconds_per_image"] > 0 and results["images_per_second"] > 0

@@ -10,10 +10,10 @@ from marval_rl.rewards import digit_networks
 from marval_rl.rewards.classifier import Classifier, HeldOutClassifier
 from marval_rl.rewards.digit_networks import ConvolutionalNetwork, PerceptronNetwork, cache_path
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 from marval_rl.data import load_image_dataset
 from marval_rl.errors import CheckpointError
-from marval_rl.models import MARConfig
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.rewarding import RewardSet, load_reward
 
@@ -58,7 +58,7 @@ def test_held_out_images_are_recognised(judges, name, class_groups):
 
 def test_the_frechet_space_has_the_expected_floor(judges):
     data = DataArguments(dataset="digits", class_groups="parity")
-    evaluator = data.evaluator(MARConfig(image_size=8, image_channels=1, class_names=["even digit", "odd digit"]))
+    evaluator = data.evaluator(tiny_model(image_size=8).config)
     train = load_image_dataset("digits", "train", "parity")
     real = evaluator.evaluate(train.images[:1000], train.class_labels[:1000])
     assert 0.6 < real["frechet_floor"] < 1.5
