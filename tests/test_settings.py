@@ -25,9 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from marval_rl.cli import train as train_command
 from marval_rl.data import class_rows
+from marval_rl.evaluation import ImageEvaluator
+from marval_rl.evaluation.references import Rows
 from marval_rl.models import MARConfig
 from marval_rl.quiet import quiet_libraries
-from marval_rl.recipes import data_arguments
+from marval_rl.recipes import data_arguments, evaluation_arguments
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, TeacherArguments
 from marval_rl.rewarding import RewardSet
@@ -84,7 +86,7 @@ CHANGES: dict[str, Any] = {
     "logging_strategy": ("no", {"logging_steps": 10, "max_steps": 11}),
     **{"logging_steps": 2, "logging_first_step": (True, {"logging_steps": 3})},
     **{"eval_strategy": "no", "eval_steps": 2, "eval_delay": 4, "eval_on_start": False, "eval_num_images": 9},
-    **{"eval_unmasking_steps": 4, "eval_seed": 5, "sample_grid_columns": 1},
+    **{"eval_unmasking_steps": 4, "eval_seed": 5, "eval_redraws": 2, "sample_grid_columns": 1},
     **{"save_strategy": ("steps", {"save_steps": 3}), "save_steps": (2, {"save_strategy": "steps"})},
     "save_total_limit": (1, {"save_strategy": "steps", "save_steps": 2}),
     **{"seed": 3, "data_seed": 3, "ema_decay": 0.01},
@@ -104,7 +106,7 @@ CHANGES: dict[str, Any] = {
     "gsim_mask_ratio_std": (3.0, {"gsim_mask_ratio_min": 0.05}),
     **{"reward_weights": [2.0], "num_unmasking_steps": 3, "beta": 0.2, "prompt_template": "a {name}"},
     **{"policy_std": 0.3, "best_metric": "rewards/judge/mean", "max_kl": 1e-9},
-    **{"max_frechet_ratio": 1.0, "min_diversity": 1.0, "min_mode_coverage": 1.0},
+    **{"max_frechet_ratio": 1.0, "min_diversity": 1.0, "min_mode_coverage": 1.0, "min_recall": 1.0},
     # GRPO
     **{"num_generations": 2, "num_iterations": 2, "steps_per_generation": 2, "log_prob_reduction": "mean"},
     **{"loss_type": ("cispo", {"num_iterations": 2}), "scale_rewards": "none"},
@@ -135,18 +137,19 @@ READ_BY: dict[str, Any] = {
 }
 
 
-class Measures:
-    """An evaluation whose figures get worse, and of which one tells of the images."""
+class Measures(ImageEvaluator):
+    """An evaluation whose figures get worse, and of which some tell of the images."""
 
-    names = ("frechet_distance", "diversity", "mode_coverage", "mean")
+    worse = ("diversity", "mode_coverage", "recall")
+    calls = 0
 
-    def __init__(self):
-        self.calls = 0
+    def names(self, num_images: int, num_classes: int | None = None) -> list[str]:
+        return ["frechet_distance", *self.worse, *super().names(num_images, num_classes)]
 
-    def evaluate(self, images: Tensor, class_labels: Tensor) -> dict[str, float]:
+    def figures(self, rows: Rows) -> dict[str, float | None]:
         self.calls += 1
-        worse = {"frechet_distance": float(self.calls), "diversity": 1 / self.calls, "mode_coverage": 1 / self.calls}
-        return {**worse, "mean": images.mean().item()}
+        worse = dict.fromkeys(self.worse, 1 / self.calls)
+        return {"frechet_distance": float(self.calls), **worse, **super().figures(rows)}
 
 
 def judge(images: Tensor, prompts: list[str], **_: Any) -> Tensor:
@@ -324,13 +327,10 @@ OFF: dict[tuple[str, ...], dict[str, Any]] = {
     ("use_peft",): {"use_peft": False},
     ("lora_target_modules",): {"lora_target_modules": ["qkv"]},
     ("eval_reward_funcs",): {"eval_reward_funcs": []},
-    ("class_groups",): {"class_groups": None},
 }
 OFF_BY_SETTING: dict[str, dict[str, Any]] = {  # where one setting switches some off by one value, some by another
     **{name: {"optim": "sgd"} for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
     "optim_args": {"optim": "adamw_torch"},
-    **{name: {"dataset": "images"} for name in ("feature_extractor", "judges")},
-    **{name: {"dataset": "images"} for name in ("max_frechet_ratio", "min_diversity", "min_mode_coverage")},
     **{name: {"dataset": "digits"} for name in ("image_column", "label_column", "class_names")},
     **{name: {"dataset": "digits"} for name in ("eval_dataset", "eval_holdout")},
 }
@@ -339,7 +339,6 @@ ON = {
     "use_peft": True,
     "gsim_weight": 1.0,
     "eval_guidance_scale": 2.0,
-    "class_groups": "parity",
     "eval_reward_funcs": ["classifier"],
 }
 
@@ -390,29 +389,28 @@ def uses_of(recipe: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> st
 
         return call
 
-    class Scorer:
-        features = None
-
     class Images:
-        image_size, mode_names = 8, ("a",)
+        image_size, mode_names, class_names, class_of_mode = 8, ("a",), ["a"], [0]
         merge_classes, in_memory = recorded("merge_classes"), recorded("in_memory")
 
         def __repr__(self) -> str:
             return "images"
 
     images = Images()
-    for name in ("load_moments", "CroppedImages", "load_labelled_images", "load_held_out", "ImageEvaluator"):
+    for name in ("load_moments", "CroppedImages", "load_labelled_images", "load_held_out"):
         monkeypatch.setattr(data_arguments, name, recorded(name, images))
     monkeypatch.setattr(data_arguments, "hold_out", recorded("hold_out", (images, images)))
     settings = {"dataset": "digits", **settings}
-    monkeypatch.setattr(data_arguments, "load_reward", recorded("load_reward", Scorer))
+    for name in ("load_reward", "load_extractors", "images_of_data", "open_reference"):
+        monkeypatch.setattr(evaluation_arguments, name, recorded(name))
+    monkeypatch.setattr(evaluation_arguments, "ImageEvaluator", lambda *_, **__: ImageEvaluator())
     for part in (
         kind(**{k: v for k, v in settings.items() if k in kind.__dataclass_fields__}) for kind in CONFIGS[recipe][:-1]
     ):
         if isinstance(part, DataArguments):
             part.load_training(None if part.image_size else 8, seed=0)
             part.load_held_out()
-            part.evaluator()
+            part.evaluator(MARConfig())
             config = MARConfig()
             part.fit(config, "model")
             calls.append((config.vae, part.image_channels))
@@ -436,7 +434,9 @@ PARTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # field -> recipe, anothe
     "image_channels": ("distill", 1, OWN),
     "flip": ("distill", False, OWN),
     "vae": ("distill", "vae", {}),
-    "feature_extractor": ("distill", "other", {}),
+    "eval_features": ("distill", ["pixels"], {}),
+    "eval_reference": ("distill", "none", {}),
+    "eval_reference_images": ("distill", 9, {}),
     "judges": ("distill", ["classifier"], {}),
     "teacher": ("distill", "other", {}),
     "model_size": ("distill", "huge", {}),

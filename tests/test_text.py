@@ -218,7 +218,8 @@ def test_a_path_means_the_same_in_a_recipe_and_on_the_command_line(home, tmp_pat
 
 # Text settings that are no paths. A new setting of type text must be named here or in PATH_SETTINGS.
 NO_PATHS = {
-    *("class_groups", "image_column", "label_column", "feature_extractor", "judges"),  # names
+    *("class_groups", "image_column", "label_column", "judges"),  # names
+    "eval_features",  # paths in them: `load_extractor`
     *("reward_funcs", "reward_kwargs", "eval_reward_funcs", "eval_reward_kwargs"),  # paths in them: `load_reward`
     *("prompt_template", "eval_guidance_schedule", "best_metric", "scale_rewards", "overwrite_output_dir"),
     *("lora_target", "lora_target_modules", "method", "model_size", "cache_dtype"),
@@ -249,6 +250,8 @@ def holds_text(hint: Any) -> bool:
 
 # Options of commands that are text, and no paths.
 NO_PATH_OPTIONS = {
+    *("--eval_dataset", "--eval_holdout", "--image_column", "--label_column", "--eval_features", "--judges"),
+    *("--eval_reference", "--eval_reference_images"),  # expanded as settings
     *("--main_process_ip", "--device", "--class_groups", "--prompt_template", "--classes", "--host", "--token"),
     *("--guidance_schedule", "--dtype", "--model_size", "--dataset", "--weights", "--reward_kwargs", "--rewards"),
 }

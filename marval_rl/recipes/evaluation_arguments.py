@@ -15,7 +15,6 @@ from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.evaluation.features import KINDS, load_extractors
 from marval_rl.evaluation.references import RealImages, Reference, images_of_data, open_reference
 from marval_rl.models import MARConfig
-from marval_rl.paths import expand_path
 from marval_rl.rewarding import load_reward
 from marval_rl.runtime.settings import EVALUATED, Conditions
 
@@ -118,7 +117,7 @@ class EvaluationArguments:
         if is_given:
             if self.eval_reference == NONE:
                 return None, None, source
-            return open_reference(Path(expand_path(self.eval_reference)), config.image_size), None, source
+            return open_reference(Path(self.eval_reference), config.image_size), None, source
         if source is None:
             return None, None, None
         shape = (config.image_size, config.image_channels, self.eval_reference_images)

@@ -9,6 +9,7 @@ from marval_rl.errors import nearest
 
 RENAMED = {  # former names
     "sigma": "policy_std",
+    "feature_extractor": "eval_features",
     "anchor_weight": "gsim_weight",
     "anchor_batch_size": "gsim_batch_size",
     "guidance_scale": "gsim_guidance_scale",  # in RL; distillation keeps these names
