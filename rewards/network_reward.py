@@ -125,6 +125,12 @@ class CosineReward(NetworkReward):
     def embed_prompt(self, prompt: str, device: torch.device) -> Tensor:
         """One prompt -> its embedding [1, D] of any length."""
 
+    def features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 -> their embeddings [B, D]: a space to compare images in."""
+        self._move_to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.embed_images(self.pixels(images.float())).float()
+
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         image_embeddings = F.normalize(self.embed_images(self.pixels(images)).to(images.dtype), dim=1)
         return self.scale * (image_embeddings * self._embed_prompts(prompts).to(images)).sum(dim=1)

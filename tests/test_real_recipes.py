@@ -17,7 +17,7 @@ from official_files import official_config, vae_weights, write_mar, write_vae
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_images import noise_image
-from tiny_recipes import CONFIGS, is_finite, training_lines
+from tiny_recipes import CONFIGS, is_finite, read_lines, training_lines
 from tiny_rewards import image_reward_arguments, write_clip, write_image_reward, write_pick_score
 
 from marval_rl.cli.main import main
@@ -82,6 +82,10 @@ def files(tmp_path_factory) -> Files:
         path = found.images / "train" / WNIDS[number % 3] / f"{WNIDS[number % 3]}_{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise_image(number, 50, 40).save(path)
+    for number in range(60):  # held out
+        path = found.images / "val" / WNIDS[number % 3] / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(1000 + number, 50, 40).save(path)
     assert main(command("cache", "huge.yaml", **found.settings, teacher=found.teacher)) == 0
     write_clip(found.rewards / "clip")
     write_pick_score(found.rewards / "pick_score")
@@ -189,6 +193,8 @@ def test_the_rl_recipes_run_on_that_student(files, student, tmp_path, recipe):
         "num_unmasking_steps": 2,
         "reward_kwargs": {trained: kwargs[trained]},
         "eval_reward_kwargs": {judge: kwargs[judge]},
+        "eval_features": f"[clip:local-dir:{files.rewards / 'clip'}, pixels]",
+        "eval_num_images": 30,
     }
     if recipe.startswith("grpo"):
         settings |= {"num_generations": 2, "gradient_accumulation_steps": 2}
@@ -198,6 +204,12 @@ def test_the_rl_recipes_run_on_that_student(files, student, tmp_path, recipe):
     assert main(command("train", recipe, **settings)) == 0
     assert_trained(tmp_path)
     assert any(f"rewards/{trained}/mean" in line for line in training_lines(tmp_path))
+    measured = [line for line in read_lines(tmp_path) if "eval_frechet_distance" in line]
+    assert [line["step"] for line in measured] == [0, 4]
+    figures = ("frechet_distance", "frechet_floor", "kid", "precision", "recall", "mode_coverage")
+    for name in (*(f"{figure}/{space}" for figure in figures for space in ("clip", "pixels")), "diversity", *figures):
+        assert all(is_finite(line[f"eval_{name}"]) for line in measured), name
+    assert all(is_finite(line["eval_image/sharpness/vs_real"]) for line in measured)
     before, after = load_file(student / "final" / "model.safetensors"), load_file(tmp_path / "final/model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
 

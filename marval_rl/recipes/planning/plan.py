@@ -129,7 +129,7 @@ def plan_reward_training(
 
 def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> Dataset | None:
     with plan.needing(GET_CACHE if data.cache_dir is not None else GET_DATA):
-        dataset = data.load_training(data.image_size or 256, seed)
+        dataset = data.load_training(None if data.is_bundled else 256, seed)
         plan.rows = len(dataset)
         plan.data = describe_data(dataset)
         return dataset
