@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from marval_rl.errors import RecipeError
 
 # In the order in which accelerate reads them: torchrun and `accelerate launch`, then MPI (also `srun --mpi=pmi2`).
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+# Names the file in which torch's launcher looks for the error of a process; empty if it keeps none.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 LAUNCHER = "MARVAL_RL_LAUNCHER"  # id of the process that started this one, for `--num_processes`
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torch's launcher has started the processes again
 POLL_SECONDS = 1.0
@@ -58,6 +63,14 @@ def end_with_launcher() -> None:
 
     if is_started_here():
         threading.Thread(target=watch, daemon=True).start()
+
+
+def record_error(message: str) -> None:
+    """Leave the message of an error for torch's launcher, in the format of `torch.distributed.elastic`."""
+    if os.environ.get(ERROR_FILE):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # the folder is deleted when the launcher ends
+            Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
 def launched_processes() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_recipes import RECIPES, command_line, read_lines
+from tiny_recipes import RECIPES, command_line, comparable_lines, read_lines
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from marval_rl.cli.accelerate_config import read_accelerate_config
@@ -321,12 +321,12 @@ def test_two_processes_are_one_run_without_a_flag_for_the_cpu(launcher, tiny_run
 
 SCRIPT = """
 import os, pathlib, signal, sys, time
-from marval_rl.cli.main import record_error
+from marval_rl.launched import record_error
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 def fail(code, text):
-    record_error(pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]), text)
+    record_error(text)
     sys.exit(code)
 """
 KILL_ITSELF = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -430,6 +430,38 @@ sys.exit(130)
         start(script)
     assert [(tmp_path / f"came-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+CRASH = """
+import os
+import signal
+
+scored = 0
+
+
+def brightness(images, **columns):
+    \"""Kills its process when it comes here for the sixth time, before any restart.\"""
+    global scored
+    scored += 1
+    if scored == 6 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+def test_a_restarted_run_continues_from_its_checkpoint_to_the_end_of_an_undisturbed_one(tiny_runs, tmp_path, capfd):
+    (tmp_path / "rewards.py").write_text(CRASH)
+    settings = {"gsim_weight": 0, "steps_per_generation": 1, "max_steps": 8, "save_steps": 3, "eval_strategy": "no"}
+    settings |= {"eval_on_start": False, "model": tiny_runs.student}
+    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness"}
+    assert main(command_line("grpo", tmp_path / "undisturbed", **settings)) == 0
+    crashing = command_line("grpo", tmp_path / "run", "--overwrite_output_dir", "--num_processes", "1", **settings)
+    assert main([*crashing, "--max_restarts", "1"]) == 0
+    told = capfd.readouterr().err
+    assert told.count("marval-rl: process 0 of 1: was killed by SIGKILL; restart 1 of 1") == 1
+    assert comparable_lines(tmp_path / "run") == comparable_lines(tmp_path / "undisturbed")
+    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("run", "undisturbed")]
+    assert weights[0] == weights[1]
 
 
 # Two machines, both of them this one

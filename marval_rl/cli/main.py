@@ -8,13 +8,10 @@ Exit codes: 0 fine, 1 the work failed, 2 the input is wrong, 130 interrupted. A 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import json
 import os
 import select
 import sys
-import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,13 +19,12 @@ from pathlib import Path
 
 from marval_rl import __version__
 from marval_rl.errors import MarvalError, nearest
-from marval_rl.launched import check_company, is_started_here, launched_processes
+from marval_rl.launched import check_company, is_started_here, launched_processes, record_error
 from marval_rl.paths import path_or_id
 
 PROGRAM = "marval-rl"
 READER_GONE = 141  # as shells report a program that SIGPIPE ended
 STDOUT = 1  # its file descriptor
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names the file in which torch's launcher looks for the error of a process
 
 
 @dataclass(frozen=True)
@@ -276,15 +272,7 @@ def _fail(code: int, message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     message = " ".join(message.split())
-    if os.environ.get(ERROR_FILE):  # it is empty where torch's launcher keeps no logs
-        record_error(Path(os.environ[ERROR_FILE]), message)
-    if not is_started_here():  # else the process that started this one says it, once for all
+    record_error(message)
+    if not is_started_here():  # else the process that started this one prints it, once for all processes
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return code
-
-
-def record_error(file: Path, message: str) -> None:
-    """Write the message as torch's launcher reads it: what `torch.distributed.elastic` records, without its import."""
-    details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    with contextlib.suppress(OSError):  # the folder goes when the launcher does
-        file.write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))

@@ -183,10 +183,10 @@ def _summary(launch: Launch, failures: Sequence[ProcessFailure]) -> str:
     """One message from those of several processes: each cause once, without those that only repeat another one's."""
     distinct: dict[str, int] = {}
     for failure in failures:
-        message = failure.message  # a dictionary is what `record_error` of marval_rl.cli.main wrote
+        message = failure.message  # a dictionary is what `marval_rl.launched.record_error` wrote
         text = message["message"] if isinstance(message, dict) else _ending(failure.exitcode)
         distinct.setdefault(text, failure.local_rank)
-    if len(distinct) == 1 and len(failures) == launch.local_processes:
+    if len(distinct) == 1 and len(failures) == launch.local_processes and isinstance(failures[0].message, dict):
         return next(iter(distinct))
     causes = {text: rank for text, rank in distinct.items() if not any(t in text for t in distinct if t != text)}
     return "; ".join(f"{_name(launch, rank)}: {text}" for text, rank in causes.items())
