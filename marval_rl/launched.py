@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from marval_rl.errors import RecipeError
 
@@ -63,6 +66,25 @@ def end_with_launcher() -> None:
 
     if is_started_here():
         threading.Thread(target=watch, daemon=True).start()
+
+
+def end_process(code: int) -> NoReturn:
+    """End a process of several: after its threads and exit functions, but without the interpreter's finalization.
+
+    One of gloo's threads may still hold a tensor of the last collective operation when the main thread is done. To
+    release a tensor takes the GIL, and Python before 3.14 ends a thread that asks for it during finalization by
+    pthread_exit, which C++ answers with std::terminate: SIGABRT at the end of a run that succeeded. Destroying the
+    process groups does not join these threads, as DistributedDataParallel and DeepSpeed keep references to the groups.
+    See https://github.com/pytorch/pytorch/pull/179291. `multiprocessing` ends its children in the same way.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def record_error(message: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from marval_rl.errors import DataError
-from marval_rl.launched import launched_processes
+from marval_rl.launched import end_process, launched_processes
 from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_in_chunks, mean_over_processes
 from marval_rl.trainers.base import MARTrainer
 
@@ -193,7 +193,9 @@ def run_all(stage: str, folder: Path, names: Iterable[str] = TRAINERS, **options
         report = run(name, folder, **options)
         (folder / f"{name}_{rank}.json").write_text(json.dumps(report))
     (folder / f"collectives_{rank}.json").write_text(json.dumps(collectives(rank)))
+    torch.distributed.barrier()  # none leaves while another one still needs it
     torch.distributed.destroy_process_group()
+    end_process(0)
 
 
 def launch(script: str, *arguments: str, timeout: float) -> None:

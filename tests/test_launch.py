@@ -432,6 +432,29 @@ sys.exit(130)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+END = """
+import atexit, sys, threading, time
+import torch.distributed
+from marval_rl.launched import end_process
+
+def use(store):
+    while True:
+        store.check(["key"])
+
+atexit.register(lambda: print("exit functions run"))
+threading.Thread(target=use, args=(torch.distributed.HashStore(),), daemon=True).start()
+threading.Thread(target=lambda: time.sleep(0.2) or print("threads end")).start()
+end_process(3)
+"""
+
+
+def test_the_end_of_a_process_waits_for_threads_but_ends_none_that_uses_torch():
+    """Python's own end (`sys.exit(3)` in place of the last line) aborts this script: such a thread dies by SIGABRT."""
+    ended = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stdout.splitlines() == ["threads end", "exit functions run"]
+
+
 CRASH = """
 import os
 import signal

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from marval_rl.errors import RecipeError, check_folder
 from marval_rl.launched import RESTARTS
 from marval_rl.quiet import quiet_libraries
@@ -103,6 +105,9 @@ def run_training(
             print(note)
     elif speaks:
         print(f"stopped at step {trainer.state.global_step}: a checkpoint is kept, --resume continues from it")
+    state = PartialState()
+    state.wait_for_everyone()  # none leaves while another one still needs it
+    state.destroy_process_group()
     if not finished:
         raise KeyboardInterrupt
 
