@@ -27,7 +27,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from marval_rl.cli import processes
 from marval_rl.cli.main import COMMANDS, main
-from marval_rl.recipes.planning import activations
+from marval_rl.recipes.planning import memory
 from marval_rl.trainers import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ def check(monkeypatch, capsys, tmp_path) -> Checker:
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
-    monkeypatch.setattr(activations, "saved_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "activations_of", lambda *_: 0)
     return Checker(monkeypatch, capsys)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,28 +11,22 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from tiny_models import tiny_config, tiny_student
-from torch import nn
+from torch.utils.data import default_collate
 
 from marval_rl.cli.main import main
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.recipes.network_arguments import LoraArguments
-from marval_rl.recipes.planning import activations
-from marval_rl.recipes.planning.activations import example_batch, grpo_bytes, gsim_bytes, pretrain_bytes
+from marval_rl.recipes.planning import memory
 from marval_rl.recipes.planning.dry_run import length
-from marval_rl.recipes.planning.memory import (
-    Footprint,
-    adapter_parameters,
-    head_parameters,
-    mar_parameters,
-    memory_table,
-    saved_bytes,
-)
+from marval_rl.recipes.planning.memory import Footprint, StandInReward, activations_of, footprint_of, memory_table
 from marval_rl.recipes.planning.plan import TrainingPlan
+from marval_rl.rewarding import RewardSet
 from marval_rl.trainers import arguments
-from marval_rl.trainers.distill import DistillConfig
-from marval_rl.trainers.grpo import MARGRPOConfig
+from marval_rl.trainers.distill import DistillConfig, DistillTrainer
+from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.lora import add_lora
-from marval_rl.trainers.pretrain import PretrainConfig, pretraining_loss
+from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
+from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
@@ -41,9 +36,33 @@ ALL = [*REAL_SIZE.values(), *sorted((RECIPES / "digits").glob("*.yaml"))]
 # Parameters and bytes
 
 
-def test_the_published_sizes_are_counted_without_memory():
-    sizes = {make: (mar_parameters(make()), head_parameters(make())) for make in (MARConfig.base, MARConfig.huge)}
-    assert list(sizes.values()) == [(207_924_768, 35_749_920), (942_403_104, 151_206_944)]
+def pretraining(args, model, teacher, rows) -> PretrainTrainer:
+    return PretrainTrainer(model, args, train_dataset=rows)
+
+
+def distilling(args, student, teacher, rows) -> DistillTrainer:
+    return DistillTrainer(teacher, args, student, train_dataset=rows)
+
+
+def rewarding(trainer_class, peft_config=None, reward=None):
+    def make(args, student, teacher, rows):
+        options = {"teacher": teacher, "anchor_dataset": rows, "peft_config": peft_config}
+        return trainer_class(student, RewardSet([reward or StandInReward()]), args, train_dataset=rows, **options)
+
+    return make
+
+
+def test_the_published_sizes_are_counted_without_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "activations_of", lambda *_: 0)
+    for make, student, auxiliary in (
+        (MARConfig.base, 207_924_768, 35_749_920),
+        (MARConfig.huge, 942_403_104, 151_206_944),
+    ):
+        footprint = footprint_of(distilling, DistillConfig(str(tmp_path)), make(one_step_timestep=700), make())
+        assert footprint.networks == {"student": student, "auxiliary network": auxiliary}
+        assert (footprint.frozen, footprint.averaged) == ({"teacher": student}, student)
+        # The null class's embedding is not trained: students are never asked for it.
+        assert footprint.trained == student + auxiliary - footprint.held and footprint.held in (768, 1280)
 
 
 def test_the_table_shards_what_each_stage_shards():
@@ -74,55 +93,108 @@ def test_weights_that_are_held_have_neither_gradients_nor_optimizer():
 
 def test_adapters_are_counted_without_memory_and_keep_fewer_activations_in_the_head_alone(tmp_path):
     config = tiny_config(one_step_timestep=700)
-    settings = {"num_generations": 4, "per_device_train_batch_size": 8, "num_unmasking_steps": 2}
-    args = MARGRPOConfig(str(tmp_path), **settings)
-    everywhere, head = (LoraArguments(use_peft=True, lora_r=4, lora_target=target) for target in ("all", "head"))
+    args = MARGRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=8, num_unmasking_steps=2)
+    adapted = {
+        target: footprint_of(
+            rewarding(MARGRPOTrainer, LoraArguments(use_peft=True, lora_r=4, lora_target=target).config()),
+            args,
+            config,
+            None,
+        )
+        for target in ("all", "head")
+    }
+    complete = footprint_of(rewarding(MARGRPOTrainer), args, config, None)
     student = tiny_student()
-    add_lora(student, head.config(), seed=0)
+    add_lora(student, LoraArguments(use_peft=True, lora_r=4, lora_target="head").config(), seed=0)
     real = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    assert adapter_parameters(config, head.config()) == real
-    assert adapter_parameters(config, everywhere.config()) > real
-    whole = grpo_bytes(config, args)
-    assert grpo_bytes(config, args, head.config()) < 0.5 * whole < grpo_bytes(config, args, everywhere.config())
+    assert adapted["head"].trained == adapted["head"].networks["adapters"] == real < adapted["all"].trained
+    assert adapted["head"].held == adapted["head"].networks["student"] == complete.networks["student"]
+    assert adapted["head"].activations < 0.5 * complete.activations < adapted["all"].activations
 
 
-def test_saved_bytes_are_those_that_autograd_keeps():
-    def network() -> list[nn.Module]:
-        return [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))]
+class Brightness:
+    differentiable = True
 
-    # Kept: the input [5, 8], the hidden state after the ReLU [5, 16] once, and nothing for the mean but its size.
-    saved = saved_bytes(network, lambda net: net(torch.randn(5, 8)).mean(), tiny_config(), half=False)
-    assert saved == 4 * (5 * 8 + 5 * 16)
+    def __call__(self, images, **_):
+        return images.mean(dim=(1, 2, 3))
 
 
-def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(tmp_path):
-    config = tiny_config()
-    args = PretrainConfig(str(tmp_path), per_device_train_batch_size=6)
+SMALL = {"per_device_train_batch_size": 6, "use_cpu": True}
+GSIM = {"gsim_weight": 1.0, "gsim_batch_size": 6, "auxiliary_warmup_steps": 0}
+STEPS = {
+    "pretrain": (pretraining, PretrainConfig, {}),
+    "distill": (distilling, DistillConfig, {}),
+    "grpo": (MARGRPOTrainer, MARGRPOConfig, {"num_generations": 3, "num_unmasking_steps": 3}),
+    "grpo with anchors": (MARGRPOTrainer, MARGRPOConfig, {"num_generations": 3, "beta": 0.1, **GSIM}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(name, tmp_path):
+    make, config_class, settings = STEPS[name]
+    counted, real = make, make
+    if isinstance(make, type):
+        counted, real = rewarding(make), rewarding(make, reward=Brightness())
+    config = config_class(str(tmp_path), **SMALL, **settings)
+    sizes = tiny_config(one_step_timestep=None if name == "pretrain" else 700)
+    teacher = None if name == "pretrain" else tiny_config()
+    planned = activations_of(counted, config, sizes, teacher)
+
+    masked = {"mask_ratio_min": 1.0, "gsim_mask_ratio_min": 1.0}
+    known = {setting: value for setting, value in masked.items() if setting in vars(config)}
+    args = config_class(str(tmp_path), **SMALL, **settings, **known)
+    rows = [{"images": torch.rand(sizes.image_channels, sizes.image_size, sizes.image_size), "class_labels": 0}] * 200
+    trainer = real(args, MARModel(sizes), None if teacher is None else MARModel(teacher), rows)
+    trainer.state.global_step = next(step for step in count() if args.moves_model(step))
+    trainer.model.train()
+    inputs = rows[:6] if isinstance(make, type) else default_collate(rows[:6])
+    if config_class is MARGRPOConfig:
+        inputs = inputs[: args.rows_per_batch]
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    model = MARModel(config).train()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    tokens, labels, order = example_batch(config, 6)
-    shape = (args.timestep_draws, 6, config.num_tokens)
-    t, noise = torch.zeros(shape, dtype=torch.long), torch.randn(*shape, config.token_channels)
+    networks = [
+        trainer.model,
+        *([] if teacher is None else [trainer.matching.teacher if name == "distill" else trainer.mar]),
+    ]
+    if name == "grpo with anchors":
+        networks.append(trainer.anchors.gsim.teacher)
+    own = {parameter.untyped_storage().data_ptr() for network in networks for parameter in network.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = pretraining_loss(model, tokens, labels, order, config.num_tokens, t, noise, labels > 5)
-    real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
-    del result
-    assert pretrain_bytes(config, args) == pytest.approx(real, rel=0.02)
+        loss = trainer.compute_loss(trainer.model, inputs)
+    measured = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+    del loss
+    assert planned == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("trainer_class", [MARGRPOTrainer, RewardBackpropTrainer])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_activations_of_deep_networks_follow_from_those_of_shallow_ones(
+    trainer_class, gradient_checkpointing, tmp_path, monkeypatch
+):
+    config_class = MARGRPOConfig if trainer_class is MARGRPOTrainer else RewardBackpropConfig
+    settings = {"num_generations": 3} if trainer_class is MARGRPOTrainer else {}
+    config = config_class(str(tmp_path), **SMALL, **settings, gradient_checkpointing=gradient_checkpointing, **GSIM)
+    config.use_cpu = False  # as on a GPU
+    depths = {"encoder_num_layers": 3, "decoder_num_layers": 4, "head_num_layers": 3}
+    sizes = [tiny_config(one_step_timestep=700, **depths), tiny_config(**depths)]
+    extrapolated = activations_of(rewarding(trainer_class), config, *sizes)
+    monkeypatch.setattr(memory, "DEPTHS", ())
+    assert extrapolated == activations_of(rewarding(trainer_class), config, *sizes) > 0
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path):
-    student, teacher = tiny_config(one_step_timestep=700, encoder_num_layers=6), tiny_config()
-    args = DistillConfig(str(tmp_path))
-    small, large = (gsim_bytes(student, teacher, args, args, batch) for batch in (4, 8))
-    assert large == pytest.approx(2 * small, rel=0.1)
-    args = DistillConfig(str(tmp_path), gradient_checkpointing=True)
-    assert gsim_bytes(student, teacher, args, args, 8) < 0.7 * large
+    sizes = [tiny_config(one_step_timestep=700, encoder_num_layers=6), tiny_config(encoder_num_layers=6)]
+
+    def kept(**settings) -> int:
+        return activations_of(distilling, DistillConfig(str(tmp_path), **settings), *sizes)
+
+    large = kept(per_device_train_batch_size=8)
+    assert large == pytest.approx(2 * kept(per_device_train_batch_size=4), rel=0.1)
+    assert kept(per_device_train_batch_size=8, gradient_checkpointing=True) < 0.7 * large
 
 
 # Steps
@@ -159,7 +231,7 @@ def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
 ):
     monkeypatch.chdir(tmp_path)  # no teacher, no student, no data but the digits
     monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
-    monkeypatch.setattr(activations, "saved_bytes", lambda *_: 0)  # takes seconds, and is counted below
+    monkeypatch.setattr(memory, "activations_of", lambda *_: 0)  # takes seconds, and is counted below
     words = [] if num_processes is None else ["--num_processes", str(num_processes)]
     output = planned(capsys, command_for(recipe), str(recipe), *words)
     settings = yaml.safe_load(recipe.read_text())
@@ -184,7 +256,7 @@ def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
 )
 def test_every_precision_is_planned_without_a_gpu(settings, planned_precision, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(activations, "saved_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "activations_of", lambda *_: 0)
     output = planned(capsys, "distill", str(RECIPES / "base.yaml"), *settings.split())
     assert f"planned for 1 process in {planned_precision}" in output
 

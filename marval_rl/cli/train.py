@@ -73,6 +73,6 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         )
 
     def make_plan() -> TrainingPlan:
-        return plan_reward_training(data, rewarded, source, peft_config, config)
+        return plan_reward_training(data, rewarded, source, peft_config, config, trainer_class)
 
     run_training(args, settings, (data, rewarded, source, lora, config), make_trainer, make_plan)

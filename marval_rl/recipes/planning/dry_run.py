@@ -103,8 +103,10 @@ def length(config: Any, plan: TrainingPlan) -> list[str]:
 
 
 def parameters(plan: TrainingPlan) -> list[str]:
-    counts = ", ".join(f"{name} {count:,}" for name, count in plan.networks.items())
-    return [f"parameters: {counts}" if counts else "parameters: unknown until the networks are there"]
+    if plan.footprint is None:
+        return ["parameters: unknown until the networks are there"]
+    networks = plan.footprint.networks | plan.footprint.frozen
+    return [f"parameters: {', '.join(f'{name} {count:,}' for name, count in networks.items())}"]
 
 
 def memory(config: Any, plan: TrainingPlan) -> list[str]:

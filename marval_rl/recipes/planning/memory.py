@@ -1,33 +1,61 @@
-"""The memory a training step takes, without taking it: parameters on the meta device, activations of fake tensors."""
+"""The memory of a training step, without taking it: the real trainer's step, run on fake tensors.
+
+The networks are built on the meta device, and the trainer around them as a run builds it. Then `FakeTensorMode` gives
+them shapes, types and the device "cuda", on any machine, and the trainer computes its loss: autograd keeps what it
+would keep on a GPU, and nothing is computed. Stand-ins are used for images (latents: what the VAE keeps is not
+counted), rewards (a mean of the tokens), and what takes no gradient: GRPO's rollouts and the reference model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from itertools import count
 from typing import Any
 
 import torch
-from peft import LoraConfig
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Dataset
 
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.diffusion import forget_tensors, make_schedule
-from marval_rl.models.mar import new_head
-from marval_rl.trainers.lora import add_lora
+from marval_rl.models.sampling import student_mean
+from marval_rl.models.unmasking import random_order, unmasking_steps
+from marval_rl.rewarding import RewardScores
+from marval_rl.runtime.limits import LimitArguments
+from marval_rl.trainers.arguments import planned_for
+from marval_rl.trainers.base import MARTrainer
+from marval_rl.trainers.grpo import MARGRPOTrainer
+from marval_rl.trainers.reward_backprop import RewardBackpropTrainer
+from marval_rl.trainers.reward_trainer import RewardTrainer
 
 FLOAT32 = 4
 COLUMNS = ("weights", "gradients", "optimizer", "average", "frozen", "activations", "total")
 STAGES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+DEPTHS = ("encoder_num_layers", "decoder_num_layers", "head_num_layers")
+
+# Makes a trainer of its arguments, the model it trains, the teacher, if there is one, and rows of data.
+MakeTrainer = Callable[[Any, MARModel, MARModel | None, Dataset], MARTrainer]
 
 
 @dataclass
 class Footprint:
     """Parameters by what training keeps for them, and the activations of a micro-batch.
 
-    trained: parameters that are updated. averaged: parameters of the weight average. frozen: name -> parameters of the
-    networks that are only looked at. activations: bytes that a micro-batch keeps for its backward pass. held:
-    parameters of the trained networks that stay as they are: the student's own, with adapters.
+    Attributes:
+        trained: Parameters that are updated.
+        averaged: Parameters of the weight average.
+        frozen: Name -> parameters of the networks that are only evaluated.
+        activations: Bytes that a micro-batch keeps for its backward pass.
+        held: Parameters of the trained networks that are not updated: with adapters, the student's own.
+        networks: Name -> parameters of what is trained, for display.
     """
 
     trained: int
@@ -35,15 +63,16 @@ class Footprint:
     frozen: dict[str, int]
     activations: int
     held: int = 0
+    networks: dict[str, int] = field(default_factory=dict)
 
 
 def memory_table(footprint: Footprint, half: bool, num_processes: int) -> list[str]:
     """Lines of a table: memory of each process by ZeRO stage (arXiv 1910.02054, section 5 and figure 1).
 
-    DDP keeps weights, gradients and Adam's two moments in float32 (16 bytes a parameter). DeepSpeed with `half`, which
-    is bf16 or fp16, keeps 2 + 2 bytes of weights and gradients and 12 of optimizer state (float32 weights and moments).
-    Stage 1 shards the optimizer, 2 the gradients too, 3 the weights too; weights that are held have neither gradients
-    nor optimizer. Frozen networks and the weight average are float32, in each process.
+    DDP keeps weights, gradients and Adam's two moments in float32 (16 bytes per parameter). DeepSpeed with `half`,
+    which is bf16 or fp16, keeps 2 + 2 bytes of weights and gradients and 12 of optimizer state (float32 weights and
+    moments). Stage 1 shards the optimizer, 2 the gradients too, 3 the weights too; weights that are held have neither
+    gradients nor optimizer. Frozen networks and the weight average are float32, in each process.
     """
     average = FLOAT32 * footprint.averaged
     frozen = FLOAT32 * sum(footprint.frozen.values())
@@ -60,47 +89,94 @@ def memory_table(footprint: Footprint, half: bool, num_processes: int) -> list[s
     return lines + ["".join([f"  {name:8s}", *(f"{part / size:13.2f}" for part in parts)]) for name, parts in rows]
 
 
-def count_parameters(make: Callable[[], nn.Module]) -> int:
-    """Parameters of a network that is built on the meta device, without memory."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in make().parameters())
+def footprint_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, teacher: MARConfig | None) -> Footprint:
+    """What a run would keep in memory.
 
-
-def mar_parameters(config: MARConfig) -> int:
-    return count_parameters(lambda: MARModel(config))
-
-
-def head_parameters(config: MARConfig) -> int:
-    return count_parameters(lambda: new_head(config))
-
-
-def adapter_parameters(config: MARConfig, peft_config: LoraConfig) -> int:
-    """Parameters of the adapters alone."""
-    student = adapted_on_meta(config, peft_config)
-    return sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-
-
-def adapted_on_meta(config: MARConfig, peft_config: LoraConfig) -> MARModel:
-    """A student with adapters on the meta device."""
-    with unset_fake_temporarily(), torch.device("meta"):  # peft moves adapters, which fake tensors do not allow
-        student = MARModel(config)
-        add_lora(student, peft_config, seed=0)
-    return student
-
-
-def saved_bytes(
-    make_networks: Callable[[], Iterable[nn.Module]], run: Callable[..., Any], config: MARConfig, half: bool
-) -> int:
-    """Bytes that autograd keeps for the backward pass of `run(*networks)`; nothing is computed.
-
-    Counts each storage once and leaves the parameters out; with `half`, which is bf16 or fp16, it counts the copies of
-    weights that autocast makes. Buffers that live only within one operation come on top.
+    Args:
+        make_trainer: Makes the run's trainer.
+        config: The run's training arguments.
+        model: Of the model that is trained.
+        teacher: Of the teacher, where the run needs one.
     """
-    make_schedule(config.num_train_timesteps)  # cached: it must be made before the fake mode, not in it
+    with _meta_trainer(make_trainer, config, model, teacher) as (trainer, frozen):
+        parameters = dict(trainer.model.named_parameters())
+        adapters = sum(p.numel() for name, p in parameters.items() if "lora_" in name)
+        trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        named = {"student" if model.is_one_step else "teacher": _size(trainer.mar) - adapters, "adapters": adapters}
+        named["auxiliary network"] = _size(trainer.model) - _size(trainer.mar)
+        return Footprint(
+            trained=trained,
+            averaged=_size(trainer.ema.module),
+            frozen={name: _size(network) for name, network in frozen.items()},
+            activations=activations_of(make_trainer, config, model, teacher),
+            held=_size(trainer.model) - trained,
+            networks={name: size for name, size in named.items() if size},
+        )
+
+
+def activations_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, teacher: MARConfig | None) -> int:
+    """Bytes that autograd keeps for the backward pass of a micro-batch; arguments as `footprint_of`'s.
+
+    Blocks of a kind keep equally much, so that networks with one block of each kind, and with one more, tell all.
+    """
+
+    def count_bytes(depths: dict[str, int]) -> int:
+        shallow = [None if sizes is None else _changed(sizes, depths) for sizes in (model, teacher)]
+        with _meta_trainer(make_trainer, config, *shallow) as (trainer, frozen):
+            return saved_bytes(trainer, config, frozen.values())
+
+    depths = {name: vars(model)[name] for name in DEPTHS}
+    if teacher is not None and depths != {name: vars(teacher)[name] for name in DEPTHS}:
+        return count_bytes({})
+    one_each = dict.fromkeys(DEPTHS, 1)
+    least = count_bytes(one_each)
+    return least + sum((n - 1) * (count_bytes({**one_each, name: 2}) - least) for name, n in depths.items())
+
+
+@contextmanager
+def _meta_trainer(
+    make_trainer: MakeTrainer, config: Any, model: MARConfig, teacher: MARConfig | None
+) -> Iterator[tuple[MARTrainer, dict[str, nn.Module]]]:
+    """The run's trainer on the meta device, and the frozen networks by name; arguments as `footprint_of`'s."""
+    with planned_for(1), tempfile.TemporaryDirectory() as folder:  # transformers makes the output folder
+        args = _arguments_on_meta(config, folder)
+        with torch.device("meta"):
+            networks = [None if sizes is None else MARModel(_on_latents(sizes)) for sizes in (model, teacher)]
+        trainer = make_trainer(args, *networks, _Rows(networks[0].config))
+        frozen = {} if teacher is None else {"teacher": networks[1]}
+        if isinstance(trainer, RewardTrainer) and trainer.anchors.reference is not None:
+            frozen["reference model"] = trainer.anchors.reference
+        yield trainer, frozen
+
+
+def saved_bytes(trainer: MARTrainer, config: Any, frozen: Iterable[nn.Module] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of a micro-batch; nothing is computed.
+
+    Each storage counts once; parameters do not, but the copies of weights that autocast makes do. Buffers that live
+    only within one operation come on top. What a checkpointed unmasking step keeps while it is computed again counts,
+    for the largest step.
+
+    Args:
+        trainer: On the meta device; it can do nothing else afterwards.
+        config: The run's training arguments: its precision, and whether it uses the CPU.
+        frozen: Networks beside the trainer's own.
+    """
+    device = torch.device("cpu" if config.use_cpu else "cuda")
+    make_schedule(trainer.mar.config.num_train_timesteps)  # cached: it must be made before the fake mode, not in it
+    trainer.state.global_step = next(step for step in count() if trainer.args.moves_model(step))
+    trainer.model.train()
+    if trainer.args.gradient_checkpointing:
+        trainer.mar.gradient_checkpointing_enable(
+            trainer.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        )
     kept: dict[int, torch.UntypedStorage] = {}
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            networks = list(make_networks())
+        with FakeTensorMode(allow_non_fake_inputs=True), _NoValues(), _FusedAttention(), _autocast(device, config):
+            type(trainer.args).device = device
+            networks = [trainer.model, *frozen]
+            for network in networks:
+                state = network.state_dict()
+                network.load_state_dict({n: torch.empty_like(t, device=device) for n, t in state.items()}, assign=True)
             parameters = {_key(p) for network in networks for p in network.parameters()}
 
             def keep(tensor: Tensor) -> Tensor:
@@ -108,14 +184,141 @@ def saved_bytes(
                     kept[_key(tensor)] = tensor.untyped_storage()  # held, so that no key is given to another
                 return tensor
 
-            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-                result = run(*networks)  # held while we count: its graph owns the saved tensors
+            rollout = _rollout(trainer, device)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                # Held while we count: their graphs own the saved tensors.
+                results = [trainer.compute_loss(trainer.model, _batch(trainer, rollout))]
+                if isinstance(trainer, RewardBackpropTrainer):
+                    largest = unmasking_steps(trainer.mar.config.num_tokens, trainer.args.num_unmasking_steps)[-1]
+                    results.append(student_mean(trainer.mar, rollout, rollout["tokens"], *largest))
                 total = sum(storage.nbytes() for storage in kept.values())
-            del result
+            del results
     finally:
         forget_tensors()
     return total
+
+
+class StandInReward:
+    """Stands where a reward would; the trainer's scores are replaced, see `_batch`."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, **_: Any) -> Tensor:
+        raise AssertionError("a dry run scores nothing")
+
+
+class _Rows(Dataset):
+    """Rows of images, enough for any batch."""
+
+    def __init__(self, config: MARConfig):
+        self.shape = (config.image_channels, config.image_size, config.image_size)
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"images": torch.zeros(self.shape), "class_labels": 0}
+
+
+def _changed(config: MARConfig, changes: dict[str, Any]) -> MARConfig:
+    return MARConfig.from_dict({**config.to_dict(), **changes})
+
+
+def _on_latents(config: MARConfig) -> MARConfig:
+    """A model of the same networks whose images are its latents."""
+    latents = {"image_size": config.image_size // config.latent_stride, "image_channels": config.latent_channels}
+    return _changed(config, {**latents, "latent_stride": 1, "vae": None})
+
+
+def _arguments_on_meta(config: Any, folder: str) -> Any:
+    """The run's arguments in one process on the meta device, all tokens masked, without what needs data or a GPU."""
+    args = copy.copy(config)
+    args.__class__ = type("PlannedArguments", (type(config),), {"device": torch.device("meta")})
+    changed = {f.name: f.default for f in fields(LimitArguments)}
+    changed |= {"mask_ratio_min": 1.0, "gsim_mask_ratio_min": 1.0, "reward_weights": None}
+    changed |= {"steps_per_generation": 1, "num_generations": 1}  # one micro-batch of it is what counts
+    if vars(config).get("backprop_steps") == "random":
+        changed["backprop_steps"] = "last"  # as many
+    for name in changed.keys() & vars(config).keys():
+        setattr(args, name, changed[name])
+    args.output_dir, args.bf16, args.fp16, args.tf32, args.deepspeed = folder, False, False, None, None
+    return args
+
+
+def _rollout(trainer: MARTrainer, device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch of finished images, as a rollout leaves them."""
+    args, config = trainer.args, trainer.mar.config
+    batch = args.per_device_train_batch_size
+    tokens = torch.randn(batch, config.num_tokens, config.token_channels, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    order = random_order(batch, config.num_tokens, device)
+    return {"class_labels": labels, "order": order, "noise": torch.randn_like(tokens), "tokens": tokens}
+
+
+def _batch(trainer: MARTrainer, rollout: dict[str, Tensor]) -> Any:
+    """What the trainer's loss is computed of; the stand-ins for rewards and rollouts are set."""
+    row, labels = trainer.train_dataset[0], rollout["class_labels"]
+    if not isinstance(trainer, RewardTrainer):
+        return {"images": torch.zeros(len(labels), *row["images"].shape, device=labels.device), "class_labels": labels}
+
+    def score(tokens: Tensor, *_: Any, **__: Any) -> RewardScores:
+        values = tokens.mean(dim=(1, 2))
+        return RewardScores(values, dict.fromkeys(trainer.rewards.names, values))
+
+    def generate_rollouts(rows: list[dict[str, Any]]) -> None:
+        log_prob = torch.zeros(len(labels), len(trainer.pairs), device=labels.device)
+        trainer.buffer = {**rollout, "log_prob": log_prob, "advantages": log_prob[:, 0], "weights": log_prob[:, 0]}
+
+    def one_step(*args: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(args[-1]), None  # of the noise's shape, which is the last argument
+
+    trainer.score = score
+    if trainer.anchors.reference is not None:
+        trainer.anchors.reference.one_step = one_step
+    if isinstance(trainer, MARGRPOTrainer):
+        trainer.generate_rollouts = generate_rollouts
+    return [row] * len(labels)
+
+
+class _NoValues(TorchDispatchMode):
+    """Where the step asks a fake tensor for its value, it is True or 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 0  # True: checks such as isfinite().all() pass
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as on a GPU; on a machine without one PyTorch would keep the attention weights of all pairs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and args[0].device.type == "cuda":
+            dropout = (kwargs or {}).get("dropout_p", 0.0)
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True, dropout)[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _autocast(device: torch.device, config: Any) -> Iterator[None]:
+    """`torch.autocast`, which for "cuda" does nothing without a GPU."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    if dtype is None:
+        yield
+        return
+    torch.set_autocast_dtype(device.type, dtype)
+    torch.set_autocast_enabled(device.type, True)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device.type, False)
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _key(tensor: Tensor) -> int:

@@ -11,14 +11,15 @@ from peft import LoraConfig
 from torch.utils.data import Dataset
 
 from marval_rl.errors import MarvalError
-from marval_rl.models import MARConfig
+from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.checkpoints import load_config
 from marval_rl.recipes.data_arguments import DataArguments, describe_data
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
-from marval_rl.recipes.planning.activations import grpo_bytes, gsim_bytes, pretrain_bytes, reward_backprop_bytes
-from marval_rl.recipes.planning.memory import Footprint, adapter_parameters, head_parameters, mar_parameters
+from marval_rl.recipes.planning.memory import Footprint, MakeTrainer, StandInReward, footprint_of
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.distill import student_config
+from marval_rl.trainers.distill import DistillTrainer, student_config
+from marval_rl.trainers.pretrain import PretrainTrainer
+from marval_rl.trainers.reward_trainer import RewardTrainer
 
 GET_TEACHER = (
     "official weights: download checkpoint-last.pth of the size you want (links in LTH14/mar's README) and run "
@@ -35,12 +36,14 @@ GET_CACHE = "caching reads the images once: ImageNet's class folders (n01440764,
 class TrainingPlan:
     """What would be trained.
 
-    data: what would be trained on, in one line; None if unknown. networks: name -> parameters. footprint: None where no
-    size is known. rows: rows of data an epoch; None if unknown. missing: what is not there, and how to get it.
+    Attributes:
+        data: What would be trained on, in one line; None if unknown.
+        footprint: None where no size is known.
+        rows: Rows of data per epoch; None if unknown.
+        missing: What does not exist on disk, and how to get it.
     """
 
     data: str | None = None
-    networks: dict[str, int] = field(default_factory=dict)
     footprint: Footprint | None = None
     rows: int | None = None
     missing: list[str] = field(default_factory=list)
@@ -53,6 +56,20 @@ class TrainingPlan:
         except MarvalError as error:
             self.missing.append(f"{error}\n           -> {remedy}")
 
+    def with_step(
+        self,
+        make_trainer: MakeTrainer,
+        config: Any,
+        model: MARConfig,
+        teacher: MARConfig | None = None,
+        vae: int | None = None,
+    ) -> TrainingPlan:
+        """This plan with the memory of a step, arguments as `footprint_of`'s; vae: its parameters."""
+        self.footprint = footprint_of(make_trainer, config, model, teacher)
+        if vae is not None:
+            self.footprint.frozen["VAE"] = vae
+        return self
+
 
 def plan_pretraining(data: DataArguments, sizes: ModelArguments, config: Any) -> TrainingPlan:
     plan = TrainingPlan()
@@ -60,11 +77,11 @@ def plan_pretraining(data: DataArguments, sizes: ModelArguments, config: Any) ->
     vae = _vae(plan, data.vae)
     if dataset is None or (data.vae is not None and vae is None):
         return plan
-    model = sizes.config(data.latents(dataset))
-    trained = mar_parameters(model)
-    plan.networks = {"teacher": trained, **_named("VAE", vae)}
-    plan.footprint = Footprint(trained, trained, _named("VAE", vae), pretrain_bytes(model, config))
-    return plan
+
+    def make(args: Any, model: MARModel, teacher: None, rows: Dataset) -> PretrainTrainer:
+        return PretrainTrainer(model, args, train_dataset=rows)
+
+    return plan.with_step(make, config, sizes.config(data.latents(dataset)), vae=vae)
 
 
 def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any) -> TrainingPlan:
@@ -73,13 +90,12 @@ def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any
     teacher = _model_config(plan, source.teacher, GET_TEACHER, source, data, dataset)
     if teacher is None:
         return plan
+
+    def make(args: Any, student: MARModel, teacher: MARModel, rows: Dataset) -> DistillTrainer:
+        return DistillTrainer(teacher, args, student, train_dataset=rows)
+
     student = student_config(teacher, config.student_timestep)
-    counts = {"student": mar_parameters(student), "auxiliary network": head_parameters(student)}
-    frozen = {"teacher": mar_parameters(teacher), **_named("VAE", _vae(plan, teacher.vae))}
-    plan.networks = counts | frozen
-    activations = gsim_bytes(student, teacher, config, config, config.per_device_train_batch_size)
-    plan.footprint = Footprint(sum(counts.values()), counts["student"], frozen, activations)
-    return plan
+    return plan.with_step(make, config, student, teacher, _vae(plan, teacher.vae))
 
 
 def plan_reward_training(
@@ -88,9 +104,10 @@ def plan_reward_training(
     source: TeacherArguments,
     peft_config: LoraConfig | None,
     config: Any,
+    trainer_class: type[RewardTrainer],
 ) -> TrainingPlan:
     plan = TrainingPlan()
-    anchored = config.gsim_weight > 0
+    anchored = config.has_auxiliary
     dataset = _data(plan, data, config.seed) if anchored or data.is_bundled else None
     student = _model_config(plan, rewarded.model, GET_STUDENT, source, data, dataset)
     teacher = _model_config(plan, source.teacher, GET_TEACHER, source, data, dataset) if anchored else None
@@ -104,27 +121,14 @@ def plan_reward_training(
     if student is None or (anchored and teacher is None):
         return plan
     plan.rows = student.num_classes * rewarded.prompts_per_class
+
+    def make(args: Any, student: MARModel, teacher: MARModel | None, rows: Dataset) -> RewardTrainer:
+        anchor = {"teacher": teacher, "anchor_dataset": rows if anchored else None}
+        reward = RewardSet([StandInReward()])
+        return trainer_class(student, reward, args, train_dataset=rows, peft_config=peft_config, **anchor)
+
     student = student_config(student, student.one_step_timestep or 0)
-    engine = {"student": mar_parameters(student)}
-    trained = averaged = engine["student"]
-    if peft_config is not None:
-        engine["adapters"] = trained = adapter_parameters(student, peft_config)
-        averaged += trained
-    frozen = _named("VAE", _vae(plan, student.vae))
-    if anchored:
-        engine["auxiliary network"] = head_parameters(student)
-        trained += engine["auxiliary network"]
-        frozen["teacher"] = mar_parameters(teacher)
-    if config.beta > 0 and peft_config is None:  # with adapters it is the student without them
-        frozen["reference model"] = engine["student"]
-    plan.networks = engine | frozen
-    count = grpo_bytes if rewarded.method == "grpo" else reward_backprop_bytes
-    activations = count(student, config, peft_config)
-    if anchored:
-        gsim = config.gsim_arguments()
-        activations += gsim_bytes(student, teacher, config, gsim, config.gsim_batch_size, peft_config)
-    plan.footprint = Footprint(trained, averaged, frozen, activations, held=sum(engine.values()) - trained)
-    return plan
+    return plan.with_step(make, config, student, teacher, _vae(plan, student.vae))
 
 
 def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> Dataset | None:
@@ -160,10 +164,6 @@ def _vae(plan: TrainingPlan, name: str | None) -> int | None:
     with plan.needing(GET_VAE):
         return sum(parameter.numel() for parameter in load_autoencoder(name).parameters())
     return None
-
-
-def _named(name: str, count: int | None) -> dict[str, int]:
-    return {} if count is None else {name: count}
 
 
 Planner = Callable[[], TrainingPlan]
