@@ -14,7 +14,7 @@ help:
 
 .venv: $(BIN)/.installed
 
-# A stamp, not the folder, says that the installation ended well: one that was broken off is made anew.
+# A stamp, not the folder, says that the installation succeeded: one that was interrupted is repeated.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'

@@ -97,11 +97,11 @@ def yaml_problem(error: yaml.YAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_integer(self, node: yaml.Node) -> int:
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node).replace("_", "")
         return int(text, 0) if text[:2].lower() in ("0o", "0x") else int(text)
 
-    def construct_number(self, node: yaml.Node) -> float:
+    def construct_number(self, node: yaml.ScalarNode) -> float:
         text = self.construct_scalar(node).replace("_", "").lower()
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 

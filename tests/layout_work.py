@@ -106,7 +106,7 @@ def spoil(folder: Path, layout: str) -> dict[str, Any]:
 
 
 def resume(folder: Path, written: str, layout: str) -> str | None:
-    """Go on under another layout to the end; why it cannot, or None."""
+    """Resume under another layout, to the end; returns why it cannot, or None."""
     target = folder / f"{written}_to_{layout}_{world_size()}"
     run = copy_of(folder / written, target)
     # All draw and read the same, however many processes there are.

@@ -1,4 +1,4 @@
-"""Writing a cache of VAE moments: what is in it; killed and resumed; damaged and mended."""
+"""Writing a cache of VAE moments: what is in it; killed and resumed; damaged and repaired."""
 
 from __future__ import annotations
 
@@ -257,60 +257,60 @@ def test_a_cache_is_not_resumed_with_other_images(build, copy, tmp_path):
 
 
 @pytest.fixture
-def mended(tmp_path) -> Path:
+def repaired(tmp_path) -> Path:
     """A folder with two corrupt images, to be repaired; with its cache in `cache`."""
-    root = write_partly_corrupt_folder(tmp_path / "mended")
+    root = write_partly_corrupt_folder(tmp_path / "repaired")
     write_cache(root, tmp_path / "cache")
     return root
 
 
-def test_repaired_and_replaced_images_are_noticed_and_only_their_shards_built_anew(build, mended, tmp_path):
+def test_repaired_and_replaced_images_are_noticed_and_only_their_shards_built_anew(build, repaired, tmp_path):
     folder, found = tmp_path / "cache", []
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
-    noise_image(1005).save(mended / "bee" / "0005.png")  # image 25, of shard 3
-    noise_image(77).save(mended / "ant" / "0003.png")  # of shard 0
-    assert MomentsCache(folder).changes().startswith(f"{mended / 'ant' / '0003.png'} changed since it was cached: ")
-    manifest = build(folder, source=ImageFolder(mended), report_changes=found.append)
+    noise_image(1005).save(repaired / "bee" / "0005.png")  # image 25, of shard 3
+    noise_image(77).save(repaired / "ant" / "0003.png")  # of shard 0
+    assert MomentsCache(folder).changes().startswith(f"{repaired / 'ant' / '0003.png'} changed since it was cached: ")
+    manifest = build(folder, source=ImageFolder(repaired), report_changes=found.append)
     assert manifest["images"] == 59 and [image["index"] for image in manifest["skipped"]] == [59]
     assert found[0].names == ["ant/0003.png", "bee/0005.png"] and found[0].shards == [0, 3]
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert {name[6:11] for name in after if after[name] != before[name]} == {"00000", "00003"}
-    build(tmp_path / "fresh", source=ImageFolder(mended))
+    build(tmp_path / "fresh", source=ImageFolder(repaired))
     assert contents(folder) == contents(tmp_path / "fresh") and MomentsCache(folder).changes() is None
 
 
-def test_an_image_of_the_same_size_and_an_image_readable_by_now_are_noticed(build, mended, tmp_path, monkeypatch):
+def test_an_image_of_the_same_size_and_an_image_readable_by_now_are_noticed(build, repaired, tmp_path, monkeypatch):
     folder, found = tmp_path / "cache", []
-    path = mended / "ant" / "0001.png"
+    path = repaired / "ant" / "0001.png"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # another checksum of the last, empty chunk: Pillow does not mind
     path.write_bytes(data)
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    build(folder, source=ImageFolder(mended), report_changes=found.append)
+    build(folder, source=ImageFolder(repaired), report_changes=found.append)
     assert found[0].names == ["ant/0001.png"]
     sidecar = json.loads((folder / "shard-00000.json").read_text())
     sidecar["skipped"] = [{"index": 2, "name": "ant/0002.png", "reason": "an older Pillow could not read it"}]
     (folder / "shard-00000.json").write_text(json.dumps(sidecar))
-    build(folder, source=ImageFolder(mended), report_changes=found.append)
+    build(folder, source=ImageFolder(repaired), report_changes=found.append)
     assert found[1].names == ["ant/0002.png"]
 
 
-def test_a_copy_of_the_images_with_other_times_builds_nothing_anew(build, mended, tmp_path):
+def test_a_copy_of_the_images_with_other_times_builds_nothing_anew(build, repaired, tmp_path):
     folder = tmp_path / "cache"
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    for path in mended.glob("*/*.png"):
+    for path in repaired.glob("*/*.png"):
         os.utime(path, ns=(1, 1))
     assert MomentsCache(folder).changes() is None
-    build(folder, source=ImageFolder(mended))
+    build(folder, source=ImageFolder(repaired))
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} == before
-    build(tmp_path / "fresh", source=ImageFolder(mended))
+    build(tmp_path / "fresh", source=ImageFolder(repaired))
     assert contents(folder) == contents(tmp_path / "fresh")  # the new times are recorded
 
 
-def test_training_is_told_of_added_and_lost_images(mended, tmp_path):
-    noise_image(3).save(mended / "ant" / "new.png")
+def test_training_is_told_of_added_and_lost_images(repaired, tmp_path):
+    noise_image(3).save(repaired / "ant" / "new.png")
     assert "images were added, removed or renamed in" in MomentsCache(tmp_path / "cache").changes()
-    mended.rename(tmp_path / "elsewhere")
+    repaired.rename(tmp_path / "elsewhere")
     assert MomentsCache(tmp_path / "cache").changes() is None  # the cache does without the images
 
 

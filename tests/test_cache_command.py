@@ -86,7 +86,7 @@ def test_a_repaired_image_is_found_by_the_same_command(cache, recipe, tmp_path):
     words = ("--dataset", str(images))
     cache(*words)
     noise_image(1005).save(images / "bee" / "0005.png")
-    changed = "1 images changed since they were cached (bee/0005.png): 1 shards are encoded anew"
+    changed = "1 images changed since they were cached (bee/0005.png): 1 shards are encoded again"
     before = contents(tmp_path / "cache")
     code, out, _ = cache(*words, "--dry_run")
     assert code == 0 and changed in out and "shards: 8 of 8 images, 7 of them done" in out

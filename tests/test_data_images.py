@@ -175,7 +175,7 @@ def test_images_suit_the_model_that_is_given(tmp_path, channels):
         with pytest.raises(DataError, match=r"ant/07.png is in colour, .* set --image_channels 1"):
             dataset[7]
         other = DataArguments(dataset=str(tmp_path), image_channels=3)
-        with pytest.raises(ValueError, match="teacher paints images of 1 x 8 x 8, the data's are 3 x 8 x 8"):
+        with pytest.raises(ValueError, match="teacher generates images of 1 x 8 x 8, the data's are 3 x 8 x 8"):
             other.fit(config, "teacher", other.load_training(8, seed=0))
 
 

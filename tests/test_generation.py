@@ -27,31 +27,31 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def paint(model: MARModel, seed: int = 0, **settings):
+def sample(model: MARModel, seed: int = 0, **settings):
     return generate(model, LABELS, **{"num_unmasking_steps": 3, "generator": seeded(seed), **settings})
 
 
 def test_the_generator_decides_everything(model):
-    first = paint(model).latents
+    first = sample(model).latents
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    assert torch.equal(paint(model).latents, first)
+    assert torch.equal(sample(model).latents, first)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(paint(model, seed=1).latents, first)
+    assert not torch.equal(sample(model, seed=1).latents, first)
 
 
 def test_without_a_generator_the_global_one_decides(model):
     latents = []
     for seed in (7, 7, 8):
         torch.manual_seed(seed)
-        latents.append(paint(model, generator=None).latents)
+        latents.append(sample(model, generator=None).latents)
     assert torch.equal(latents[0], latents[1])
     assert not torch.equal(latents[0], latents[2])
 
 
 @pytest.mark.parametrize("num_unmasking_steps", [1, 2, 4, 9])
-def test_any_number_of_unmasking_steps_paints_every_token(model, num_unmasking_steps):
-    output = paint(model, num_unmasking_steps=num_unmasking_steps, return_steps=True)
+def test_any_number_of_unmasking_steps_fills_every_token(model, num_unmasking_steps):
+    output = sample(model, num_unmasking_steps=num_unmasking_steps, return_steps=True)
     assert output.latents.shape == (4, 1, 4, 4)
     assert output.latents.isfinite().all()
     assert len(output.steps) == min(4, num_unmasking_steps)
@@ -60,7 +60,7 @@ def test_any_number_of_unmasking_steps_paints_every_token(model, num_unmasking_s
 
 def test_steps_are_consistent_with_the_order_and_the_result(model):
     order = random_order(4, 4, generator=seeded(5))
-    output = paint(model, order=order, return_steps=True)
+    output = sample(model, order=order, return_steps=True)
     rows = torch.arange(4).unsqueeze(1)
     before = torch.zeros(4, 4, 4)
     for step, (masked, kept) in zip(output.steps, unmasking_steps(4, 3), strict=True):
@@ -74,10 +74,10 @@ def test_steps_are_consistent_with_the_order_and_the_result(model):
     assert not generate(model, LABELS, num_unmasking_steps=3).steps
 
 
-def test_a_student_paints_in_one_pass_a_step():
+def test_a_student_needs_one_pass_per_step():
     """x0 of the revealed tokens from noise that belongs to the position, scaled by the temperature."""
     student, order = tiny_student(), random_order(4, 4, generator=seeded(5))
-    output = paint(student, order=order, temperature=0.7, return_steps=True)
+    output = sample(student, order=order, temperature=0.7, return_steps=True)
     noise = 0.7 * torch.randn(4, 4, 4, generator=seeded())
     tokens, rows = torch.zeros(4, 4, 4), torch.arange(4).unsqueeze(1)
     for masked, kept in unmasking_steps(4, 3):
@@ -94,32 +94,32 @@ def test_a_teacher_denoises_and_a_student_does_not():
     for build, calls in ((tiny_model, 3 * 5), (tiny_student, 3)):
         model, count = build(), []
         model.diffloss.register_forward_hook(lambda *_, count=count: count.append(1))
-        paint(model, num_diffusion_steps=5)
+        sample(model, num_diffusion_steps=5)
         assert len(count) == calls
 
 
 def test_autocast_changes_the_precision_of_the_networks_only(model):
     """The noise and the chain stay in float32; None leaves an autocast around the call as it is."""
-    exact, rough = paint(model).latents, paint(model, autocast_dtype=torch.bfloat16).latents
+    exact, rough = sample(model).latents, sample(model, autocast_dtype=torch.bfloat16).latents
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert (rough - exact).norm() < 0.1 * exact.norm()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(paint(model).latents, rough)
+        assert torch.equal(sample(model).latents, rough)
 
 
 def test_temperature_and_diffusion_steps_matter():
     teacher = tiny_model()
-    latents = paint(teacher).latents
-    assert not torch.equal(latents, paint(teacher, temperature=0.5).latents)
-    assert torch.equal(latents, paint(teacher, num_diffusion_steps=4).latents)  # the configuration's
-    assert not torch.equal(latents, paint(teacher, num_diffusion_steps=3).latents)
+    latents = sample(teacher).latents
+    assert not torch.equal(latents, sample(teacher, temperature=0.5).latents)
+    assert torch.equal(latents, sample(teacher, num_diffusion_steps=4).latents)  # the configuration's
+    assert not torch.equal(latents, sample(teacher, num_diffusion_steps=3).latents)
 
 
 def test_a_clipped_teacher_stays_in_the_range_of_pixels():
     """At the last reverse step the sample is the predicted start itself."""
-    free = paint(tiny_model()).latents
-    clipped = paint(tiny_model(clip_sample_range=0.5)).latents
+    free = sample(tiny_model()).latents
+    clipped = sample(tiny_model(clip_sample_range=0.5)).latents
     assert free.abs().max() > 0.5
     assert clipped.abs().max() == 0.5
     assert (clipped.abs() < 0.5).float().mean() > 0
@@ -127,9 +127,9 @@ def test_a_clipped_teacher_stays_in_the_range_of_pixels():
 
 def test_guidance_of_a_teacher():
     teacher = tiny_model()
-    plain = paint(teacher, return_steps=True)
+    plain = sample(teacher, return_steps=True)
     assert [step.guidance_scale for step in plain.steps] == [1.0] * 3
-    guided = paint(teacher, guidance_scale=2.0, guidance_schedule="constant", return_steps=True)
+    guided = sample(teacher, guidance_scale=2.0, guidance_schedule="constant", return_steps=True)
     assert [step.guidance_scale for step in guided.steps] == [2.0] * 3
     assert guided.steps[0].condition.shape[0] == 8
     torch.testing.assert_close(guided.steps[0].condition[:4], plain.steps[0].condition)
@@ -138,7 +138,7 @@ def test_guidance_of_a_teacher():
 
 def test_guidance_is_refused_for_a_student():
     with pytest.raises(ValueError, match=r"guidance_scale 1\.5 was given to a one-step student"):
-        paint(tiny_student(), guidance_scale=1.5)
+        sample(tiny_student(), guidance_scale=1.5)
 
 
 def test_the_null_class_needs_a_batch_size(model):
@@ -163,19 +163,19 @@ def test_unknown_class_labels_are_named(model, label):
 )
 def test_wrong_settings_are_named(model, settings, message):
     with pytest.raises(ValueError, match=message):
-        paint(model, **settings)
+        sample(model, **settings)
 
 
 def test_nothing_takes_a_gradient(model):
     assert all(p.requires_grad for p in model.parameters())
-    assert not paint(model).latents.requires_grad
+    assert not sample(model).latents.requires_grad
 
 
 def test_sampling_under_inference_mode_does_not_spoil_later_training():
     """The arrays of a process are cached; made under inference mode they could not be saved for a backward pass."""
     student = tiny_student(num_train_timesteps=997)  # a process that no other test has used
     with torch.inference_mode():
-        paint(student)
+        sample(student)
     tokens, order, noise = torch.randn(2, 4, 4), random_order(2, 4), torch.randn(2, 1, 4)
     x_start, _ = student.one_step(tokens, LABELS[:2], order, 1, 0, noise)
     x_start.sum().backward()
@@ -235,7 +235,7 @@ def test_no_step_waits_for_the_device(model, source):
         settings = {"num_unmasking_steps": num_unmasking_steps, "num_diffusion_steps": num_diffusion_steps}
         noise = source()
         with HostSyncs() as syncs:
-            paint(model, generator=noise, **settings)
+            sample(model, generator=noise, **settings)
         counts.append(syncs.count)
     assert counts[0] == counts[1] <= 4
 

@@ -33,7 +33,7 @@ from marval_rl.rewarding import RewardSet
 CODEC = PixelCodec()
 SAMPLING = SamplingSettings(num_unmasking_steps=2)
 PLAN = ImagePlan(num_images=10, num_classes=3, batch_size=4)
-PAINTER = {"model": "tiny"}
+SOURCE = {"model": "tiny"}
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def make_run(folder: Path, **changes) -> ImageRun:
     run = replace(
         ImageRun(folder, keeps_images=True, plan=PLAN, sampling=SAMPLING, seed=0, measured=MEASURES), **changes
     )
-    run.claim(PAINTER)
+    run.claim(SOURCE)
     return run
 
 
@@ -220,7 +220,7 @@ def test_an_unfinished_set_is_not_measured(tmp_path, model):
         run.collect()
 
 
-def test_a_teacher_in_bfloat16_paints_nearly_the_same(model):
+def test_a_teacher_in_bfloat16_generates_nearly_the_same(model):
     teacher = tiny_model(image_channels=3, latent_channels=3, clip_sample_range=1.0)
     guided = SamplingSettings(num_unmasking_steps=2, guidance_scale=1.5, num_diffusion_steps=3)
     for network, sampling in ((model, SAMPLING), (teacher, guided)):

@@ -189,7 +189,9 @@ def test_a_dry_run_says_what_would_be_launched_and_counts_with_it(tiny_runs, tmp
         "would launch 2 processes here, ranks 2 to 3 of 4, machine 1 of 2, the first process at 10.0.0.1:29500" in told
     )
     assert "--dry_run --deepspeed zero2" in told
-    assert "images an update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes" in told
+    assert (
+        "images per update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes" in told
+    )
     assert "generation batch: 128 images = 32 groups of 4" in told
     assert "planned for 4 processes in float32" in told
     assert not (tmp_path / "run").exists()
@@ -535,7 +537,9 @@ def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
     assert [machine.returncode for machine in machines] == [130, 130], errors + others
     for text in (errors, others):
         assert text.splitlines()[-1] == "marval-rl: error: interrupted"
-    assert "images an update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes" in told
+    assert (
+        "images per update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes" in told
+    )
     step = read_lines(run)[-1]["step"]
     assert f"stopped at step {step}: a checkpoint is kept, --resume continues from it" in told
     assert silent == ""

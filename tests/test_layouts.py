@@ -1,4 +1,4 @@
-"""Two real processes: a full disk, a step that is not finite, and going on under another layout."""
+"""Two real processes: a full disk, a step that is not finite, and a resume under another layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: where they sit, that only they are trained, and that what is saved paints what was trained."""
+"""Low-rank adapters: where they sit, that only they are trained, and that what is saved generates what was trained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adapted(seed: int = 0, **changes: Any) -> MARModel:
     return student
 
 
-def paint(model: MARModel) -> Tensor:
+def sample(model: MARModel) -> Tensor:
     labels, generator = torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0)
     return generate(model, labels, num_unmasking_steps=2, generator=generator).latents
 
@@ -77,26 +77,26 @@ def test_new_adapters_change_nothing_and_depend_on_the_seed_alone():
     torch.manual_seed(99)
     add_lora(other, EVERYWHERE, seed=3)
     torch.random.set_rng_state(state)
-    assert torch.equal(paint(one), paint(plain))
+    assert torch.equal(sample(one), sample(plain))
     assert same(one.state_dict(), other.state_dict())
 
 
 def test_a_student_with_its_adapters_off_is_the_one_before():
     student, plain = adapted(), tiny_student()
     trained = trained_layers(student)
-    assert not torch.allclose(paint(student), paint(plain), atol=1e-2)
+    assert not torch.allclose(sample(student), sample(plain), atol=1e-2)
     with adapters_off(student):
-        assert torch.equal(paint(student), paint(plain))
-    assert not torch.allclose(paint(student), paint(plain), atol=1e-2)
+        assert torch.equal(sample(student), sample(plain))
+    assert not torch.allclose(sample(student), sample(plain), atol=1e-2)
     assert trained_layers(student) == trained
 
 
-def test_a_merged_student_paints_the_same_and_disturbs_nothing():
+def test_a_merged_student_generates_the_same_and_disturbs_nothing():
     student = adapted()
-    before, images, state = snapshot(student), paint(student), torch.random.get_rng_state()
+    before, images, state = snapshot(student), sample(student), torch.random.get_rng_state()
     merged = merged_student(student)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.allclose(paint(merged), images, atol=1e-4)
+    assert torch.allclose(sample(merged), images, atol=1e-4)
     assert merged.state_dict().keys() == tiny_student().state_dict().keys()
     assert same(before, student.state_dict())
 
@@ -148,12 +148,12 @@ def test_the_final_folder_holds_the_merged_student_and_peft_loads_the_adapter(tm
     student = load_model(tmp_path / "base")
     trainer = lora_trainer(tmp_path / "run", student, max_steps=3, learning_rate=1e-2)
     trainer.train()
-    trained, final = paint(trainer.ema.module), load_model(tmp_path / "run" / "final", one_step=True)
-    assert not torch.allclose(trained, paint(load_model(tmp_path / "base")), atol=1e-3)
-    assert torch.allclose(paint(final), trained, atol=1e-4)
+    trained, final = sample(trainer.ema.module), load_model(tmp_path / "run" / "final", one_step=True)
+    assert not torch.allclose(trained, sample(load_model(tmp_path / "base")), atol=1e-3)
+    assert torch.allclose(sample(final), trained, atol=1e-4)
     base = MARModel.from_pretrained(tmp_path / "base").eval()
     with_peft = PeftModel.from_pretrained(base, tmp_path / "run" / "final" / "adapter")
-    assert torch.allclose(paint(with_peft), trained, atol=1e-5)
+    assert torch.allclose(sample(with_peft), trained, atol=1e-5)
     assert with_peft.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 

@@ -1,6 +1,6 @@
 """GSIM's gradient where everything is known: student, teacher and auxiliary network are Gaussians.
 
-The student paints x_0 = mu + tau z, so x_t = alpha x_0 + sigma eps is Gaussian too and the auxiliary network can be
+The student generates x_0 = mu + tau z, so x_t = alpha x_0 + sigma eps is Gaussian too and the auxiliary network can be
 exact. Expectations over (z, eps) are Gauss-Hermite sums in float64: no sampling noise, tight tolerances.
 
 What is minimised: the loss works on predicted clean tokens, x0_hat = (x_t + sigma^2 s) / alpha. So y is

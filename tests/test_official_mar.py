@@ -106,7 +106,7 @@ def test_a_model_of_1000_classes_gets_the_names_of_imagenet(tmp_path):
     assert_same_bits(torch.load(tmp_path / "b.pth", weights_only=False)["model"], mar_content(config)["model_ema"])
 
 
-def test_a_converted_model_paints_through_its_converted_vae(checkpoint, tmp_path):
+def test_a_converted_model_generates_through_its_converted_vae(checkpoint, tmp_path):
     write_vae(tmp_path / "kl16.ckpt", vae_weights((32,) * 5))
     assert main(["convert", str(tmp_path / "kl16.ckpt"), str(tmp_path / "vae")]) == 0
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--vae", str(tmp_path / "vae")]) == 0
@@ -136,7 +136,7 @@ def test_a_loaded_model_outlives_its_file(checkpoint):
     assert_same_bits(model.state_dict(), mar_content()["model_ema"])
 
 
-def test_the_file_itself_paints(tmp_path):
+def test_the_official_file_itself_generates(tmp_path):
     config = official_config(image_size=4, latent_stride=1, latent_channels=3)
     path = write_mar(tmp_path / "checkpoint-last.pth", config)
     sampling = ["--per_class", "1", "--steps", "2", "--diffusion_steps", "2"]

@@ -239,7 +239,7 @@ def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
     number = num_processes or 1
     assert f"planned for {number} process{'es' if number > 1 else ''} in {precision}" in output
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1) * number
-    assert f"images an update: {batch} = " in output and f"x {number} processes" in output
+    assert f"images per update: {batch} = " in output and f"x {number} processes" in output
     asks = "this recipe asks for bf16 on a GPU; here is none: --use_cpu true --bf16 false to try it slowly"
     assert (f"missing: {asks}" in output) == (precision == "bf16")
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.startswith(("  DDP", "  ZeRO"))}

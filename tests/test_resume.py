@@ -1,4 +1,4 @@
-"""Stopping and going on: a run that was killed and resumed ends exactly as one that was left alone."""
+"""Stopping and resuming: a run that was killed and resumed ends exactly as one that was left alone."""
 
 from __future__ import annotations
 

@@ -134,6 +134,6 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny_runs, tmp_path,
     output = capsys.readouterr().out
     settings = yaml.safe_load(output[: output.index("\n\n")])
     assert settings["max_steps"] == 6 and settings["dataset"] == "digits"
-    assert "images an update: 16 = per_device_train_batch_size 16 x gradient_accumulation_steps 1" in output
+    assert "images per update: 16 = per_device_train_batch_size 16 x gradient_accumulation_steps 1" in output
     assert "parameters: " in output and "MiB" in output
     assert ("8 groups of 4" in output) == (recipe == "grpo")

@@ -224,7 +224,7 @@ def test_advantages_belong_to_the_images_that_earned_them(tmp_path):
         torch.testing.assert_close(rollout["advantages"][members], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_student_that_paints_differently_in_training_is_refused(tmp_path):
+def test_a_student_that_generates_differently_in_training_is_refused(tmp_path):
     student = tiny_student(1, projection_dropout=0.3)
     with pytest.raises(PolicyMismatchError, match=r"differs by .* so ratios would not be 1.*dropout"):
         grpo_trainer(tmp_path, student, max_steps=1).train()

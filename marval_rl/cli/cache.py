@@ -166,7 +166,7 @@ def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> N
 
 def report_changes(changes: Changes) -> None:
     if changes.names:
-        print(f"{changes}: {len(changes.shards)} shards are encoded anew", flush=True)
+        print(f"{changes}: {len(changes.shards)} shards are encoded again", flush=True)
 
 
 def choose_device(place: Place, use_cpu: bool) -> torch.device:

@@ -54,7 +54,7 @@ def run_processes(
         RecipeError: A process found the input wrong. The message is its own.
         MarvalError: A process failed otherwise or was killed, or the machines did not meet.
     """
-    handlers = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGQUIT)}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGQUIT)}
     threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // launch.local_processes))
     variables = {"OMP_NUM_THREADS": threads, **launch.environment, LAUNCHER: os.getpid()}
     logging.disable(logging.CRITICAL)  # the agent's log says in many lines what is said here in one

@@ -43,12 +43,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
 
 def watch(args: argparse.Namespace) -> None:
-    from marval_rl.reporting.watch import make_server
+    from marval_rl.reporting.watch import HOST, make_server
 
     if args.format != "html" or args.output is not None:
         raise ValueError("--watch writes no file: leave out --format and --output, or leave out --watch")
     with make_server(args.runs, args.port) as server:
-        print(
-            f"http://{server.server_address[0]}:{server.server_address[1]}/ shows the report; Ctrl-C ends", flush=True
-        )
+        print(f"http://{HOST}:{server.server_port}/ shows the report; Ctrl-C ends", flush=True)
         server.serve_forever()

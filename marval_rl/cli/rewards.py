@@ -161,7 +161,8 @@ def _batches(files: list[Path]) -> Iterator[tuple[int, Tensor]]:
     from marval_rl.evaluation.scored_images import read_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    start, batch = 0, []
+    start = 0
+    batch: list[torch.Tensor] = []
     for index, file in enumerate(tqdm(files, desc="scoring", unit="image", disable=None)):
         image = read_image(file)
         if batch and (len(batch) == BATCH_SIZE or image.shape != batch[0].shape):

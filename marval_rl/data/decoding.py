@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from marval_rl.errors import DataError
 
@@ -67,7 +68,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             if 0 in image.size:
                 raise ValueError(f"it has {image.width} x {image.height} pixels")
             rgb = _to_rgb(image)
-            turn = UPRIGHT.get(_orientation(image))
+            turn = UPRIGHT.get(_orientation(image) or 0)
             return rgb if turn is None else rgb.transpose(turn)
     except MemoryError as error:
         raise DataError(f"not enough memory to decode {where}") from error
@@ -100,17 +101,18 @@ def _from_deep(image: Image.Image) -> Image.Image:
     Raises ValueError where the level of white is not known.
     """
     levels = np.asarray(image)
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else None
     low, high = levels.min(), levels.max()
     if image.mode == "F":
         white = 1
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # those are 16 bits in a wider array
         raise ValueError("it has 32 bits a pixel, whose white is not known: convert it to 8 or 16 bits")
     else:
-        white = 2 ** image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1 if image.format == "TIFF" else 65535
+        white = 65535 if tags is None else 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
     if not (low >= 0 and high <= white):  # also refuses NaN
         raise ValueError(f"its levels lie in {low:g}..{high:g}, not in 0..{white}: convert it to 8 or 16 bits")
     scaled = levels.astype(np.float64) * (255 / white)
-    if image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
+    if tags is not None and tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
         scaled = 255 - scaled
     pixels = scaled.round().astype(np.uint8)
     if "transparency" in image.info:

@@ -41,7 +41,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(SmallLinear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), SmallLinear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t).to(next(self.mlp.parameters()).dtype))
 
 
 class ResidualBlock(nn.Module):

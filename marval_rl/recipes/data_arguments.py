@@ -48,7 +48,7 @@ class DataArguments(EvaluationArguments):
     image_column: str = field(default="image", metadata={"help": "Column of images (parquet, `datasets`)."})
     label_column: str = field(default="label", metadata={"help": "Column of class labels (parquet, `datasets`)."})
     class_names: str | None = field(
-        default=None, metadata={"help": 'Names where the data has none: "imagenet", or a file of one name a line.'}
+        default=None, metadata={"help": 'Names where the data has none: "imagenet", or a file of one name per line.'}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Images are cropped to this many pixels (default: the model's)."}
@@ -190,12 +190,12 @@ class DataArguments(EvaluationArguments):
             expected = (2 * config.latent_channels, side // config.latent_stride, side // config.latent_stride)
             if tuple(row["moments"].shape) != expected:
                 raise ValueError(
-                    f"{model} paints latents whose moments are {_shape(expected)}, those of {self.cache_dir} are "
+                    f"{model} generates latents whose moments are {_shape(expected)}, those of {self.cache_dir} are "
                     f"{_shape(row['moments'].shape)}: cache with this model's VAE and image size"
                 )
         elif tuple(row["images"].shape) != (config.image_channels, side, side):
             raise ValueError(
-                f"{model} paints images of {_shape((config.image_channels, side, side))}, "
+                f"{model} generates images of {_shape((config.image_channels, side, side))}, "
                 f"the data's are {_shape(row['images'].shape)}"
             )
 

@@ -149,7 +149,7 @@ def _convert_bool(value: Any) -> bool:
     return word in TRUE_WORDS
 
 
-def _convert_number(value: Any, kind: type) -> int | float:
+def _convert_number(value: Any, kind: type[int] | type[float]) -> int | float:
     if isinstance(value, str):
         try:
             return kind(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ SECTIONS: dict[str, dict[str, str]] = {
 KINDS = {"rewards": ("grpo", "reward_backprop"), "policy": ("grpo",)}  # of runs that should; all in other sections
 
 # Here `key` is a pattern; {0} in a label or a spread_key is what its group matched. In order of appearance on the page.
-_REAL = {"unit": "relative to real images", "better": "higher", "reference": 1.0, "reference_label": "real"}
-_FLOOR = {"reference": "eval_frechet_floor", "reference_label": "floor", "log": True}
+_REAL: dict[str, Any] = {
+    "unit": "relative to real images",
+    "better": "higher",
+    "reference": 1.0,
+    "reference_label": "real",
+}
+_FLOOR: dict[str, Any] = {"reference": "eval_frechet_floor", "reference_label": "floor", "log": True}
 _RULES = (
     Metric(r"reward", "rewards", "Reward, weighted sum", "reward", "higher", "reward_std"),
     Metric(r"rewards/(.+)/mean", "rewards", "{0}", "reward", "higher", "rewards/{0}/std"),

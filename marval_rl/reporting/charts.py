@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def curve_chart(metric: Metric, runs: list[Run], smoothing: float | None = None)
             "encoding": {"y": y | {"field": "m"}},
         },
     ]
-    base = {
+    base: dict[str, Any] = {
         "x": {
             "field": "s",
             "type": "quantitative",
@@ -99,7 +100,7 @@ def curve_chart(metric: Metric, runs: list[Run], smoothing: float | None = None)
         },
         **_run_encoding(runs, legend=not is_page),
     }
-    chart = {
+    chart: dict[str, Any] = {
         "description": _summary(metric, runs),
         "data": {"name": "rows", "values": rows},
         "transform": [
@@ -134,7 +135,7 @@ def frontier_chart(metric: Metric, runs: list[Run], is_page: bool = True) -> dic
     Up and to the left is better. The reward of an evaluation is the mean of what was logged since the one before. None
     where no run has two such points.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, run in enumerate(runs):
         distances = dict(zip(*run.series("eval_frechet_distance"), strict=True))
         steps, values = run.series(metric.key)

@@ -94,7 +94,7 @@ def seed_groups(runs: list[Run]) -> list[list[int]]:
 
 def over_seeds(changes: list[Change | None], group: list[int]) -> str:
     """Mean and standard deviation of the last values of a group of runs; "" where one is missing."""
-    values = [changes[index].after for index in group if changes[index] is not None]
+    values = [change.after for index in group if (change := changes[index]) is not None]
     if len(values) < len(group):
         return ""
     return f"{format_number(float(np.mean(values)))} ± {format_number(float(np.std(values, ddof=1)), 2)}"
@@ -148,7 +148,7 @@ def per_class(run: Run) -> tuple[list[str], dict[str, list[float | None]]]:
 
 
 def _flatten(values: dict, prefix: str = "") -> dict[str, str]:
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}/")

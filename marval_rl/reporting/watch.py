@@ -24,7 +24,8 @@ def make_server(runs: list[Path], port: int) -> ThreadingHTTPServer:
         ValueError: Where a folder is not a run, or the port is taken.
     """
     load_runs(runs)
-    lock, rendered = Lock(), {}  # version -> page, the last one only
+    lock = Lock()
+    rendered: dict[str, str] = {}  # version -> page, the last one only
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -115,11 +115,11 @@ def networks_of(reward: Any) -> dict[str, nn.Module]:
     if isinstance(reward, functools.partial):
         return networks_of(reward.func)
     function = reward if inspect.isroutine(reward) else type(reward).__call__
-    held = {"the reward itself": reward, **dict(inspect.getmembers_static(reward))}
+    held: dict[str, Any] = {"the reward itself": reward, **dict(inspect.getmembers_static(reward))}
     if inspect.isfunction(function) or inspect.ismethod(function):
         named = inspect.getclosurevars(function)  # its globals are names of attributes, too
         loaded = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
-        held |= named.nonlocals | {name: value for name, value in named.globals.items() if name in loaded}
+        held |= dict(named.nonlocals) | {name: value for name, value in named.globals.items() if name in loaded}
     return {name: value for name, value in held.items() if isinstance(value, nn.Module)}
 
 
@@ -150,6 +150,7 @@ def _random_numbers(probe: Probe) -> Verdict:
 
 def _random_state() -> dict[str, Any]:
     numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)  # unlike with legacy=False
     state = {
         "torch": torch.get_rng_state().numpy().tobytes(),
         "random": random.getstate(),
@@ -220,15 +221,15 @@ def _gradient(probe: Probe) -> Verdict:
     flat = scored & (gradient.flatten(1).abs().amax(dim=1) == 0)
     if flat.sum() == scored.sum():
         return FAILS, "declared differentiable, but the gradient is zero for every image"
-    error = _gradient_error(probe, gradient, scored & ~flat)
-    off = f"the gradient is off by {error:.0%} from finite differences"
-    if error > WRONG:
+    difference = _gradient_error(probe, gradient, scored & ~flat)
+    off = f"the gradient is off by {difference:.0%} from finite differences"
+    if difference > WRONG:
         return FAILS, f"{off}: a part of the way is cut off or wrong"
-    if error > CLOSE:
+    if difference > CLOSE:
         return WARNING, f"{off} (rounding of a coarse dtype, kinks?)"
     if flat.any():
         return WARNING, f"the gradient is zero for {int(flat.sum())} of {len(flat)} images: they would not train"
-    return OK, f"within {error:.2g} of finite differences, relatively"
+    return OK, f"within {difference:.2g} of finite differences, relatively"
 
 
 def _gradient_error(probe: Probe, gradient: Tensor, scored: Tensor) -> float:

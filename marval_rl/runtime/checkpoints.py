@@ -50,7 +50,8 @@ def step_of(checkpoint: Path) -> int | None:
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """The run's checkpoints from the oldest to the newest, complete or not."""
-    return sorted((folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) is not None), key=step_of)
+    steps = {folder: step_of(folder) for folder in output_dir.glob("checkpoint-*")}
+    return [folder for _, folder in sorted((step, folder) for folder, step in steps.items() if step is not None)]
 
 
 # ---- Reading ----

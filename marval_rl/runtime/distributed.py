@@ -131,7 +131,7 @@ def gathered_in_chunks(parameters: Iterable[nn.Parameter], max_numel: int = 1 <<
         return
     import deepspeed
 
-    chunk: list[nn.Parameter] = []
+    chunk: list[Any] = []  # parameters with DeepSpeed's attributes
     for parameter, following in zip(parameters, [*parameters[1:], None], strict=True):
         chunk.append(parameter)
         if following is None or sum(p.ds_numel for p in chunk) + following.ds_numel > max_numel:
@@ -146,7 +146,7 @@ def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
     ZeRO-3 overwrites them only where a step has a gradient. Elsewhere those of an earlier step would count in the norm
     by which all gradients are clipped.
     """
-    partitioned = [p for p in parameters if is_partitioned(p) and p.requires_grad]
+    partitioned: list[Any] = [p for p in parameters if is_partitioned(p) and p.requires_grad]
     if not partitioned:
         return
     from deepspeed.utils import safe_set_local_grad

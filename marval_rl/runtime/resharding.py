@@ -53,7 +53,7 @@ def load_resharded(checkpoint: Path, written: Layout, engine: Any, output_dir: P
         remove_unfinished(output_dir)
 
 
-def _join(partitions: Path, zero_stage: int, folder: Path) -> None:
+def _join(partitions: Path, zero_stage: int | None, folder: Path) -> None:
     """Write folder/zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt."""
     from deepspeed.checkpoint import ds_to_universal
 
@@ -94,10 +94,11 @@ def _fill_partition(folder: Path, engine: Any) -> None:
         optimizer.optimizer.state[flat] = {"step": torch.as_tensor(step, dtype=torch.float32), **state}
 
 
-# Both yield (parameter, index of its first element here, that element's index in the flat tensor, number of elements).
+# Both take parameters with the attributes that DeepSpeed adds, and yield (parameter, index of its first element here,
+# that element's index in the flat tensor, number of elements).
 
 
-def _fragments(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+def _fragments(group: list[Any]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
     """ZeRO-1 and 2 concatenate the parameters of a group, and cut the result into equal parts."""
     for parameter in group:
         mapping = parameter._hp_mapping
@@ -106,7 +107,7 @@ def _fragments(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, i
             yield parameter, inside.start, flat.start, flat.numel
 
 
-def _zero3_parts(group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+def _zero3_parts(group: list[Any]) -> Iterator[tuple[nn.Parameter, int, int, int]]:
     """ZeRO-3 cuts each parameter into equal parts, the last one padded, and concatenates the parts of a process."""
     start = 0
     for parameter in group:

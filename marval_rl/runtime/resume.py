@@ -68,7 +68,7 @@ def _find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         if (problem := _unusable(Path(resume))) is not None:
             raise CheckpointError(f"{resume} is not a complete checkpoint: {problem}")
         return Path(resume)
-    damaged = []
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints_in(output_dir)):
         if (problem := _unusable(folder)) is None:
             for other, reason in damaged:
@@ -125,7 +125,7 @@ def _changed_settings(
     written = layout_of(checkpoint)
     processes = world_size if written is None else written.world_size
     if before["gradient_accumulation_steps"] * processes == now["gradient_accumulation_steps"] * world_size:
-        before["gradient_accumulation_steps"] = now["gradient_accumulation_steps"]  # as many images an update
+        before["gradient_accumulation_steps"] = now["gradient_accumulation_steps"]  # as many images per update
     differing = [name for name in defaults if before[name] != now[name] and name not in OF_ONE_START]
     changes = {name: f"{name} is {now[name]}, and was {before[name]}" for name in differing}
     refused = [changes[name] for name in differing if name not in FREE_ON_RESUME]
@@ -141,7 +141,7 @@ def _decided_by_first(decide: Callable[[], T]) -> T:
     """In all processes what `decide` returns in the first one, or the MarvalError that it raises there."""
     if not torch.distributed.is_initialized():
         return decide()
-    decided: list[T | MarvalError | None] = [None]
+    decided: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             decided = [decide()]
@@ -156,11 +156,12 @@ def _decided_by_first(decide: Callable[[], T]) -> T:
 def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
     """Rename checkpoints that are newer than the one to resume from to superseded-<step>, so that a later `--resume`
     ignores them."""
-    if checkpoint.parent.resolve() != output_dir.resolve():
+    kept = step_of(checkpoint)
+    if kept is None or checkpoint.parent.resolve() != output_dir.resolve():
         return
-    for folder in sorted(output_dir.glob("checkpoint-*")):
-        if (step_of(folder) or 0) > step_of(checkpoint):
-            aside = output_dir / f"superseded-{step_of(folder)}"
+    for folder in checkpoints_in(output_dir):
+        if (step := step_of(folder)) is not None and step > kept:
+            aside = output_dir / f"superseded-{step}"
             if aside.exists():
                 shutil.rmtree(aside)
             folder.rename(aside)

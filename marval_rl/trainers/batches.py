@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from marval_rl.randomness import derive_seed
 
@@ -36,9 +36,7 @@ class EpochBatches(Sampler[list[int]]):
         ValueError: If the data cannot fill one pattern.
     """
 
-    def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, rank: int, world_size: int, pattern: Sequence[bool]
-    ):
+    def __init__(self, dataset: Sized, batch_size: int, seed: int, rank: int, world_size: int, pattern: Sequence[bool]):
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed

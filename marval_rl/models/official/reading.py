@@ -154,7 +154,7 @@ def _code_in(path: Path) -> str:
     names, strings = [], [""]
     try:
         for opcode, argument, _ in pickletools.genops(_pickle_in(path)):
-            if opcode.name in ("GLOBAL", "INST"):
+            if argument is not None and opcode.name in ("GLOBAL", "INST"):
                 names.append(argument.replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
                 names.append(".".join(strings[-2:]))

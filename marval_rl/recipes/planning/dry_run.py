@@ -74,7 +74,7 @@ def batch_arithmetic(config: Any) -> list[str]:
     """How many images make an update."""
     images = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     lines = [
-        f"images an update: {images} = per_device_train_batch_size {config.per_device_train_batch_size} x "
+        f"images per update: {images} = per_device_train_batch_size {config.per_device_train_batch_size} x "
         f"gradient_accumulation_steps {config.gradient_accumulation_steps} x {config.world_size} processes",
     ]
     settings = vars(config)

@@ -143,7 +143,8 @@ async def _read(request: Request, limit: int) -> bytes | None:
     It is received to its end in any case, for a client that is still sending would not see the answer; bytes beyond
     the limit are not kept.
     """
-    chunks, size = [], 0
+    chunks: list[bytes] = []
+    size = 0
     async with asyncio.timeout(BODY_SECONDS):
         async for chunk in request.stream():
             size += len(chunk)

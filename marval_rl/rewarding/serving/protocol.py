@@ -165,7 +165,7 @@ def _checked_lists(request: dict[str, Any], count: int) -> dict[str, Any]:
         for index, value in enumerate(values):
             if type(value) is not kind:  # JSON's true is not a number here, though Python's is
                 raise MalformedRequest(f"{name}[{index}] must be of type {kind.__name__}, not {type(value).__name__}")
-            if kind is int and not -(2**63) <= value < 2**63:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise MalformedRequest(f"{name}[{index}] does not fit into 64 bits")
         lists[name] = values
     columns = request.get("columns")
