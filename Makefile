@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo    teacher, one-step student and RL on real digits, on the CPU; ends with a table and a report"
-	@echo "make test    ruff and the tests"
+	@echo "make test    ruff, codespell, mypy and the tests"
 	@echo "make test-wheel   a wheel in a fresh environment and an empty folder: its recipes, its rewards, the demo"
 	@echo "make test-image-reward   ours against the package image-reward, in an environment that it builds (4 GB)"
 	@echo "make .venv   the environment only: .venv, with the versions in constraints.txt"
@@ -27,6 +27,7 @@ test: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # two processes: a file stays in one
 
 test-wheel: .venv
@@ -36,5 +37,5 @@ test-image-reward: .venv
 	$(BIN)/python -m pytest -s -m image_reward_environment tests/test_image_reward_environment.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

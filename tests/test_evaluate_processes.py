@@ -1,4 +1,4 @@
-"""Evaluation in several real processes: the same images, an end that leaves nothing running, and an evaluation that continues."""
+"""Evaluation in several real processes: the same images, no process left behind, and an evaluation that continues."""
 
 from __future__ import annotations
 

@@ -123,7 +123,8 @@ def compare(
             generate(student, labels, num_unmasking_steps=num_unmasking_steps)
 
         with torch.autocast(teacher.device.type, dtype, enabled=dtype is not None):
-            run_teacher(), run_student()
+            run_teacher()
+            run_student()
             # In turn, so that a slow phase of the machine affects both.
             pairs = [(_seconds(run_teacher), _seconds(run_student)) for _ in range(repeats)]
         slow, fast = (statistics.median(times) for times in zip(*pairs, strict=True))

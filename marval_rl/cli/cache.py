@@ -137,6 +137,7 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
         raise RecipeError("vae is not set, and no teacher names one: give a VAE folder or hub id (--vae ...)")
     if image_size is None:
         raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
+    assert data.cache_dir is not None
     storage = {
         "vae_name": vae,
         "dtype": cache.cache_dtype,

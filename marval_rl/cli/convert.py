@@ -67,7 +67,7 @@ def from_official(args: argparse.Namespace) -> None:
         model.load_state_dict(official.weights, strict=True, assign=True)
         name, origin, weights = published_name(official.config) or "MAR", args.weights or "ema", official.weights
     check_finite(weights, args.source)
-    _write(args.output, lambda path: (path.mkdir(), model.save_pretrained(path)))
+    _write(args.output, model.save_pretrained)
     _report(f"{name} ({origin} weights)", weights, args.output)
 
 
@@ -126,7 +126,7 @@ def _check_free(output: Path, overwrite: bool, wants_folder: bool) -> None:
 
 
 def _write(output: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the output and renames, so that what stands under its name is whole."""
+    """Writes beside the output and renames, so that what has its name is complete."""
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
     try:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from marval_rl import __version__
 from marval_rl.errors import MarvalError, nearest
@@ -77,11 +78,11 @@ class CommandParser(argparse.ArgumentParser):
     `path_or_id` too, which stays text.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **options: Any):
+        super().__init__(**{**options, "allow_abbrev": False})
         self.register("type", Path, lambda text: Path(path_or_id(text)))
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, f"unexpected error: {message} (run again with --debug for the traceback)", debug)
 
 
-def run_command(argv: Sequence[str], debug: bool = False) -> int:
+def run_command(argv: list[str], debug: bool = False) -> int:
     """Runs one command, letting its errors through, and returns the exit code."""
     position = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
     overview = _overview_parser()

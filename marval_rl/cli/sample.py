@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     check_output(args.output)
     model, codec, device = load_for_sampling(args)
     labels = parse_classes(args.classes, model.config.class_names, model.config.num_classes)
-    images, labels = generate_images(
+    images, class_labels = generate_images(
         model,
         codec,
         len(labels) * args.per_class,
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         class_labels=torch.tensor(labels).repeat_interleave(args.per_class),
         progress=args.progress,
     )
-    save_image_grid(images, labels, args.output, args.per_class, min_height=64)
+    save_image_grid(images, class_labels, args.output, args.per_class, min_height=64)
     print(f"{len(images)} images: {args.output}")
 
 

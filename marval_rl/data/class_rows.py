@@ -52,12 +52,12 @@ def check_class_rows(dataset: Any, num_classes: int) -> None:
 
 def labels_of(rows: Sequence[Mapping[str, Any]], num_classes: int) -> Tensor:
     """Class labels [B] of rows. Raises ValueError for one that is not a whole number in 0..num_classes-1."""
-    labels = []
+    found: list[int] = []
     for row in rows:
         label = row["class_labels"].item() if isinstance(row["class_labels"], Tensor) else row["class_labels"]
         if not isinstance(label, numbers.Real) or label != label // 1:
             raise ValueError(f"class_labels must be whole numbers in 0..{num_classes - 1}, not {label!r}")
-        labels.append(int(label))
-    labels = torch.tensor(labels)
+        found.append(int(label))  # type: ignore[call-overload]  # every Real has __trunc__
+    labels = torch.tensor(found)
     check_class_labels(labels, num_classes)
     return labels

@@ -195,7 +195,7 @@ def _read_npz(path: Path, image_size: int | None) -> Reference:
 def _read_pt(path: Path) -> Any:
     """What torch-fidelity keeps in its cache: a dictionary of NumPy arrays, which torch needs leave to unpickle."""
     rebuild = np.empty(0).__reduce__()[0]
-    allowed = [
+    allowed: list[Any] = [
         *((rebuild, f"{module}.multiarray._reconstruct") for module in ("numpy.core", "numpy._core")),
         np.ndarray,
         np.dtype,

@@ -109,17 +109,19 @@ def generate(
         ValueError: for labels the model does not know, and for a guidance scale given to a student.
     """
     config, device = model.config, model.device
-    if class_labels is None and batch_size is None:
-        raise ValueError("give class_labels, or batch_size to sample the null class")
-    if class_labels is not None:
+    if class_labels is None:
+        if batch_size is None:
+            raise ValueError("give class_labels, or batch_size to sample the null class")
+        batch = batch_size
+    else:
+        batch = len(class_labels)
         check_class_labels(class_labels, config.num_classes)
-        if batch_size not in (None, len(class_labels)):
-            raise ValueError(f"batch_size {batch_size} contradicts the {len(class_labels)} class_labels")
+        if batch_size not in (None, batch):
+            raise ValueError(f"batch_size {batch_size} contradicts the {batch} class_labels")
     if config.is_one_step and guidance_scale != 1.0:
         raise ValueError(
             f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed in distillation"
         )
-    batch = batch_size if class_labels is None else class_labels.shape[0]
     noise = as_noise(generator, device)
     if order is None:
         order = noise.order(batch, config.num_tokens)
@@ -160,7 +162,7 @@ def generate(
         for step in tqdm(steps, desc="unmasking", total=len(pairs), leave=False, disable=not progress):
             if return_steps:
                 scale = scale_of[step.num_masked, step.num_kept]
-                kept_steps.append(GenerationStep(scale, conditions[step.index], step.revealed, step.tokens))
+                kept_steps.append(GenerationStep(scale, conditions[step.number], step.revealed, step.tokens))
     return GenerationOutput(unpatchify(step.tokens, config.patch_size, config.grid_size), kept_steps)
 
 

@@ -238,7 +238,7 @@ class MARModel(PreTrainedModel):
         return MAROutput(condition=condition, model_output=self.diffloss(noisy_tokens, timesteps, condition))
 
     def one_step(
-        self, tokens: Tensor, class_labels: Tensor, order: Tensor, num_masked: int, num_kept: int, noise: Tensor
+        self, tokens: Tensor, class_labels: Tensor | None, order: Tensor, num_masked: int, num_kept: int, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The student's map x0 = (z - sigma_t* eps(z, t*, c)) / alpha_t*, and the condition c it used.
 

@@ -32,7 +32,7 @@ Predict = Callable[[Tensor, int, int], Tensor]
 class UnmaskedStep(NamedTuple):
     """One step of `unmask`."""
 
-    index: int
+    number: int
     num_masked: int  # tokens masked before the step
     num_kept: int  # tokens still masked after it
     before: Tensor  # [B, L, C], the tokens before it

@@ -141,12 +141,13 @@ def load_autoencoder(name_or_path: str | Path) -> AutoencoderKL:
 
 def _check_config(config: object, name_or_path: str | Path) -> None:
     """Raises CheckpointError unless a config.json is an AutoencoderKL's, with a scale and shift that are numbers."""
-    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    fields: dict = config if isinstance(config, dict) else {}
+    class_name = fields.get("_class_name")
     if class_name != AutoencoderKL.__name__:
         raise CheckpointError(
             f"{name_or_path} is not an AutoencoderKL: its config.json says _class_name {class_name!r}"
         )
-    scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
+    scale, shift = fields.get("scaling_factor", 1.0), fields.get("shift_factor") or 0.0
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (scale, shift)) or scale == 0:
         raise CheckpointError(f"the VAE {name_or_path} has scaling_factor {scale!r} and shift_factor {shift!r}")
 

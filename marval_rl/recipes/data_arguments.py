@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch.utils.data import Dataset
+import torch
 
 from marval_rl.data import CroppedImages, LabelledImages, MomentsCache, hold_out, load_labelled_images, load_moments
 from marval_rl.data.bundled import BUNDLED, find_groups
@@ -18,6 +18,8 @@ from marval_rl.models import MARConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
 from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.anchors import ANCHORED
+
+TrainingData = CroppedImages | MomentsCache
 
 
 @dataclass
@@ -96,7 +98,7 @@ class DataArguments(EvaluationArguments):
         """Whether half of the images are mirrored: a mirrored digit is none."""
         return self.flip if self.flip is not None else not self.is_bundled
 
-    def load_training(self, image_size: int | None, seed: int) -> Dataset:
+    def load_training(self, image_size: int | None, seed: int) -> TrainingData:
         """What is trained on: rows of "images" or cached "moments", and "class_labels"; it knows its `class_names`.
 
         Raises DataError for data that cannot be read, RecipeError where no size is known to crop to.
@@ -112,7 +114,7 @@ class DataArguments(EvaluationArguments):
             raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
         return CroppedImages(source, size, flip=self.flips, seed=seed, channels=self.image_channels or 3)
 
-    def announce(self, dataset: Dataset, process_index: int) -> None:
+    def announce(self, dataset: TrainingData, process_index: int) -> None:
         """Prints what is trained on, once for all processes."""
         if process_index == 0:
             print(describe_data(dataset), flush=True)
@@ -127,11 +129,11 @@ class DataArguments(EvaluationArguments):
 
         They are the test split of a bundled set, those of `eval_dataset`, or the share `eval_holdout`.
         """
-        if self.is_bundled:
+        if self.dataset in BUNDLED:
             return self._merge(load_labelled_images(self.dataset, "test"))
         if self.eval_holdout:
             return self._merge(hold_out(self._load(self.dataset), self.eval_holdout)[1])
-        if self.eval_dataset is None:
+        if self.dataset is None or self.eval_dataset is None:
             return None
         names = self._load(self.dataset).mode_names
         columns = {"image_column": self.image_column, "label_column": self.label_column}
@@ -159,7 +161,7 @@ class DataArguments(EvaluationArguments):
             data.merge_classes(find_groups(self.dataset, self.class_groups))
         return data
 
-    def fit(self, config: MARConfig, model: str, dataset: Dataset | None = None) -> None:
+    def fit(self, config: MARConfig, model: str, dataset: TrainingData | None = None) -> None:
         """Gives a model's configuration the recipe's VAE, and the names of its classes where it has none.
 
         Raises ValueError if the model was trained on other classes or another image size than this data's. dataset:
@@ -199,13 +201,13 @@ class DataArguments(EvaluationArguments):
                 f"the data's are {_shape(row['images'].shape)}"
             )
 
-    def latents(self, dataset: Dataset) -> dict[str, Any]:
+    def latents(self, dataset: TrainingData) -> dict[str, Any]:
         """The fields of a MARConfig that follow from data to pretrain on: image size, latents, classes."""
         classes = {"num_classes": len(dataset.class_names), "class_names": list(dataset.class_names)}
         if self.vae is None:
             if self.image_channels is None and isinstance(dataset, CroppedImages) and dataset.looks_grey():
                 dataset.channels, dataset.refuse_colour = 1, True
-            channels, size, _ = dataset[0]["images"].shape
+            channels, size, _ = torch.as_tensor(dataset[0]["images"]).shape
             # Clipping suits pixels, which lie in -1..1; latents do not.
             pixels = {"latent_stride": 1, "latent_channels": channels, "clip_sample_range": 1.0}
             return {"image_size": size, "image_channels": channels, **pixels, **classes}
@@ -213,7 +215,7 @@ class DataArguments(EvaluationArguments):
 
         autoencoder = load_autoencoder(self.vae)
         stride, channels = stride_of(autoencoder), autoencoder.config.latent_channels
-        row = dataset[0]
+        row: dict[str, Any] = dataset[0]
         size = row["moments"].shape[-1] * stride if "moments" in row else row["images"].shape[-1]
         return {
             "image_size": size,
@@ -229,19 +231,18 @@ class DataArguments(EvaluationArguments):
         Raises:
             ValueError, MarvalError: For feature extractors, judges or images that cannot be loaded.
         """
-        judges = list(BUNDLED[self.dataset].judges) if self.is_bundled else []
+        judges = list(BUNDLED[self.dataset].judges) if self.dataset in BUNDLED else []
         # Who trains on cached latents need not have the images; who names held-out ones has them.
         has_images = self.dataset is not None and (self.cache_dir is None or self.names_held_out)
-        return self.make_evaluator(
-            config, judges, self.load_held_out if has_images else None, self.load_images if has_images else None
-        )
+        load_real = (lambda: (self.load_held_out(), self.load_images())) if has_images else None
+        return self.make_evaluator(config, judges, load_real)
 
     @property
     def names_held_out(self) -> bool:
         return self.is_bundled or self.eval_dataset is not None or self.eval_holdout > 0
 
 
-def describe_data(dataset: Dataset) -> str:
+def describe_data(dataset: TrainingData) -> str:
     """How many images of which classes, and what changed since they were cached."""
     described = describe_classes(len(dataset), dataset.class_names)
     note = dataset.changes() if isinstance(dataset, MomentsCache) else None

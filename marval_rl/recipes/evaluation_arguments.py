@@ -62,23 +62,22 @@ class EvaluationArguments:
         self,
         config: MARConfig,
         judges: list[str],
-        load_held_out: Callable[[], LabelledImages | None] | None,
-        load_training: Callable[[], LabelledImages] | None,
+        load_real: Callable[[], tuple[LabelledImages | None, LabelledImages]] | None,
     ) -> ImageEvaluator:
         """What measures the images of a model.
 
         Args:
             config: The model's configuration: how large its images are.
             judges: The data set's own judges.
-            load_held_out: The images of the data that are never trained on, or None where there are none.
-            load_training: The images that are trained on. None, as load_held_out, where there are none to read.
+            load_real: Loads the images of the data that are never trained on, or None if there are none, and those
+                that are trained on; None if no images can be read.
 
         Raises:
             ValueError, MarvalError: For extractors, judges or images that cannot be loaded.
         """
         judges = judges if self.judges is None else self.judges
         features = self.eval_features if self.eval_features is not None else [*judges[:1], "pixels"]
-        reference, train, source = self._load_reference(config, load_held_out, load_training, bool(judges))
+        reference, train, source = self._load_reference(config, load_real, bool(judges))
         evaluator = ImageEvaluator(
             load_extractors(features),
             reference,
@@ -92,16 +91,15 @@ class EvaluationArguments:
     def _load_reference(
         self,
         config: MARConfig,
-        load_held_out: Callable[[], LabelledImages | None] | None,
-        load_training: Callable[[], LabelledImages] | None,
+        load_real: Callable[[], tuple[LabelledImages | None, LabelledImages]] | None,
         needs_classes: bool,
     ) -> tuple[Reference | None, RealImages | None, LabelledImages | None]:
         """The reference, other real images for the floor, and images that know the classes."""
-        is_given = self.eval_reference is not None
-        held_out = training = None
-        if load_training is not None and (needs_classes or not is_given):
+        held_out: LabelledImages | None = None
+        training: LabelledImages | None = None
+        if load_real is not None and (needs_classes or self.eval_reference is None):
             try:
-                held_out, training = load_held_out(), load_training()
+                held_out, training = load_real()
             except DataError as error:
                 raise DataError(
                     f"{error}. Evaluation compares with these images: set eval_reference to a folder or statistics of "
@@ -114,11 +112,11 @@ class EvaluationArguments:
                 f"evaluation compares with {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...): set "
                 "--dataset and --class_groups to those that the model was trained on, or eval_reference to none"
             )
-        if is_given:
+        if self.eval_reference is not None:
             if self.eval_reference == NONE:
                 return None, None, source
             return open_reference(Path(self.eval_reference), config.image_size), None, source
-        if source is None:
+        if source is None or training is None:
             return None, None, None
         shape = (config.image_size, config.image_channels, self.eval_reference_images)
         train = None if held_out is None else images_of_data(training, *shape)

@@ -15,17 +15,14 @@ from marval_rl.trainers.anchors import ANCHORED
 from marval_rl.trainers.lora import LORA_TARGETS
 
 PUBLISHED_SIZES = {"base": MARConfig.base, "large": MARConfig.large, "huge": MARConfig.huge}
-SIZE_FIELD = {
-    "default": None,
-    "metadata": {"help": "Published size of the networks: base, large or huge.", "choices": list(PUBLISHED_SIZES)},
-}
+SIZE = {"help": "Published size of the networks: base, large or huge.", "choices": list(PUBLISHED_SIZES)}
 
 
 @dataclass
 class ModelArguments:
     """Sizes of a teacher to pretrain; image size, channels and classes come from the data."""
 
-    model_size: str | None = field(**SIZE_FIELD)
+    model_size: str | None = field(default=None, metadata=SIZE)
     patch_size: int = field(default=2, metadata={"help": "Latent cells (or pixels) along one side of a token."})
     hidden_size: int = field(default=128, metadata={"help": "Width of encoder and decoder."})
     encoder_num_layers: int = field(default=2, metadata={"help": "Blocks of the encoder."})
@@ -72,12 +69,13 @@ class TeacherArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Teacher: model folder, run folder, hub id or official .pth file."}
     )
-    model_size: str | None = field(**SIZE_FIELD)
+    model_size: str | None = field(default=None, metadata=SIZE)
 
     counts_if: ClassVar[Conditions] = {ANCHORED: ("teacher",)}
 
     def load(self) -> MARModel:
         """The teacher. Raises CheckpointError, and RecipeError if it is not of `model_size`."""
+        assert self.teacher is not None  # the commands refuse it
         self.check_size(load_config(self.teacher), self.teacher)
         return load_model(self.teacher, one_step=False)
 

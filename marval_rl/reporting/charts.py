@@ -79,7 +79,7 @@ def curve_chart(metric: Metric, runs: list[Run], smoothing: float | None = None)
     y = {"type": "quantitative", "title": None, "scale": {"zero": False, "type": "log" if is_log else "linear"}}
     faint = 0.3 if len(runs) == 1 else 0.16
     band = {"mark": {"type": "area", "opacity": faint / 2}, "encoding": {"y": y | {"field": "a"}, "y2": {"field": "b"}}}
-    layers = [
+    layers: list[dict[str, Any]] = [
         *([band] if any(row["d"] is not None for row in rows) else []),
         {
             "mark": {"type": "area", "fillOpacity": faint / 2, "strokeWidth": 1, "strokeOpacity": faint},

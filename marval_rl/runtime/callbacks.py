@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -94,7 +93,7 @@ class EpochCallback(TrainerCallback):
     """Tells the batches which epoch begins, also in a resumed run, where it is not the first."""
 
     def on_epoch_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: DataLoader, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any, **kwargs: Any
     ) -> None:
         train_dataloader.batch_sampler.set_epoch(int(state.epoch or 0))
 

@@ -125,14 +125,14 @@ def gathered_in_chunks(parameters: Iterable[nn.Parameter], max_numel: int = 1 <<
     Under ZeRO-3 a list holds at most `max_numel` elements, or one parameter, which bounds the extra memory. Otherwise
     one list holds all. All processes must iterate together.
     """
-    parameters = list(parameters)
-    if not any(map(is_partitioned, parameters)):
-        yield parameters
+    listed: list[Any] = list(parameters)  # DeepSpeed adds attributes
+    if not any(map(is_partitioned, listed)):
+        yield listed
         return
     import deepspeed
 
-    chunk: list[Any] = []  # parameters with DeepSpeed's attributes
-    for parameter, following in zip(parameters, [*parameters[1:], None], strict=True):
+    chunk: list[Any] = []
+    for parameter, following in zip(listed, [*listed[1:], None], strict=True):
         chunk.append(parameter)
         if following is None or sum(p.ds_numel for p in chunk) + following.ds_numel > max_numel:
             with deepspeed.zero.GatheredParameters(chunk):

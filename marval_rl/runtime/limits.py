@@ -55,9 +55,9 @@ class LimitArguments:
         },
     )
 
-    def check_limits(self) -> None:
+    def check_limits(self, beta: float, eval_strategy: str) -> None:
         """Raises ValueError for a limit that the first evaluation itself would break, and for one that is never looked
-        at. Called by a class that has `eval_strategy` and `beta` too."""
+        at."""
         if self.max_frechet_ratio is not None and self.max_frechet_ratio < 1:
             raise ValueError(
                 f"max_frechet_ratio is a ratio to the run's first evaluation, at least 1, not {self.max_frechet_ratio}"
@@ -68,10 +68,10 @@ class LimitArguments:
                 raise ValueError(f"{name} is a share of the run's first evaluation, in (0, 1], not {share}")
         if self.max_kl is not None and self.max_kl <= 0:
             raise ValueError(f"max_kl must be positive, not {self.max_kl}")
-        if self.max_kl is not None and self.beta == 0:
+        if self.max_kl is not None and beta == 0:
             raise ValueError(f"max_kl {self.max_kl} needs a reference model: set beta > 0, however small")
         evaluated = [self.max_frechet_ratio, *shares.values(), self.best_metric]
-        if self.eval_strategy == "no" and any(setting is not None for setting in evaluated):
+        if eval_strategy == "no" and any(setting is not None for setting in evaluated):
             raise ValueError(
                 f"max_frechet_ratio, {', '.join(SHARES)} and best_metric look at evaluations, but eval_strategy is "
                 '"no": set it to steps'
@@ -112,12 +112,15 @@ class Limit:
 
 def limits_of(args: LimitArguments) -> list[Limit]:
     """The limits that are set."""
-    limits = [
-        Limit("eval_frechet_distance", "max_frechet_ratio", args.max_frechet_ratio, upper=True),
-        *(Limit(f"eval_{name.removeprefix('min_')}", name, getattr(args, name)) for name in SHARES),
-        Limit("kl", "max_kl", args.max_kl, relative=False, upper=True),
-    ]
-    return [limit for limit in limits if limit.value is not None]
+    limits = []
+    if args.max_frechet_ratio is not None:
+        limits.append(Limit("eval_frechet_distance", "max_frechet_ratio", args.max_frechet_ratio, upper=True))
+    for name in SHARES:
+        if (share := getattr(args, name)) is not None:
+            limits.append(Limit(f"eval_{name.removeprefix('min_')}", name, share))
+    if args.max_kl is not None:
+        limits.append(Limit("kl", "max_kl", args.max_kl, relative=False, upper=True))
+    return limits
 
 
 def broken_limit(limits: Sequence[Limit], history: History) -> str | None:
@@ -192,7 +195,7 @@ class LimitsCallback(TrainerCallback):
         if state.is_world_process_zero and unfinished.exists():
             shutil.rmtree(unfinished)  # of a run that was killed while it wrote
         self.save(unfinished)
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.best_metric is not None:
             best = {"step": state.global_step, "metric": self.best_metric.removeprefix("eval_"), "value": value}
             (unfinished / BEST_FILE).write_text(json.dumps(best) + "\n")
             if self.folder.exists():

@@ -127,6 +127,7 @@ class ResumableTrainer(Trainer):
         """As transformers does, but a process that cannot write does not leave the others waiting in DeepSpeed's
         barriers."""
         engine, writer = self.model_wrapped, self._writer
+        assert writer is not None
         tag = f"global_step{self.state.global_step}"
         with writer.attempt():
             (folder / tag).mkdir(exist_ok=True)
@@ -146,7 +147,7 @@ class ResumableTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
         written = None if resume_from_checkpoint is None else layout_of(Path(resume_from_checkpoint))
-        if not self.is_deepspeed_enabled or written in (None, self.layout):
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled or written in (None, self.layout):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # DeepSpeed's engine cannot read these files: it starts with their weights, and then gets the other states.
         self._load_from_checkpoint(resume_from_checkpoint)
@@ -210,7 +211,7 @@ class ResumableTrainer(Trainer):
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            raise write_error(output_dir, Path(error.filename or output_dir), error.strerror) from error
+            raise write_error(output_dir, Path(error.filename or output_dir), str(error.strerror)) from error
         except RuntimeError as error:
             missing = None if self.peers is None else self.peers.explain(error)
             if missing is None:

@@ -179,7 +179,8 @@ def check_written(
     """
     defaults = defaults_of(config_types)
     check_refused({name: value for name, value in written.items() if value and (value, defaults[name]) != (True, True)})
-    idle, left_out = [], {}
+    idle: list[tuple[str, Needs]] = []
+    left_out: dict[Needs, list[str]] = {}
     for name, needs in unmet_needs(config_types, {**defaults, **written}).items():
         if not written.get(name):
             continue
@@ -201,7 +202,7 @@ def check_python(config: Any) -> None:
     """
     kind, values = type(config), vars(config)
     written = {name: values[name] for name, default in defaults_of((kind,)).items() if values[name] != default}
-    set_by_transformers = ("", [], AcceleratorConfig())
+    set_by_transformers: tuple[Any, ...] = ("", [], AcceleratorConfig())
     refusable = {name: value for name, value in written.items() if value not in set_by_transformers}
     if config.eval_strategy != "no":
         refusable.pop("do_eval", None)  # transformers sets it

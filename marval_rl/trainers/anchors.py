@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from marval_rl.losses.policy import action_kl
 from marval_rl.models import MARModel
@@ -106,7 +106,7 @@ class Anchors:
         student: MARModel,
         has_adapters: bool,
         teacher: MARModel | None,
-        dataset: Dataset | None,
+        dataset: Any,
         tokens_of: Callable[[dict[str, Tensor]], Tensor],
     ):
         self.args = args
@@ -115,8 +115,9 @@ class Anchors:
             self.reference = copy.deepcopy(student).eval().requires_grad_(False).to(args.device)
         self.gsim: ScoreMatching | None = None
         if args.gsim_weight > 0:
-            teacher = teacher.to(args.device)
-            self.gsim = ScoreMatching(teacher, args.gsim_arguments(), args.gsim_weight, loss_name="gsim_loss")
+            assert teacher is not None  # the trainer refuses it
+            settings = args.gsim_arguments()
+            self.gsim = ScoreMatching(teacher.to(args.device), settings, args.gsim_weight, loss_name="gsim_loss")
             from_data = args.gsim_batch_size - args.gsim_batch_size // 2
             if not 1 <= from_data <= len(dataset):
                 raise ValueError(
@@ -192,6 +193,7 @@ class Anchors:
         self, networks: StudentNetworks, micro_batch: int, buffer: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step without a rollout, which trains the auxiliary network alone; arguments as `add`'s."""
+        assert self.gsim is not None  # nothing else has an auxiliary network
         return self.gsim.losses(networks, None, False, buffer, micro_batch)
 
     def _gsim_contexts(self, rollout: dict[str, Tensor], epoch: int) -> Contexts:
@@ -199,6 +201,7 @@ class Anchors:
 
         epoch: chooses the flips of the data.
         """
+        assert self.gsim is not None
         device = rollout["tokens"].device
         half = self.args.gsim_batch_size // 2
         if isinstance(self.dataset, EpochAware):

@@ -44,7 +44,8 @@ def planned_for(num_processes: int) -> Iterator[None]:
 
 def accelerator_here() -> str | None:
     """The kind of accelerator of this machine, such as "cuda" or "mps"; None without one."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else device.type
 
 
 def only_cpu_here(num_processes: int) -> bool:
@@ -185,7 +186,7 @@ class MARTrainingArguments(TrainingArguments):
         check_python(self)
         if self.eval_strategy == "no":
             self.eval_on_start = False
-        self.deepspeed = deepspeed_config(self.deepspeed)
+        self.deepspeed = deepspeed_config(self.deepspeed)  # type: ignore[has-type]
         self._heed_accelerate()
         if _PLANNED_PROCESSES.get() is None:
             self._find_devices()
@@ -193,10 +194,10 @@ class MARTrainingArguments(TrainingArguments):
             check_company(self.world_size)
             # One process uses one GPU: nn.DataParallel, which transformers would choose for the others, would split
             # the batches that the trainers count on.
-            self._n_gpu = min(self._n_gpu, 1)
+            self._n_gpu = min(self._n_gpu, 1)  # type: ignore[has-type]
         else:
             self._plan()
-        if self.data_seed is None:
+        if self.data_seed is None:  # type: ignore[has-type]
             self.data_seed = self.seed  # else the order of the data would depend on the state of the global generator
         # Under ZeRO-3 transformers would load every model in parts from here on, the teacher and the rewards too. All
         # models are made complete; the engine partitions the one that it trains.
@@ -216,7 +217,8 @@ class MARTrainingArguments(TrainingArguments):
             raise ValueError(f"accelerate's mixed_precision {precision} is not supported: use bf16, fp16 or no")
         if precision != "no" and not (self.bf16 or self.fp16):
             setattr(self, precision, True)
-        self.use_cpu = self.use_cpu or bool(strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")))
+        if strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+            self.use_cpu = True
 
     def _find_devices(self) -> None:
         """Before any work: the CPU and gloo where there is nothing else, or a refusal."""

@@ -96,7 +96,7 @@ class MARTrainer(ResumableTrainer):
         self.eval_plan = ImagePlan(args.eval_num_images, config.num_classes, args.eval_batch_size)
         self.ema = ExponentialMovingAverage(model, args.ema_decay)
         self.buffer: dict[str, Tensor] = {}
-        self.recorded: dict[str, list[Tensor]] = defaultdict(list)
+        self.recorded: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.micro_batch = 0  # its index within the optimizer step
         self.last_step = -1
         self.guard = NonFiniteGuard(args.max_skipped_steps)
@@ -148,7 +148,7 @@ class MARTrainer(ResumableTrainer):
         return self.guard.watch(self.training_loss(model, inputs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             self.optimizer = make_optimizer(self.parameter_groups(), self.args)
         return self.optimizer
 
@@ -242,7 +242,8 @@ class MARTrainer(ResumableTrainer):
         The processes share the work; figures and images are the same for any number of them.
         """
         args, plan = self.args, self.eval_plan
-        draws, grid = [], None
+        draws: list[dict[str, Any]] = []
+        grid: list[GeneratedBatch] = []
         for seed in range(args.eval_seed, args.eval_seed + args.eval_redraws):
             with failing_together(args.device, MarvalError), kept_random_state(args.device):
                 batches = [
@@ -253,8 +254,8 @@ class MARTrainer(ResumableTrainer):
                 if self.is_world_process_zero():
                     rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in batches[0].rows}
                     draws.append(self.evaluator.figures(rows))
-                    grid = batches if grid is None else grid
-        metrics: dict[str, float] = {}
+                    grid = grid or batches
+        metrics: dict[str, Any] = {}
         if self.is_world_process_zero():
             means, deviations = mean_and_std(draws)
             metrics = {f"eval_{name}": value for name, value in means.items()}
@@ -268,7 +269,8 @@ class MARTrainer(ResumableTrainer):
                 (folder / "rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
         metrics = from_first_process(metrics)
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        control = self.control  # type: ignore[has-type]  # transformers counts as untyped
+        self.control = self.callback_handler.on_evaluate(args, self.state, control, metrics)
         return metrics
 
     def _measure_batch(self, batch: int, seed: int) -> GeneratedBatch:

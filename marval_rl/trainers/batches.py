@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,7 +36,7 @@ class EpochBatches(Sampler[list[int]]):
         ValueError: If the data cannot fill one pattern.
     """
 
-    def __init__(self, dataset: Sized, batch_size: int, seed: int, rank: int, world_size: int, pattern: Sequence[bool]):
+    def __init__(self, dataset: Any, batch_size: int, seed: int, rank: int, world_size: int, pattern: Sequence[bool]):
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed

@@ -80,7 +80,7 @@ class MARGRPOTrainer(RewardTrainer):
         args, step = self.args, self.state.global_step
         if args.starts_rollout(step, self.micro_batch):
             self.generate_rollouts(rows)
-        part = args.policy_micro_batch(step, self.micro_batch) % args.steps_per_generation
+        part = args.policy_micro_batch(step, self.micro_batch) % args.micro_batches
         mine = slice(part * args.per_device_train_batch_size, (part + 1) * args.per_device_train_batch_size)
         names = ("class_labels", "order", "noise", "tokens", "log_prob", "advantages", "weights")
         return {name: self.buffer[name][mine] for name in names}
@@ -90,7 +90,7 @@ class MARGRPOTrainer(RewardTrainer):
         args, size = self.args, self.args.per_device_train_batch_size
         generator = derive_generator(args.device, args.seed, "rollout", self.state.global_step)
         shuffled = torch.randperm(args.generation_batch_size, device=args.device, generator=generator)  # [N]
-        by_process = shuffled.view(args.steps_per_generation, args.world_size, size).transpose(0, 1)
+        by_process = shuffled.view(-1, args.world_size, size).transpose(0, 1)
         dealt = by_process.reshape(args.world_size, -1)  # [P, N / P], micro-batch by micro-batch
         mine = dealt[args.process_index]  # [N / P]
         noise = draw_rollout_noise(

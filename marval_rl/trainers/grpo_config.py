@@ -91,7 +91,13 @@ class MARGRPOConfig(RewardTrainingArguments):
     @property
     def generation_batch_size(self) -> int:
         """N, images of a rollout over all processes."""
-        return self.per_device_train_batch_size * self.steps_per_generation * self.world_size
+        return self.per_device_train_batch_size * self.micro_batches * self.world_size
+
+    @property
+    def micro_batches(self) -> int:
+        """steps_per_generation, with its default."""
+        steps = self.steps_per_generation
+        return self.gradient_accumulation_steps if steps is None else steps
 
     @property
     def rows_per_batch(self) -> int:
@@ -116,7 +122,7 @@ class MARGRPOConfig(RewardTrainingArguments):
     @property
     def rollout_period(self) -> int:
         """Micro-batches of policy updates that one generation batch serves."""
-        return self.steps_per_generation * self.num_iterations
+        return self.micro_batches * self.num_iterations
 
     def policy_micro_batch(self, step: int, micro_batch: int) -> int:
         """Counts micro-batches of policy updates since the start; a function of the step, so it survives resumption."""

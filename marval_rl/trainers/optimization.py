@@ -20,7 +20,8 @@ NETWORKS = (MODEL, AUXILIARY)
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """MAR's two groups: no decay for vectors, biases and the whole diffusion head; `weight_decay` for all else."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -60,13 +61,13 @@ def _hide_paused_gradients(optimizer: torch.optim.Optimizer) -> None:
     keep moving the weights, and its second moment would decay. ZeRO steps the optimizer on one group at a time; with
     offload it keeps using the same gradient tensors, so they are put back.
     """
-    hidden: list[tuple[nn.Parameter, Tensor | None]] = []
+    hidden: list[tuple[Tensor, Tensor | None]] = []
 
     def hide(stepping: torch.optim.Optimizer, *_: Any) -> None:
         for group in stepping.param_groups:
             if group["paused"]:
                 hidden.extend((parameter, parameter.grad) for parameter in group["params"])
-        for parameter, _ in hidden:
+        for parameter, _gradient in hidden:
             parameter.grad = None
 
     def put_back(*_: Any) -> None:
@@ -93,7 +94,7 @@ class ExponentialMovingAverage:
     def __init__(self, model: nn.Module, decay: float, warmup: bool = True):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {decay}")
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module: Any = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
@@ -105,6 +106,6 @@ class ExponentialMovingAverage:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
         averages = self.module.parameters()
         for parameters in gathered_in_chunks(model.parameters()):
-            chunk = [next(averages) for _ in parameters]
+            chunk: list[Tensor] = [next(averages) for _ in parameters]
             current = [p.detach().to(average.dtype) for p, average in zip(parameters, chunk, strict=True)]
             torch._foreach_lerp_(chunk, current, 1 - decay)

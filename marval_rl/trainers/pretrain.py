@@ -63,7 +63,8 @@ def pretraining_loss(
         noise: [R, B, M, C].
         drop_mask: bool [B], True where the null class takes the label's place.
     """
-    schedule = model.schedule if isinstance(model, MARModel) else model.module.schedule
+    mar: Any = model if isinstance(model, MARModel) else model.module  # in the wrapper of DDP or DeepSpeed
+    schedule = mar.schedule
     x_start = gather_tokens(tokens, revealed_positions(order, num_masked))
     x_t = add_noise(schedule, x_start, noise, timesteps)
     output = model(tokens, class_labels, order, num_masked, noisy_tokens=x_t, timesteps=timesteps, drop_mask=drop_mask)

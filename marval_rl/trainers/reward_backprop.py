@@ -107,7 +107,7 @@ class RewardBackpropTrainer(RewardTrainer):
             args.num_unmasking_steps,
             gradient_steps=chosen,
         ):
-            if args.beta > 0 and torch.is_grad_enabled() and step.index in chosen:
+            if args.beta > 0 and torch.is_grad_enabled() and step.number in chosen:
                 kl = self.anchors.kl(step.mean, student, rollout, step.before, step.num_masked, step.num_kept)
                 divergences.append(kl)  # [B]
         return {**rollout, "tokens": step.tokens}, divergences

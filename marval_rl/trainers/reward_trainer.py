@@ -36,7 +36,7 @@ class RewardTrainingArguments(AnchorArguments, LimitArguments, MARTrainingArgume
     ema_decay: float = field(default=0.98, metadata={"help": "Decay of the weight average that is sampled and saved."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each reward; default 1."})
     num_unmasking_steps: int = field(default=8, metadata={"help": "K, unmasking steps of a rollout."})
-    eval_unmasking_steps: int | None = field(
+    eval_unmasking_steps: int | None = field(  # type: ignore[assignment]  # set in __post_init__
         default=None, metadata={"help": "K in evaluation (default: as in training)."}
     )
     prompt_template: str = field(default="{name}", metadata={"help": "Prompt of a class; {name} is the class's name."})
@@ -52,7 +52,7 @@ class RewardTrainingArguments(AnchorArguments, LimitArguments, MARTrainingArgume
         if self.policy_std <= 0:
             raise ValueError(f"policy_std must be positive, not {self.policy_std}: without noise there is no policy")
         self.check_anchors()
-        self.check_limits()
+        self.check_limits(self.beta, self.eval_strategy)
         if "{name}" not in self.prompt_template:
             raise ValueError(
                 f'prompt_template "{self.prompt_template}" does not contain {{name}}, the place of the class\'s name'
@@ -99,7 +99,10 @@ class RewardTrainer(MARTrainer):
         self.has_adapters = peft_config is not None
         if self.has_adapters:
             add_lora(model, peft_config, args.seed)
-        network = StudentNetworks(model, auxiliary_network(teacher, auxiliary) if args.has_auxiliary else None)
+        head = None
+        if args.has_auxiliary and teacher is not None:
+            head = auxiliary_network(teacher, auxiliary)
+        network = StudentNetworks(model, head)
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
         self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final, self.evaluation_names))
         self.rewards = reward_set(reward_funcs, args.reward_weights)

@@ -124,7 +124,8 @@ class ScoreMatching:
             buffer: Keeps the sample between the steps of a cycle.
             micro_batch: Index within the step; each keeps a sample of its own.
         """
-        loss, metrics = torch.zeros((), device=self.teacher.device), {}
+        loss = torch.zeros((), device=self.teacher.device)
+        metrics: dict[str, Tensor] = {}
         names = {name: f"{micro_batch}.gsim.{name}" for name in ("x_start", "condition")}
         if contexts is not None:
             if moves_student:
@@ -148,8 +149,10 @@ class ScoreMatching:
         condition = condition.detach()
         x_t, _, t = self._diffuse(x_start)  # [R, B, M, C], [R, B, M]
         schedule = self.teacher.schedule
-        with frozen(networks.auxiliary):
-            eps = networks.auxiliary(x_t, t, condition)[..., : x_start.shape[-1]].float()
+        auxiliary = networks.auxiliary
+        assert auxiliary is not None
+        with frozen(auxiliary):
+            eps = auxiliary(x_t, t, condition)[..., : x_start.shape[-1]].float()
         auxiliary_start = predict_start(schedule, x_t, eps, t)
         teacher_start = predict_start(schedule, x_t, self._teacher_noise(contexts, x_t, t), t)
         loss, metrics = gsim_loss(x_start, auxiliary_start, teacher_start, self.args.huber_r)
@@ -165,6 +168,7 @@ class ScoreMatching:
         """Denoising score matching of the auxiliary network on the student's tokens, under the student's own
         condition."""
         x_t, noise, t = self._diffuse(sample["x_start"])
+        assert networks.auxiliary is not None
         eps = networks.auxiliary(x_t, t, sample["condition"])[..., : noise.shape[-1]].float()
         return denoising_loss(eps, noise)
 

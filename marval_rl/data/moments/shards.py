@@ -69,7 +69,8 @@ def encode_crops(
         "class_labels": torch.tensor([source.modes[index] for index in indices], dtype=torch.int64),
     }
     size = settings["image_size"]
-    pixels = torch.stack([crop.pixels for crop in crops]) if crops else torch.empty(0, 3, size, size)
+    decoded = [crop.pixels for crop in crops if crop.pixels is not None]
+    pixels = torch.stack(decoded) if crops else torch.empty(0, 3, size, size)
     images = pixels.to(device).float() / 255
     views = {"moments": images, "moments_flip": images.flip(-1)} if settings["flip"] else {"moments": images}
     for name, view in views.items():

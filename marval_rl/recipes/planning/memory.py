@@ -121,8 +121,8 @@ def activations_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, tea
     """
 
     def count_bytes(depths: dict[str, int]) -> int:
-        shallow = [None if sizes is None else _changed(sizes, depths) for sizes in (model, teacher)]
-        with _meta_trainer(make_trainer, config, *shallow) as (trainer, frozen):
+        shallow_teacher = None if teacher is None else _changed(teacher, depths)
+        with _meta_trainer(make_trainer, config, _changed(model, depths), shallow_teacher) as (trainer, frozen):
             return saved_bytes(trainer, config, frozen.values())
 
     depths = {name: vars(model)[name] for name in DEPTHS}
@@ -141,9 +141,10 @@ def _meta_trainer(
     with planned_for(1), tempfile.TemporaryDirectory() as folder:  # transformers makes the output folder
         args = _arguments_on_meta(config, folder)
         with torch.device("meta"):
-            networks = [None if sizes is None else MARModel(_on_latents(sizes)) for sizes in (model, teacher)]
-        trainer = make_trainer(args, *networks, _Rows(networks[0].config))
-        frozen = {} if teacher is None else {"teacher": networks[1]}
+            trained = MARModel(_on_latents(model))
+            taught_by = None if teacher is None else MARModel(_on_latents(teacher))
+        trainer = make_trainer(args, trained, taught_by, _Rows(trained.config))
+        frozen: dict[str, nn.Module] = {} if taught_by is None else {"teacher": taught_by}
         if isinstance(trainer, RewardTrainer) and trainer.anchors.reference is not None:
             frozen["reference model"] = trainer.anchors.reference
         yield trainer, frozen
@@ -272,11 +273,12 @@ def _batch(trainer: MARTrainer, rollout: dict[str, Tensor]) -> Any:
     def one_step(*args: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(args[-1]), None  # of the noise's shape, which is the last argument
 
-    trainer.score = score
+    # On this one trainer, which is thrown away.
+    trainer.score = score  # type: ignore[method-assign]
     if trainer.anchors.reference is not None:
-        trainer.anchors.reference.one_step = one_step
+        trainer.anchors.reference.one_step = one_step  # type: ignore[method-assign, assignment]
     if isinstance(trainer, MARGRPOTrainer):
-        trainer.generate_rollouts = generate_rollouts
+        trainer.generate_rollouts = generate_rollouts  # type: ignore[method-assign]
     return [row] * len(labels)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from marval_rl.errors import MarvalError
 from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.checkpoints import load_config
-from marval_rl.recipes.data_arguments import DataArguments, describe_data
+from marval_rl.recipes.data_arguments import DataArguments, TrainingData, describe_data
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning.memory import Footprint, MakeTrainer, StandInReward, footprint_of
 from marval_rl.rewarding import RewardSet
@@ -78,7 +78,7 @@ def plan_pretraining(data: DataArguments, sizes: ModelArguments, config: Any) ->
     if dataset is None or (data.vae is not None and vae is None):
         return plan
 
-    def make(args: Any, model: MARModel, teacher: None, rows: Dataset) -> PretrainTrainer:
+    def make(args: Any, model: MARModel, teacher: Any, rows: Dataset) -> PretrainTrainer:
         return PretrainTrainer(model, args, train_dataset=rows)
 
     return plan.with_step(make, config, sizes.config(data.latents(dataset)), vae=vae)
@@ -91,7 +91,7 @@ def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any
     if teacher is None:
         return plan
 
-    def make(args: Any, student: MARModel, teacher: MARModel, rows: Dataset) -> DistillTrainer:
+    def make(args: Any, student: MARModel, teacher: Any, rows: Dataset) -> DistillTrainer:
         return DistillTrainer(teacher, args, student, train_dataset=rows)
 
     student = student_config(teacher, config.student_timestep)
@@ -123,7 +123,7 @@ def plan_reward_training(
     plan.rows = student.num_classes * rewarded.prompts_per_class
 
     def make(args: Any, student: MARModel, teacher: MARModel | None, rows: Dataset) -> RewardTrainer:
-        anchor = {"teacher": teacher, "anchor_dataset": rows if anchored else None}
+        anchor: dict[str, Any] = {"teacher": teacher, "anchor_dataset": rows if anchored else None}
         reward = RewardSet([StandInReward()])
         return trainer_class(student, reward, args, train_dataset=rows, peft_config=peft_config, **anchor)
 
@@ -131,7 +131,7 @@ def plan_reward_training(
     return plan.with_step(make, config, student, teacher, _vae(plan, student.vae))
 
 
-def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> Dataset | None:
+def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> TrainingData | None:
     with plan.needing(GET_CACHE if data.cache_dir is not None else GET_DATA):
         dataset = data.load_training(None if data.is_bundled else 256, seed)
         plan.rows = len(dataset)
@@ -141,10 +141,16 @@ def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> Dataset | None:
 
 
 def _model_config(
-    plan: TrainingPlan, name: str, remedy: str, source: TeacherArguments, data: DataArguments, dataset: Dataset | None
+    plan: TrainingPlan,
+    name: str | None,
+    remedy: str,
+    source: TeacherArguments,
+    data: DataArguments,
+    dataset: TrainingData | None,
 ) -> MARConfig | None:
     """The configuration on disk; else that of the published size which the recipe is for."""
     config = PUBLISHED_SIZES[source.model_size]() if source.model_size is not None else None
+    assert name is not None  # the commands refuse it
     with plan.needing(remedy):
         found = load_config(name)
         source.check_size(found, name)
