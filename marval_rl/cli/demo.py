@@ -89,7 +89,7 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
 
 def quick_overrides(name: str) -> list[str]:
     """Settings under which a recipe ends in seconds."""
-    settings = {"max_steps": 8, "eval_steps": 8, "eval_num_images": 40, "logging_steps": 2, "save_steps": 8}
+    settings: dict = {"max_steps": 8, "eval_steps": 8, "eval_num_images": 40, "logging_steps": 2, "save_steps": 8}
     settings |= {"per_device_train_batch_size": 24, "warmup_steps": 0, "lr_scheduler_type": "constant"}
     settings |= {"eval_diffusion_steps": 4} if name == "teacher" else {"auxiliary_warmup_steps": 4}
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))] + [
