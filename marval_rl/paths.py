@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from marval_rl.text import read_text
 
 SHIPPED_RECIPES = Path(str(files("marval_rl.shipped_recipes")))  # recipes/ of a checkout
+DEEPSPEED_PRESETS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")  # files in presets/
 
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 # In the arguments of a reward, of which only its author knows which are paths.
@@ -69,3 +74,21 @@ def shipped_recipe(name: str | Path) -> Path | None:
         path = path.relative_to("recipes")
     file = SHIPPED_RECIPES / path
     return file if file.is_file() and file.suffix == ".yaml" else None
+
+
+def deepspeed_config(value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """`TrainingArguments.deepspeed` with a preset's name replaced by its file, and another file read.
+
+    Raises:
+        ValueError: For a name that is neither a preset nor a file, and for a file that is not JSON.
+    """
+    if not isinstance(value, str) or value.startswith("{"):
+        return value
+    if Path(value).is_file():
+        try:
+            return json.loads(read_text(value))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"deepspeed {value} cannot be read as JSON: {error}") from error
+    if value not in DEEPSPEED_PRESETS:
+        raise ValueError(f"deepspeed {value!r} is neither a file nor one of {', '.join(DEEPSPEED_PRESETS)}")
+    return str(Path(__file__).parent / "presets" / f"{value}.json")

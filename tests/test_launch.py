@@ -24,7 +24,7 @@ from marval_rl.cli.main import CommandParser, main
 from marval_rl.cli.processes import run_processes
 from marval_rl.errors import MarvalError, RecipeError
 from marval_rl.launched import SIZE_VARIABLES
-from marval_rl.runtime.presets import DEEPSPEED_PRESETS, deepspeed_config
+from marval_rl.paths import DEEPSPEED_PRESETS, deepspeed_config
 from marval_rl.runtime.resume import find_checkpoint
 from marval_rl.trainers import arguments
 from marval_rl.trainers.arguments import MARTrainingArguments

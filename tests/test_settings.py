@@ -24,11 +24,11 @@ from transformers.integrations import integration_utils
 from transformers.utils import logging as transformers_logging
 
 from marval_rl.cli import train as train_command
+from marval_rl.cli.arguments import quiet_libraries
 from marval_rl.data import class_rows
 from marval_rl.evaluation import ImageEvaluator
 from marval_rl.evaluation.references import Rows
 from marval_rl.models import MARConfig
-from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes import data_arguments, evaluation_arguments
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, TeacherArguments
@@ -133,7 +133,7 @@ READ_BY: dict[str, Any] = {
         ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), "marval_rl.trainers.base"
     ),
     **dict.fromkeys(("eval_batch_size", "max_skipped_steps"), "marval_rl.trainers.base"),
-    "overwrite_output_dir": "marval_rl.recipes.training",
+    "overwrite_output_dir": "marval_rl.cli.training",
 }
 
 

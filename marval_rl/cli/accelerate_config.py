@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from marval_rl.errors import RecipeError
-from marval_rl.paths import expand_path, shipped_recipe
-from marval_rl.runtime.presets import DEEPSPEED_PRESETS
+from marval_rl.paths import DEEPSPEED_PRESETS, expand_path, shipped_recipe
 from marval_rl.text import load_yaml, read_text, yaml_problem
 
 LAUNCH_KEYS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")

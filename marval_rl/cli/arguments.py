@@ -1,13 +1,15 @@
-"""Arguments that several commands share; nothing heavy is imported before a command runs."""
+"""What several commands share: arguments, and quiet libraries. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from marval_rl.paths import path_or_id
-from marval_rl.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from marval_rl.models.generation import SamplingSettings
 
 DTYPES = ("float32", "bfloat16")
+NOISE = (  # warnings of transformers that ask nothing of the user; all others are shown
+    "does not expose input embeddings",  # of language models' adapters
+    "do not match the ones in the `trainer_state.json`",  # a resumed run says itself what has changed
+)
 
 
 # ---- pretrain, distill and train ----
@@ -132,3 +138,26 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
         num_diffusion_steps=args.diffusion_steps,
         autocast_dtype=autocast_dtype(args),
     )
+
+
+# ---- What libraries print for developers ----
+
+
+def quiet_libraries() -> None:
+    """No warnings meant for developers, and no progress bars of loading and saving."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where installed, warns that it finds no GPU
+    for library in ("transformers", "huggingface_hub", "diffusers"):
+        for category in (FutureWarning, DeprecationWarning):  # of what will be renamed in their next release
+            warnings.filterwarnings("ignore", category=category, module=library)
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    return not any(noise in record.getMessage() for noise in NOISE)

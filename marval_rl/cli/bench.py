@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device
+from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device, quiet_libraries
 from marval_rl.errors import check_output
 from marval_rl.models import MARModel, generate
 from marval_rl.models.checkpoints import load_model
 from marval_rl.paths import path_or_id
-from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
 from marval_rl.recipes.values import WrongType, convert, rejoin_list
 from marval_rl.trainers.distill import student_from_teacher

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from marval_rl.cli.arguments import add_recipe_argument
+from marval_rl.cli.arguments import add_recipe_argument, quiet_libraries
 from marval_rl.cli.launch import Launch
 from marval_rl.cli.processes import run_processes
 from marval_rl.data import LabelledImages
@@ -32,7 +32,6 @@ from marval_rl.errors import DataError, MarvalError, RecipeError
 from marval_rl.launched import Place, find_place, is_started_here
 from marval_rl.models.checkpoints import load_config
 from marval_rl.models.vae import VAECodec
-from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import TeacherArguments
 from marval_rl.recipes.reading import build_configs, read_settings

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from marval_rl.cli.arguments import quiet_libraries
 from marval_rl.errors import CheckpointError, check_folder
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
@@ -22,7 +23,6 @@ from marval_rl.models.official.shapes import key_hash
 from marval_rl.models.official.vae_weights import is_vae, read_vae, vae_checkpoint
 from marval_rl.models.vae import load_autoencoder
 from marval_rl.paths import path_or_id
-from marval_rl.quiet import quiet_libraries
 from marval_rl.text import read_text
 
 

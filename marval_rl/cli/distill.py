@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from marval_rl.cli.arguments import add_recipe_arguments
+from marval_rl.cli.training import read_recipe, run_training
 from marval_rl.errors import RecipeError
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import TeacherArguments
 from marval_rl.recipes.planning.plan import plan_distillation
-from marval_rl.recipes.training import read_recipe, run_training
 from marval_rl.trainers.distill import DistillConfig, DistillTrainer
 
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from marval_rl import __version__
-from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, sampling_settings
+from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, quiet_libraries, sampling_settings
 from marval_rl.cli.launch import add_launch_arguments
 from marval_rl.data.class_names import check_number, label_classes, read_class_names
 from marval_rl.errors import DataError, check_output
@@ -28,7 +28,6 @@ from marval_rl.evaluation.speed import painting_speed
 from marval_rl.launched import check_company, launched_processes
 from marval_rl.models import MARConfig
 from marval_rl.paths import path_or_id
-from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.reading import build_configs, read_settings
 from marval_rl.recipes.values import WrongType, convert

@@ -7,11 +7,11 @@ import argparse
 import torch
 
 from marval_rl.cli.arguments import add_recipe_arguments
+from marval_rl.cli.training import read_recipe, run_training
 from marval_rl.models import MARModel
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import ModelArguments
 from marval_rl.recipes.planning.plan import plan_pretraining
-from marval_rl.recipes.training import read_recipe, run_training
 from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from marval_rl.cli.arguments import add_recipe_arguments
+from marval_rl.cli.training import read_recipe, run_training
 from marval_rl.data import class_rows
 from marval_rl.errors import RecipeError, nearest
 from marval_rl.models.checkpoints import load_model, resolve_model
@@ -13,7 +14,6 @@ from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning.plan import TrainingPlan, plan_reward_training
 from marval_rl.recipes.reading import peek_setting
-from marval_rl.recipes.training import read_recipe, run_training
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer

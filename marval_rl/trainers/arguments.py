@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils.generic import strtobool
 
 from marval_rl.launched import SIZE_VARIABLES, check_company, launched_processes
-from marval_rl.runtime.presets import deepspeed_config
+from marval_rl.paths import deepspeed_config
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs, check_python
 
 # Newer versions of transformers have both names, older ones the first alone.

@@ -11,13 +11,13 @@ from typing import Any
 
 from accelerate import PartialState
 
+from marval_rl.cli.arguments import quiet_libraries
+from marval_rl.cli.env import environment
 from marval_rl.errors import RecipeError, check_folder
 from marval_rl.launched import RESTARTS
-from marval_rl.quiet import quiet_libraries
 from marval_rl.recipes.planning.dry_run import batch_arithmetic, devices, print_dry_run
 from marval_rl.recipes.planning.plan import Planner
 from marval_rl.recipes.reading import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
-from marval_rl.runtime.environment import environment
 from marval_rl.runtime.resume import (
     AUTO,
     changed_settings,
