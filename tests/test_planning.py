@@ -140,9 +140,8 @@ def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(name, tmp_
     teacher = None if name == "pretrain" else tiny_config()
     planned = activations_of(counted, config, sizes, teacher)
 
-    masked = {"mask_ratio_min": 1.0, "gsim_mask_ratio_min": 1.0}
-    known = {setting: value for setting, value in masked.items() if setting in vars(config)}
-    args = config_class(str(tmp_path), **SMALL, **settings, **known)
+    args = config_class(str(tmp_path), **SMALL, **settings)
+    args.mask_ratio_min = args.gsim_mask_ratio_min = 1.0  # the most that is ever masked
     rows = [{"images": torch.rand(sizes.image_channels, sizes.image_size, sizes.image_size), "class_labels": 0}] * 200
     trainer = real(args, MARModel(sizes), None if teacher is None else MARModel(teacher), rows)
     trainer.state.global_step = next(step for step in count() if args.moves_model(step))
