@@ -17,7 +17,7 @@ from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
 from marval_rl.runtime.settings import Conditions, Needs
-from marval_rl.trainers.anchors import ANCHORED
+from marval_rl.trainers.anchors import READS_IMAGES
 
 
 @dataclass
@@ -70,7 +70,9 @@ class DataArguments(EvaluationArguments):
         Needs("images of your own (a data set that is not bundled)", ("dataset",), lambda name: name not in BUNDLED): (
             *("image_column", "label_column", "class_names", "eval_dataset", "eval_holdout"),
         ),
-        ANCHORED: ("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+        READS_IMAGES: (
+            *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+        ),
     }
 
     def __post_init__(self):

@@ -72,11 +72,13 @@ def grpo_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = No
     return saved_bytes(lambda: [_trained(config, args, peft_config)], run, config, args.precision != "float32")
 
 
-def reward_backprop_bytes(config: MARConfig, args: Any, peft_config: LoraConfig | None = None) -> int:
+def reward_backprop_bytes(
+    config: MARConfig, args: Any, peft_config: LoraConfig | None = None, batch_size: int | None = None
+) -> int:
     """One unmasking step, the largest, as each is checkpointed; the decoder and the reward come on top."""
 
     def run(student: MARModel) -> Any:
-        tokens, labels, order = example_batch(config, args.per_device_train_batch_size)
+        tokens, labels, order = example_batch(config, batch_size or args.per_device_train_batch_size)
         kept = unmasking_steps(config.num_tokens, args.num_unmasking_steps)[-1][1]
         return student.one_step(tokens, labels, order, config.num_tokens, kept, torch.randn_like(tokens))
 

@@ -91,7 +91,7 @@ def plan_reward_training(
 ) -> TrainingPlan:
     plan = TrainingPlan()
     anchored = config.gsim_weight > 0
-    dataset = _data(plan, data, config.seed) if anchored or data.is_bundled else None
+    dataset = _data(plan, data, config.seed) if config.reads_images or data.is_bundled else None
     student = _model_config(plan, rewarded.model, GET_STUDENT, source, data, dataset)
     teacher = _model_config(plan, source.teacher, GET_TEACHER, source, data, dataset) if anchored else None
     for specs, kwargs in (
@@ -123,6 +123,8 @@ def plan_reward_training(
     if anchored:
         gsim = config.gsim_arguments()
         activations += gsim_bytes(student, teacher, config, gsim, config.gsim_batch_size, peft_config)
+    if config.distribution_weight > 0 and rewarded.method == "grpo":  # it generates images of its own
+        activations += reward_backprop_bytes(student, config, peft_config, config.distribution_batch_size)
     plan.footprint = Footprint(trained, averaged, frozen, activations, held=sum(engine.values()) - trained)
     return plan
 
