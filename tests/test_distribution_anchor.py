@@ -13,7 +13,7 @@ from tiny_trainers import backprop_trainer, constant, grey_student, grpo_trainer
 from torch import Tensor
 
 from marval_rl.evaluation import ImageEvaluator
-from marval_rl.evaluation.features import Pixels
+from marval_rl.evaluation.features import Pixels, load_extractor
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.distribution_matching import DistributionMatching
@@ -140,3 +140,20 @@ def test_evaluation_must_look_at_other_features_than_those_of_the_anchor():
     judged = ImageEvaluator(pixels)
     judged.add_rewards(RewardSet([constant]), list, ["a"])
     check_other_features("pixels", judged)
+
+
+def test_features_of_a_vision_model_have_a_gradient(tmp_path):
+    """Through the image processor, too: the gradient is the slope of a function of the features."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    size = {"height": 28, "width": 28}
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(tmp_path)
+    extractor = load_extractor(f"hf:{tmp_path}")
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    direction = torch.randn_like(images)
+    gradient = torch.autograd.grad(extractor.features(images).square().sum(), images)[0]
+    with torch.no_grad():
+        values = [extractor.features(images + step * direction).square().sum() for step in (-1e-2, 1e-2)]
+    assert float((gradient * direction).sum()) == pytest.approx(float(values[1] - values[0]) / 2e-2, rel=0.1)

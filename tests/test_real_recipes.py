@@ -196,10 +196,9 @@ def test_the_rl_recipes_run_on_that_student(files, student, tmp_path, recipe):
         "eval_features": f"[clip:local-dir:{files.rewards / 'clip'}, pixels]",
         "eval_num_images": 30,
     }
+    settings["distribution_features"] = "pixels"
     if recipe.startswith("grpo"):
         settings |= {"num_generations": 2, "gradient_accumulation_steps": 2}
-    else:
-        settings |= {"teacher": files.teacher, "gsim_batch_size": 4}
     assert main(command("train", recipe, "--dry_run", **settings)) == 0
     assert main(command("train", recipe, **settings)) == 0
     assert_trained(tmp_path)

@@ -91,7 +91,7 @@ def quick_overrides(name: str) -> list[str]:
     """Settings under which a recipe ends in seconds."""
     settings = {"max_steps": 8, "eval_steps": 8, "eval_num_images": 40, "logging_steps": 2, "save_steps": 8}
     settings |= {"per_device_train_batch_size": 24, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    settings |= {"eval_diffusion_steps": 4} if name == "teacher" else {"auxiliary_warmup_steps": 4}
+    settings |= {"teacher": {"eval_diffusion_steps": 4}, "distill": {"auxiliary_warmup_steps": 4}}.get(name, {})
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))] + [
         "--lr_scheduler_kwargs",
         "{}",
