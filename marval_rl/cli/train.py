@@ -51,13 +51,14 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         raise RecipeError(f"grpo needs lora_dropout 0, not {lora.lora_dropout}: its ratios must begin at 1")
 
     def make_trainer() -> RewardTrainer:
+        student = load_model(rewarded.model, one_step=True)
+        offers = data.offers(student.config)
         rewards = []
         if rewarded.reward_funcs:
-            rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs)
+            rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs, offers)
         judges = None
         if rewarded.eval_reward_funcs:
-            judges = RewardSet(rewarded.eval_reward_funcs, reward_kwargs=rewarded.eval_reward_kwargs)
-        student = load_model(rewarded.model, one_step=True)
+            judges = RewardSet(rewarded.eval_reward_funcs, None, rewarded.eval_reward_kwargs, offers)
         source.check_size(student.config, rewarded.model)
         anchored = config.gsim_weight > 0
         reads = config.reads_images or data.is_bundled

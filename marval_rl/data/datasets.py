@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,14 @@ class CroppedImages(FlippingDataset):
             pixels = pixels.flip(-1)
         return {"images": pixels, "class_labels": self.class_labels[index]}
 
+    def identity(self) -> str:
+        """Changes with the images, without reading them: which files or rows, of which state, how they are cropped."""
+        digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
+        for index in range(len(self)):
+            described = f"{self.source.where(index)}\0{self.source.stamp(index)}\n"
+            digest.update(described.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def looks_grey(self) -> bool:
         """Whether a sample of the images, at most 64 and evenly spaced, are all grey; corrupt ones are passed over."""
         seen = []
@@ -162,14 +171,14 @@ class ImageDataset(Dataset):
         return {"images": self.images[index], "class_labels": self.class_labels[index]}
 
 
-def load_image_dataset(
+def load_cropped_images(
     name_or_path: str | Path,
     split: str = "train",
     class_groups: Mapping[str, Sequence[str]] | str | None = None,
     image_size: int | None = None,
     channels: int | None = None,
-) -> ImageDataset:
-    """A whole data set in memory: `load_labelled_images`, its classes merged, cropped as they are trained on.
+) -> CroppedImages:
+    """Labelled images, their classes merged, cropped as they are trained on and never mirrored.
 
     Args:
         name_or_path, split: Of `load_labelled_images`.
@@ -186,7 +195,12 @@ def load_image_dataset(
         source.merge_classes(find_groups(name_or_path, class_groups))
     first = source.read(0)
     channels = channels or (1 if is_grey(first) else 3)
-    return CroppedImages(source, image_size or min(first.size), flip=False, channels=channels).in_memory()
+    return CroppedImages(source, image_size or min(first.size), flip=False, channels=channels)
+
+
+def load_image_dataset(name_or_path: str | Path, *args: Any, **kwargs: Any) -> ImageDataset:
+    """A whole data set in memory; all arguments are those of `load_cropped_images`."""
+    return load_cropped_images(name_or_path, *args, **kwargs).in_memory()
 
 
 def is_grey(image: Image.Image) -> bool:

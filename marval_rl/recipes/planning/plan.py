@@ -100,7 +100,7 @@ def plan_reward_training(
     ):
         if specs:
             with plan.needing(GET_REWARD):
-                RewardSet(specs, reward_kwargs=kwargs)
+                RewardSet(specs, None, kwargs, data.offers(student))
     if student is None or (anchored and teacher is None):
         return plan
     plan.rows = student.num_classes * rewarded.prompts_per_class
