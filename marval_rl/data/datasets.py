@@ -106,6 +106,10 @@ class CroppedImages(FlippingDataset):
             pixels = pixels.flip(-1)
         return {"images": pixels, "class_labels": self.class_labels[index]}
 
+    def unflipped(self) -> CroppedImages:
+        """The same images, never mirrored."""
+        return CroppedImages(self.source, self.image_size, False, self.seed, self.channels, self.refuse_colour)
+
     def identity(self) -> str:
         """Changes with the images, without reading them: which files or rows, of which state, how they are cropped."""
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())

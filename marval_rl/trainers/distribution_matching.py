@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from marval_rl.data import CroppedImages
 from marval_rl.evaluation.features import BATCH_SIZE, FeatureExtractor, load_extractor
 from marval_rl.losses.distribution import RealFeatures, distribution_loss
 from marval_rl.models import MARModel
@@ -39,7 +40,8 @@ class DistributionMatching:
 
     def __init__(self, args: Any, dataset: Dataset, images_of: Callable[[dict[str, Tensor]], Tensor], num_classes: int):
         self.args = args
-        self.extractor = load_extractor(args.distribution_features)
+        offers = {"training_images": dataset.unflipped} if isinstance(dataset, CroppedImages) else None
+        self.extractor = load_extractor(args.distribution_features, offers)
         check_company_of_a_class(args, num_classes)
         features, labels = real_features(args, self.extractor, dataset, images_of)
         few = [label for label in range(num_classes) if int((labels == label).sum()) < 2]
