@@ -1,92 +1,94 @@
-"""Reward: does the image show its class? Judged by a small digit classifier; a second, different one holds out."""
+"""Reward: does the image show its class? Judged by a small classifier; a second, different one holds out."""
 
 from __future__ import annotations
 
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from marval_rl.data.bundled import DIGIT_NAMES, PARITY
+from marval_rl.data import CroppedImages, load_cropped_images
 
-from .digit_networks import ConvolutionalNetwork, DigitNetwork, PerceptronNetwork, load_digit_network
+from .classifier_networks import ClassifierNetwork, ConvolutionalNetwork, PerceptronNetwork, fit_images, load_network
 
 SCORES = ("log_probability", "accuracy", "confidence")
-IMAGE_SIZE = 8
-DIGITS_OF = {  # class name -> the digits that belong to it
-    **{name: [digit] for digit, name in enumerate(DIGIT_NAMES)},
-    **{group: [DIGIT_NAMES.index(name) for name in names] for group, names in PARITY.items()},
-}
 
 
 class Classifier:
-    """How well the image shows its class, by a small convolutional network trained on the digits' train split.
+    """How well the image shows its class, by a small convolutional network trained on labelled images.
 
-    score       "log_probability": log of the probability of the sample's class, <= 0. A class of several digits
-                ("even digit") has the sum of their probabilities.
-                "accuracy": 1 where the most probable digit belongs to the class, else 0; not differentiable.
-                "confidence": the largest probability of any digit, whatever the class, in .1..1.
-    checkpoint  a safetensors file with this network's weights; None trains them once and caches them.
+    score            "log_probability": log of the probability of the sample's class, <= 0. A class that merges
+                     several ("even digit") has the sum of their probabilities.
+                     "accuracy": 1 where the most probable class belongs to it, else 0; not differentiable.
+                     "confidence": the largest probability of any class, whatever the sample's own.
+    training_images  what the network is trained on, once: it is cached. In a recipe the images that are trained on;
+                     else a bundled set or a folder of class folders.
+    class_groups     for a name: classes that are merged, as in a recipe.
+    checkpoint       a safetensors file with this network's weights, in place of training.
 
-    Raises ValueError for an unknown score, a checkpoint that does not exist or an unknown class name, and
-    CheckpointError for a checkpoint that does not fit.
+    Raises ValueError for an unknown score, no images, a checkpoint that does not exist or an unknown class name,
+    DataError for images that cannot be read, and CheckpointError for a checkpoint that does not fit.
     """
 
     differentiable = True
-    architecture: type[DigitNetwork] = ConvolutionalNetwork
-    num_modes = 10
+    architecture: type[ClassifierNetwork] = ConvolutionalNetwork
 
-    def __init__(self, score: str = "log_probability", checkpoint: str | os.PathLike | None = None) -> None:
+    def __init__(
+        self,
+        score: str = "log_probability",
+        training_images: CroppedImages | str | None = None,
+        class_groups: dict[str, list[str]] | str | None = None,
+        checkpoint: str | os.PathLike | None = None,
+    ) -> None:
         if score not in SCORES:
             raise ValueError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
+        if training_images is None:
+            raise ValueError("it learns from labelled images: set dataset, or training_images in its reward_kwargs")
         self.score = score
         self.differentiable = score != "accuracy"
-        self.network = load_digit_network(self.architecture, checkpoint)
+        if not isinstance(training_images, CroppedImages):
+            training_images = load_cropped_images(training_images, class_groups=class_groups)
+        self.network = load_network(self.architecture, training_images, checkpoint)
+        self.num_modes = len(training_images.mode_names)
+        self._modes_of = {name: [mode] for mode, name in enumerate(training_images.mode_names)}
+        for label, name in enumerate(training_images.class_names):
+            self._modes_of[name] = [mode for mode, of in enumerate(training_images.class_of_mode) if of == label]
 
     def __call__(self, *, images: Tensor, class_names: list[str], **columns: object) -> Tensor:
         """Score images [B, 3, H, W] in 0..1 against class_names (length B) -> float32 [B]."""
-        log_probs = self.mode_log_probs(images)  # [B, 10]
+        log_probs = self.mode_log_probs(images)  # [B, num_modes]
         if self.score == "confidence":
             return log_probs.amax(dim=1).exp()
-        members = _class_members(class_names).to(log_probs.device)  # [B, 10]
+        members = self._members(class_names).to(log_probs.device)  # [B, num_modes]
         if self.score == "accuracy":
             best = log_probs.argmax(dim=1, keepdim=True)
             return members.gather(1, best).squeeze(1).float()
         return log_probs.masked_fill(~members, -torch.inf).logsumexp(dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """The penultimate layer, after its ReLU: images [B, 3, H, W] in 0..1 -> [B, 32], not negative."""
-        return self._network_on(images.device).features(_to_digits(images))
+        """The penultimate layer, after its ReLU: images [B, 3, H, W] in 0..1 -> [B, F], not negative."""
+        return self._network_on(images.device).features(fit_images(images, self.network))
 
     def mode_log_probs(self, images: Tensor) -> Tensor:
-        """Log-probabilities of the ten digits: images [B, 3, H, W] in 0..1 -> [B, 10]."""
-        return self._network_on(images.device)(_to_digits(images)).log_softmax(dim=1)
+        """Log-probabilities of the classes as the data have them: images [B, 3, H, W] in 0..1 -> [B, num_modes]."""
+        return self._network_on(images.device)(fit_images(images, self.network)).log_softmax(dim=1)
 
-    def _network_on(self, device: torch.device) -> DigitNetwork:
+    def _network_on(self, device: torch.device) -> ClassifierNetwork:
         self.network = self.network.to(device)  # a no-op except at the first call on another device
         return self.network
+
+    def _members(self, class_names: list[str]) -> Tensor:
+        """Which modes belong to each sample's class: bool [B, num_modes]."""
+        members = torch.zeros(len(class_names), self.num_modes, dtype=torch.bool)
+        for row, name in enumerate(class_names):
+            if name not in self._modes_of:
+                known = ", ".join(list(self._modes_of)[:20])
+                raise ValueError(f"unknown class name {name!r}; this classifier knows {known}")
+            members[row, self._modes_of[name]] = True
+        return members
 
 
 class HeldOutClassifier(Classifier):
     """The same question to a network of another kind and seed: a judge to evaluate with, never to train on."""
 
     architecture = PerceptronNetwork
-
-
-def _to_digits(images: Tensor) -> Tensor:
-    """Colour images [B, 3, H, W] (or grey ones) of any size -> grey [B, 1, 8, 8]."""
-    grey = images.float().mean(dim=1, keepdim=True)
-    if grey.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
-        return grey
-    return F.interpolate(grey, size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
-
-
-def _class_members(class_names: list[str]) -> Tensor:
-    """Which digits belong to each sample's class: bool [B, 10]."""
-    members = torch.zeros(len(class_names), 10, dtype=torch.bool)
-    for row, class_name in enumerate(class_names):
-        if class_name not in DIGITS_OF:
-            raise ValueError(f"unknown class name {class_name!r}; this classifier knows {', '.join(DIGITS_OF)}")
-        members[row, DIGITS_OF[class_name]] = True
-    return members

@@ -115,7 +115,8 @@ def train(tiny_runs, tmp_path):
     from tiny_recipes import run_recipe
 
     def run(*flags: str, recipe: str = "grpo", **settings: Any) -> int:
-        shortest = {"max_steps": 2, "gsim_weight": 0, "beta": 0, "eval_on_start": False, "eval_strategy": "no"}
+        shortest = {"max_steps": 2, "gsim_weight": 0, "distribution_weight": 0, "beta": 0}
+        shortest |= {"eval_on_start": False, "eval_strategy": "no"}
         models = {"model": tiny_runs.student}
         if settings.get("gsim_weight"):
             models["teacher"] = tiny_runs.teacher

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tiny_models import tiny_model
-from tiny_trainers import ANCHOR, backprop_trainer, distiller, grey_student, grpo_trainer, pretrainer
+from tiny_trainers import ANCHOR, MATCHED, backprop_trainer, distiller, grey_student, grpo_trainer, pretrainer
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -49,6 +49,15 @@ TRAINERS: dict[str, Callable[..., MARTrainer]] = {
     "grpo": lambda folder, **settings: grpo_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
     "reward_backprop": lambda folder, **settings: backprop_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
 }
+# Compares the images of all processes with each other, so that micro-batches of one process are no substitute.
+DISTRIBUTION: dict[str, Callable[..., MARTrainer]] = {
+    "matched_grpo": lambda folder, **settings: grpo_trainer(
+        folder, grey_student(), **{**SETTINGS, **MATCHED, "distribution_batch_size": 4, **settings}
+    ),
+    "matched_backprop": lambda folder, **settings: backprop_trainer(
+        folder, grey_student(), None, **{**SETTINGS, **MATCHED, **settings}
+    ),
+}
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
@@ -67,6 +76,8 @@ def networks_of(trainer: MARTrainer) -> dict[str, torch.nn.Module]:
     """The networks that the optimizer trains, and the average."""
     if trainer.model is trainer.mar:
         return {"model": trainer.mar, "average": trainer.ema.module}
+    if trainer.model.auxiliary is None:
+        return {"model": trainer.model.student, "average": trainer.ema.module}
     return {"model": trainer.model.student, "auxiliary": trainer.model.auxiliary, "average": trainer.ema.module}
 
 
@@ -129,7 +140,7 @@ def run(name: str, folder: Path, watched: bool = True, **settings: Any) -> dict[
     """
     settings = {"gradient_accumulation_steps": MICRO_BATCHES // launched_processes(), **settings}
     resident = start_peak()
-    trainer = TRAINERS[name](folder / name, **settings)
+    trainer = (TRAINERS | DISTRIBUTION)[name](folder / name, **settings)
     watch = Watch(trainer)
     if watched:
         trainer.add_callback(watch)
@@ -183,7 +194,19 @@ def collectives(rank: int) -> dict[str, Any]:
     }
 
 
-def run_all(stage: str, folder: Path, names: Iterable[str] = TRAINERS, **options: Any) -> None:
+def matching(folder: Path, rank: int | None = None) -> dict[str, Any]:
+    """The distribution anchor's losses and their gradient on this process's half of the images, or on all of them."""
+    anchors = backprop_trainer(folder, grey_student(), None, **MATCHED).anchors
+    images = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    mine = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+    own, labels = images[mine].clone().requires_grad_(), (torch.arange(8) % 3)[mine]
+    recent: dict[str, Tensor] = {}
+    losses = [anchors.distribution.loss(own, labels, recent) for _ in range(2)]  # the second one beside recent images
+    gradient = torch.autograd.grad(sum(losses), own)[0]
+    return {"losses": [float(loss.detach()) for loss in losses], "gradient": gradient.tolist()}
+
+
+def run_all(stage: str, folder: Path, names: Iterable[str] = (*TRAINERS, *DISTRIBUTION), **options: Any) -> None:
     """What one of the processes does; the options are those of `run`."""
     torch.set_num_threads(1)
     if stage.startswith("zero"):
@@ -193,6 +216,8 @@ def run_all(stage: str, folder: Path, names: Iterable[str] = TRAINERS, **options
         report = run(name, folder, **options)
         (folder / f"{name}_{rank}.json").write_text(json.dumps(report))
     (folder / f"collectives_{rank}.json").write_text(json.dumps(collectives(rank)))
+    if stage == "ddp":
+        (folder / f"matching_{rank}.json").write_text(json.dumps(matching(folder / f"matching_{rank}", rank)))
     torch.distributed.barrier()  # none leaves while another one still needs it
     torch.distributed.destroy_process_group()
     end_process(0)

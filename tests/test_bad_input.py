@@ -82,6 +82,13 @@ def test_a_value_of_the_wrong_type(train, complaint, settings, message):
         ({"num_generations": 1}, ("num_generations must be at least 2, not 1",)),
         ({"policy_std": 0}, ("policy_std must be positive, not 0",)),
         ({"gsim_weight": -1}, ("gsim_weight must not be negative",)),
+        ({"distribution_weight": 1, "distribution_queue": -1}, ("distribution_queue must not be negative",)),
+        ({"distribution_weight": 1, "distribution_real_images": 5}, ("fewer than 2 images among the 5",)),
+        (
+            {"distribution_weight": 1, "distribution_batch_size": 3, "prompts_per_class": 9},
+            ("3 images at once of 8 classes are too few", "distribution_queue to at least 13"),
+        ),
+        ({"reward_funcs": "[]"}, ("reward_funcs is empty", "reward_backprop on distribution_weight alone")),
         ({"prompt_template": "a digit"}, ("prompt_template", "does not contain {name}")),
         ({"scale_rewards": "groups"}, ("--scale_rewards: expected one of group, batch, none, got 'groups'",)),
         ({"max_steps": 0}, ("max_steps must be at least 1, not 0",)),

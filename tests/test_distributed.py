@@ -11,7 +11,7 @@ from typing import Any
 import distributed_work
 import pytest
 import torch
-from distributed_work import STAGES, STUDENT_STEPS, TRAINERS
+from distributed_work import DISTRIBUTION, STAGES, STUDENT_STEPS, TRAINERS
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -95,3 +95,25 @@ def test_rows_metrics_and_errors_reach_all_processes(two_processes):
         assert found["rows"] == [[0], [10], [1], [11]]
         assert found["means"] == {"shared": 3.0, "own": 1.0}
         assert found["errors"] == {"own": "the disk is gone" if rank == 0 else "process 0 failed: the disk is gone"}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTION)
+def test_the_distribution_anchor_trains_in_two_processes(two_processes, name):
+    """All processes see the same losses, and only one network is trained."""
+    metrics, others = (two_processes.report(name, rank)["metrics"] for rank in (0, 1))
+    assert metrics == others and len(metrics) == distributed_work.SETTINGS["max_steps"]
+    assert all(0 < line["mmd"] < 1 and line["grad_norm"] > 0 for line in metrics)
+    assert all(which["model"] for which in two_processes.report(name)["moved"])
+
+
+def test_the_distribution_loss_does_not_depend_on_how_images_are_distributed(two_processes, tmp_path):
+    if two_processes.stage != "ddp":
+        pytest.skip("it knows nothing of the engine")
+    whole = distributed_work.matching(tmp_path)
+    halves = [two_processes.report("matching", rank) for rank in (0, 1)]
+    for half in halves:
+        assert half["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    # Gradients of parameters are averaged over the processes, so each process has twice its share of the sum.
+    gradients = torch.cat([torch.tensor(half["gradient"]) for half in halves]) / 2
+    torch.testing.assert_close(gradients, torch.tensor(whole["gradient"]), rtol=1e-4, atol=1e-7)
+    assert whole["losses"][0] != whole["losses"][1]  # the second one looked at recent images, too

@@ -218,7 +218,7 @@ def test_class_names_from_a_file(evaluate, student, tmp_path):
         (("--eval_reference", "r.npz"), 1, "no reference at r.npz: give a folder of images, an .npz"),
         (("--eval_features", "inception:w.pth"), 1, "no Inception weights at w.pth: torch-fidelity publishes them as"),
         (("--eval_features", "jpeg"), 2, "the reward 'jpeg' has no method `features`"),
-        (("--judges", "classifier"), 2, "judges need to know which class each mode belongs to"),
+        (("--judges", "classifier"), 2, "dataset is not set: name the images"),
         (("--eval_refrence", "r.npz"), 2, "did you mean --eval_reference"),
         (("--eval_reference_images", "1"), 2, "eval_reference_images must be at least 2, not 1"),
         (("--dataset", "nowhere"), 1, "set eval_reference to a folder or statistics of others, or to none"),

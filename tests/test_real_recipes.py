@@ -196,10 +196,9 @@ def test_the_rl_recipes_run_on_that_student(files, student, tmp_path, recipe):
         "eval_features": f"[clip:local-dir:{files.rewards / 'clip'}, pixels]",
         "eval_num_images": 30,
     }
+    settings["distribution_features"] = "pixels"
     if recipe.startswith("grpo"):
         settings |= {"num_generations": 2, "gradient_accumulation_steps": 2}
-    else:
-        settings |= {"teacher": files.teacher, "gsim_batch_size": 4}
     assert main(command("train", recipe, "--dry_run", **settings)) == 0
     assert main(command("train", recipe, **settings)) == 0
     assert_trained(tmp_path)
@@ -239,3 +238,46 @@ def test_a_corrupt_image_in_a_data_worker_is_one_line(files, tmp_path, capsys):
     assert main(command("distill", "base.yaml", **settings)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "Traceback" not in line and ".JPEG" in line and "marval-rl cache" in line
+
+
+@pytest.mark.parametrize(
+    ("limit", "broken"), [("max_frechet_ratio", "frechet_distance"), ("min_diversity", "diversity")]
+)
+def test_a_limit_stops_a_reward_that_is_exploited(files, student, tmp_path, capsys, limit, broken):
+    """Small JPEG files, and nothing that holds the images back."""
+    settings = {
+        **files.settings,
+        "model": student,
+        "output_dir": tmp_path,
+        "reward_funcs": "jpeg",
+        "reward_kwargs": "null",
+        "eval_reward_funcs": "[]",
+        "eval_reward_kwargs": "null",
+        "eval_features": "pixels",
+        "eval_num_images": 30,
+        "num_unmasking_steps": 2,
+        "num_generations": 8,
+        "per_device_train_batch_size": 24,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "policy_std": 0.5,
+        "ema_decay": 0.5,
+        "beta": 0,
+        "distribution_weight": 0,
+        "max_steps": 40,
+        "eval_steps": 2,
+        "max_frechet_ratio": "null",
+        "min_diversity": "null",
+        "min_recall": "null",
+        "min_mode_coverage": "null",
+        limit: {"max_frechet_ratio": 1.2, "min_diversity": 0.9}[limit],
+    }
+    assert main(command("train", "grpo_clip.yaml", **settings)) == 0
+    assert f"eval_{broken} is" in capsys.readouterr().out
+    lines = read_lines(tmp_path)
+    first, *_, last = [line for line in lines if "eval_frechet_distance" in line]
+    assert last["step"] < 40
+    for name in ("frechet_distance", "kid", "recall", "mode_coverage", "diversity", "image/edge_energy/vs_real"):
+        assert is_finite(first[f"eval_{name}"]) and is_finite(last[f"eval_{name}"])
+    rewards = [line["rewards/jpeg/mean"] for line in training_lines(tmp_path)]
+    assert rewards[-1] > rewards[0]

@@ -1,19 +1,22 @@
-"""The shipped digit classifiers: accurate, deterministic, cached, differentiable, and clear about bad input."""
+"""The classifiers of labelled images: accurate, deterministic, cached, differentiable, and clear about bad input."""
 
 from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from marval_rl.rewards import digit_networks
+from marval_rl.rewards import classifier_networks
 from marval_rl.rewards.classifier import Classifier, HeldOutClassifier
-from marval_rl.rewards.digit_networks import ConvolutionalNetwork, PerceptronNetwork, cache_path
+from marval_rl.rewards.classifier_networks import PerceptronNetwork
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from marval_rl.data import load_image_dataset
+from marval_rl.data import CroppedImages, load_cropped_images, load_image_dataset, load_labelled_images
 from marval_rl.errors import CheckpointError
+from marval_rl.evaluation import load_extractors
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.rewarding import RewardSet, load_reward
 
@@ -23,14 +26,16 @@ def judges(tmp_path_factory):
     """Both classifiers, trained here and not taken from a cache that an older run may have left."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MARVAL_RL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return {"classifier": Classifier(), "held_out_classifier": HeldOutClassifier()}
+        digits = {"training_images": "digits", "class_groups": "parity"}
+        return {"classifier": Classifier(**digits), "held_out_classifier": HeldOutClassifier(**digits)}
 
 
 @pytest.fixture
 def quick_cache(tmp_path, monkeypatch):
     """An empty cache folder, and training that is short because its result does not matter."""
     monkeypatch.setenv("MARVAL_RL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digit_networks, "EPOCHS", 1)
+    monkeypatch.setattr(classifier_networks, "MIN_STEPS", 20)
+    monkeypatch.setattr(classifier_networks, "MIN_EPOCHS", 1)
     return tmp_path / "cache"
 
 
@@ -38,6 +43,10 @@ def some_digits(count: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     """Real test images with three channels [count, 3, 8, 8], and their digits."""
     data = load_image_dataset("digits", "test")
     return data.images[:count].repeat(1, 3, 1, 1), data.modes[:count]
+
+
+def held_out() -> HeldOutClassifier:
+    return HeldOutClassifier(training_images="digits")
 
 
 def names_of(digits: torch.Tensor, class_groups: str | None) -> list[str]:
@@ -90,12 +99,12 @@ def test_accuracy_and_confidence(judges, tmp_path):
     right = names_of(digits, None)
     wrong = names_of((digits + 1) % 10, None)
 
-    accuracy = Classifier(score="accuracy", checkpoint=checkpoint)
+    accuracy = Classifier("accuracy", "digits", checkpoint=checkpoint)
     assert accuracy(images=images, class_names=right).mean() > 0.9
     assert accuracy(images=images, class_names=wrong).mean() < 0.1
     assert not accuracy.differentiable
 
-    confidence = Classifier(score="confidence", checkpoint=checkpoint)
+    confidence = Classifier("confidence", "digits", checkpoint=checkpoint)
     assert confidence.differentiable
     largest = judges["classifier"].mode_log_probs(images).exp().amax(dim=1)
     torch.testing.assert_close(confidence(images=images, class_names=wrong), largest)
@@ -131,12 +140,12 @@ def test_the_two_judges_differ(judges):
 def test_training_is_deterministic_and_leaves_the_global_random_state_alone(quick_cache):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = Classifier().network.state_dict()
+    first = Classifier(training_images="digits").network.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
-    cache_path(ConvolutionalNetwork).unlink()
+    next(quick_cache.iterdir()).unlink()
     torch.manual_seed(6)
     with torch.no_grad():  # as a reward may be made anywhere
-        second = Classifier().network.state_dict()
+        second = Classifier(training_images="digits").network.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -146,43 +155,44 @@ def test_the_number_of_threads_does_not_change_the_weights(quick_cache):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            weights.append(Classifier().network.state_dict())
+            weights.append(Classifier(training_images="digits").network.state_dict())
             assert torch.get_num_threads() == count
-            cache_path(ConvolutionalNetwork).unlink()
+            next(quick_cache.iterdir()).unlink()
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_the_second_time_nothing_is_trained(quick_cache, monkeypatch):
-    first = HeldOutClassifier().network.state_dict()
-    monkeypatch.setattr(digit_networks, "train_digit_network", lambda network: pytest.fail("trained again"))
-    second = HeldOutClassifier().network.state_dict()
+    first = held_out().network.state_dict()
+    monkeypatch.setattr(classifier_networks, "train_network", lambda *_: pytest.fail("trained again"))
+    second = held_out().network.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [path.name for path in quick_cache.iterdir()] == [cache_path(PerceptronNetwork).name]  # no drafts left
+    (kept,) = quick_cache.iterdir()  # no drafts left
+    assert kept.name.startswith("PerceptronNetwork-")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other tensors"])
 def test_a_damaged_cache_file_is_rebuilt_with_a_warning(quick_cache, damage):
-    good = HeldOutClassifier().network.state_dict()
-    path = cache_path(PerceptronNetwork)
+    good = held_out().network.state_dict()
+    (path,) = quick_cache.iterdir()
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:1000])
     else:
         save_file({"weight": torch.zeros(2)}, path)
     with pytest.warns(UserWarning, match="training the classifier anew"):
-        rebuilt = HeldOutClassifier().network.state_dict()
+        rebuilt = held_out().network.state_dict()
     assert all(torch.equal(good[name], rebuilt[name]) for name in good)
     assert load_file(path).keys() == good.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        HeldOutClassifier()
+        held_out()
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(quick_cache):
     quick_cache.write_text("a file stands where the folder should be")
     with pytest.warns(UserWarning, match="cannot keep the classifier in .*set MARVAL_RL_CACHE"):
-        HeldOutClassifier()
+        held_out()
 
 
 def test_a_checkpoint_is_used_in_place_of_the_cache(judges, tmp_path):
@@ -190,23 +200,80 @@ def test_a_checkpoint_is_used_in_place_of_the_cache(judges, tmp_path):
     weights = {name: tensor.clone() for name, tensor in judges["classifier"].network.state_dict().items()}
     weights["classify.bias"] += 1.0
     save_file(weights, path)
-    loaded = load_reward("classifier", checkpoint=str(path)).network.state_dict()
+    loaded = load_reward("classifier", checkpoint=str(path), training_images="digits").network.state_dict()
     assert torch.equal(loaded["classify.bias"], weights["classify.bias"])
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint '.*nothing.safetensors' does not exist"):
-        Classifier(checkpoint=tmp_path / "nothing.safetensors")
+        Classifier(checkpoint=tmp_path / "nothing.safetensors", training_images="digits")
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(CheckpointError, match=r"broken.safetensors cannot be loaded as ConvolutionalNetwork"):
-        Classifier(checkpoint=tmp_path / "broken.safetensors")
-    save_file(PerceptronNetwork().state_dict(), tmp_path / "other.safetensors")
+        Classifier(checkpoint=tmp_path / "broken.safetensors", training_images="digits")
+    save_file(PerceptronNetwork(1, 8, 10).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"other.safetensors cannot be loaded as ConvolutionalNetwork"):
-        Classifier(checkpoint=tmp_path / "other.safetensors")
+        Classifier(checkpoint=tmp_path / "other.safetensors", training_images="digits")
 
 
 def test_unknown_scores_and_classes_are_refused(judges):
     with pytest.raises(ValueError, match="unknown score 'f1'; known: log_probability, accuracy, confidence"):
         Classifier(score="f1")
+    with pytest.raises(ValueError, match=r"'classifier' cannot be made .* learns from labelled images: set dataset"):
+        load_reward("classifier")
     with pytest.raises(ValueError, match="unknown class name 'cat'; this classifier knows zero, one"):
         judges["classifier"](images=some_digits(1)[0], class_names=["cat"])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 40 RGB images of 20 x 20 in two classes, told apart by their colour, and its images cropped to 18."""
+    generator = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(0, 100, (20, 20, 3))
+            pixels[..., channel] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / name / f"{number}.png")
+    return CroppedImages(load_labelled_images(tmp_path / "data"), 18, flip=False)
+
+
+@pytest.mark.parametrize("judge", ["classifier", "held_out_classifier"])
+def test_a_folder_of_any_classes_and_colours_has_judges(quick_cache, pictures, judge):
+    """As a recipe hands the images that it trains on to rewards, judges and feature extractors."""
+    offers = {"training_images": lambda: pictures}
+    rewards = RewardSet([judge, "jpeg"], offers=offers)  # which learns nothing, so it is offered none
+    images = torch.stack([pictures[index]["images"] for index in range(40)])
+    names = ["green"] * 20 + ["red"] * 20
+    right = rewards.score(images, names, torch.tensor(pictures.class_labels), names).components[judge]
+    assert float(right.exp().mean()) > 0.9  # labels are in the order of the names
+    (extractor,) = load_extractors([judge], offers).values()
+    assert extractor.features(images).shape == (40, 32)
+    assert rewards.rewards[0].mode_log_probs(images).shape == (40, 2)
+
+
+def test_a_judge_is_trained_anew_for_other_images(quick_cache, pictures, tmp_path, capsys):
+    def train() -> str:
+        Classifier(training_images=CroppedImages(load_labelled_images(tmp_path / "data"), 18, flip=False))
+        return capsys.readouterr().out
+
+    assert "trained a ConvolutionalNetwork on 40 images of 2 classes" in train()
+    assert train() == ""
+    (tmp_path / "data" / "red" / "0.png").unlink()
+    assert "on 39 images of 2 classes" in train()
+
+
+def test_images_larger_than_32_pixels_and_many_are_bounded(quick_cache, monkeypatch):
+    monkeypatch.setattr(classifier_networks, "MAX_IMAGES", 30)
+    monkeypatch.setattr(classifier_networks, "MAX_SIZE", 4)
+    judge = Classifier(training_images=load_cropped_images("digits"))
+    assert judge.network.size == 4
+    assert len(classifier_networks._images_of(load_cropped_images("digits"), judge.network)[0]) == 30
+
+
+def test_evaluation_says_how_good_a_judge_is_on_real_images(judges):
+    data = DataArguments(dataset="digits", class_groups="parity")
+    train = load_image_dataset("digits", "train", "parity")
+    figures = data.evaluator(tiny_model(image_size=8).config).evaluate(train.images[:100], train.class_labels[:100])
+    assert 0.975 <= figures["held_out_classifier/real_accuracy"] < figures["held_out_classifier/accuracy"]
+    assert figures["classifier/accuracy"] == 1 > figures["classifier/real_accuracy"]  # of the test images
+    assert -0.2 < figures["classifier/real_log_probability"] < 0 and figures["classifier/real_confidence"] > 0.9

@@ -59,6 +59,7 @@ BASE = {
 CHASING = {"auxiliary_updates": 2, "auxiliary_warmup_steps": 0}
 REWARDED = {
     **{**BASE, **CHASING, "gsim_weight": 1.0, "gsim_batch_size": 8, "beta": 0.1, "policy_std": 0.2},
+    "distribution_weight": 1.0,
     **{"num_unmasking_steps": 2, "eval_unmasking_steps": 3},
 }
 SMALL_STEPS = {"num_iterations": 4, "learning_rate": 1e-4}  # the ratios move by little more than a clip range of 1e-4
@@ -104,6 +105,8 @@ CHANGES: dict[str, Any] = {
     **{"gsim_weight": 2.0, "gsim_batch_size": 4, "gsim_guidance_scale": 3.0, "gsim_min_timestep": 500},
     **{"gsim_max_timestep": 300, "gsim_timestep_draws": 3, "gsim_mask_ratio_min": 0.3},
     "gsim_mask_ratio_std": (3.0, {"gsim_mask_ratio_min": 0.05}),
+    **{"distribution_weight": 3.0, "distribution_features": "pixels:2", "distribution_kernel": "energy"},
+    **{"distribution_real_images": 12, "distribution_queue": 6, "distribution_batch_size": 7},
     **{"reward_weights": [2.0], "num_unmasking_steps": 3, "beta": 0.2, "prompt_template": "a {name}"},
     **{"policy_std": 0.3, "best_metric": "rewards/judge/mean", "max_kl": 1e-9},
     **{"max_frechet_ratio": 1.0, "min_diversity": 1.0, "min_mode_coverage": 1.0, "min_recall": 1.0},
@@ -319,6 +322,8 @@ OFF: dict[tuple[str, ...], dict[str, Any]] = {
     ("mask_ratio_min",): {"mask_ratio_min": 1.0},
     ("gsim_mask_ratio_min",): {"gsim_mask_ratio_min": 1.0},
     ("gsim_weight",): {"gsim_weight": 0.0},
+    ("distribution_weight",): {"distribution_weight": 0.0},
+    ("gsim_weight", "distribution_weight"): {"gsim_weight": 0.0, "distribution_weight": 0.0},
     ("beta",): {"beta": 0.0},
     ("backprop_steps",): {"backprop_steps": "all"},
     ("loss_type", "epsilon_high"): {"loss_type": "cispo", "epsilon_high": 0.2},

@@ -48,6 +48,8 @@ TINY_REWARDED = {
     "num_unmasking_steps": 2,
     "gsim_weight": 1.0,
     "gsim_batch_size": 16,
+    "distribution_weight": 10.0,
+    "distribution_queue": 40,
     "auxiliary_warmup_steps": 1,
     "auxiliary_updates": 2,
 }

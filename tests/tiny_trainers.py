@@ -28,6 +28,7 @@ QUIET = {
     "per_device_train_batch_size": 8,
 }
 GRPO = {**QUIET, "num_generations": 4, "num_unmasking_steps": 2, "policy_std": 0.2}
+MATCHED = {"distribution_weight": 10.0, "distribution_queue": 12}
 ANCHOR = {"gsim_weight": 1.0, "gsim_batch_size": 8, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3}
 
 
@@ -74,12 +75,14 @@ def grpo_trainer(folder: Path, student: MARModel, reward: Any = darkness, **sett
 
 def backprop_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any):
     config = RewardBackpropConfig(str(folder), **{**QUIET, "num_unmasking_steps": 2, **settings})
-    return RewardBackpropTrainer(student, RewardSet([reward]), config, train_dataset=class_rows(3), **anchor_of(config))
+    rewards = [] if reward is None else RewardSet([reward])
+    return RewardBackpropTrainer(student, rewards, config, train_dataset=class_rows(3), **anchor_of(config))
 
 
 def anchor_of(config: Any) -> dict[str, Any]:
-    """Teacher and data, as both are needed by an anchor."""
-    return {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.gsim_weight > 0 else {}
+    """Teacher and data, where an anchor needs them."""
+    teacher = {"teacher": tiny_model(3)} if config.gsim_weight > 0 else {}
+    return {**teacher, "anchor_dataset": tiny_images()} if config.reads_images else {}
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`marval-rl demo`: teacher, one-step student, RL with both gradients, evaluation and report, on real digits."""
+"""`marval-rl demo`: teacher, one-step student, RL without and with the distribution anchor, on real digits."""
 
 from __future__ import annotations
 
@@ -6,73 +6,76 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
-COLUMNS = {  # measure -> head of its column
-    "frechet_distance": "FD",
-    "held_out_classifier/accuracy": "accuracy",
-    "held_out_classifier/log_probability": "log-prob",
-    "held_out_classifier/confidence": "confidence",
-    "diversity": "diversity",
-    "mode_coverage": "coverage",
-    "images_per_second": "images/s",
+RECIPES, QUICK_RECIPES = Path("recipes/mnist"), Path("recipes/digits")  # of this folder, or else of those that ship
+STEPS = 4  # unmasking steps of the student
+FIGURES = {  # measure -> its name in the table, and the figure of real images: another measure, or a number
+    "frechet_distance": ("Frechet distance", "frechet_floor"),
+    "held_out_classifier/accuracy": ("accuracy", "held_out_classifier/real_accuracy"),
+    "held_out_classifier/log_probability": ("log-probability", "held_out_classifier/real_log_probability"),
+    "diversity": ("diversity", 1.0),
+    "mode_coverage": ("coverage", 1.0),
+    "image/edge_energy/vs_real": ("edges, of real", 1.0),
+    "images_per_second": ("images a second", None),
 }
+EXPLANATION = """\
+Frechet distance: of 1000 images to held-out ones; lower is better. accuracy, log-probability: of a classifier that RL
+never saw. diversity, coverage, edges: 1 is as in real images. K: unmasking steps, 4 where nothing else is said."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    default = Path("recipes/digits")  # of this folder, or else of those that ship
-    parser.add_argument("--recipes", type=Path, default=default, metavar="DIR", help=f"default: {default}")
+    parser.add_argument(
+        "--recipes", type=Path, metavar="DIR", help=f"default: {RECIPES}, which needs mlxtend; quick: {QUICK_RECIPES}"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of each, to check that it runs")
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
-    """Runs all stages, prints a table, and says where the report is."""
+    """Runs all stages, prints a table, and says where picture and report are."""
     start = time.monotonic()
-    recipes = args.recipes
-    runs = {name: args.output_dir / name for name in ("teacher", "distill", "grpo", "reward_backprop")}
-    sources = {
-        "teacher": [],
-        "distill": ["--teacher", runs["teacher"]],
-        "grpo": ["--model", runs["distill"], "--teacher", runs["teacher"]],
-        "reward_backprop": ["--model", runs["distill"], "--teacher", runs["teacher"]],
-    }
-    commands = {"teacher": "pretrain", "distill": "distill", "grpo": "train", "reward_backprop": "train"}
-    for name, command in commands.items():
-        print(f"\n== {command} {recipes / name}.yaml ({minutes(start)})", flush=True)
-        overrides = [*sources[name], "--output_dir", runs[name], "--overwrite_output_dir", "true"]
-        call(command, recipes / f"{name}.yaml", *overrides, *(quick_overrides(name) if args.quick else []))
+    recipes = args.recipes or (QUICK_RECIPES if args.quick else RECIPES)
+    teacher, student, rl_alone, rl = (args.output_dir / name for name in ("teacher", "distill", "rl_alone", "rl"))
+    alone = ["--distribution_weight", "0"]
+    stages: list[tuple[str, str, Path, list[Any]]] = [
+        ("pretrain", "teacher", teacher, []),
+        ("distill", "distill", student, ["--teacher", teacher]),
+        ("train", "reward_backprop", rl_alone, ["--model", student, *alone]),
+        ("train", "reward_backprop", rl, ["--model", student]),
+    ]
+    for command, recipe, run_folder, options in stages:
+        print(f"\n== {command} {recipes / recipe}.yaml {' '.join(options[2:])} ({minutes(start)})", flush=True)
+        options += ["--output_dir", run_folder, "--overwrite_output_dir", "true"]
+        call(command, recipes / f"{recipe}.yaml", *options, *(quick_overrides(recipe) if args.quick else []))
 
     print(f"\n== evaluate ({minutes(start)})", flush=True)
-    count = "40" if args.quick else "1000"
-    guided = ["--guidance_scale", "1.2", "--diffusion_steps", "4" if args.quick else "100"]
-    evaluations = {
-        "teacher, K=16": (runs["teacher"], ["--steps", "16", *guided]),
-        "student, K=16": (runs["distill"], ["--steps", "16"]),
-        "student, K=4": (runs["distill"], ["--steps", "4"]),
-        "+ GRPO, K=4": (runs["grpo"], ["--steps", "4"]),
-        "+ back-propagation, K=4": (runs["reward_backprop"], ["--steps", "4"]),
+    guided = ["--steps", "16", "--guidance_scale", "1.2", "--diffusion_steps", "4" if args.quick else "25"]
+    few = ["--steps", STEPS]
+    models = {
+        "teacher, K=16": (teacher, guided, 1),
+        f"student, K={STEPS}": (student, few, 4),
+        "RL alone": (rl_alone, few, 4),
+        "RL + distribution": (rl, few, 4),
     }
-    rows = {}
-    for title, (run_folder, options) in evaluations.items():
-        output = run_folder / "evaluation.json"
-        call("evaluate", run_folder, *options, "--num_images", count, "--output", output, silent=True)
-        rows[title] = json.loads(output.read_text())
-    grids = {}
-    for title, (run_folder, options) in evaluations.items():
-        if title == "student, K=16":
-            continue  # its run folder's grid shows the start of RL
-        grids[title] = args.output_dir / f"{run_folder.name}.png"
-        call("sample", run_folder, *options, "--per_class", "10", "--output", grids[title], silent=True)
-    picture = save_picture(grids, args.output_dir / "demo.png")
+    evaluations, grids = {}, {"real images": args.output_dir / "real.png"}
+    for title, (run_folder, options, redraws) in models.items():
+        measured, grids[title] = run_folder / "evaluation.json", args.output_dir / f"{run_folder.name}.png"
+        count = ["--num_images", "40" if args.quick else "1000", "--redraws", redraws, "--seed", "100"]
+        call("evaluate", run_folder, *options, *count, "--output", measured, silent=True)
+        call("sample", run_folder, *options, "--per_class", "6", "--output", grids[title], silent=True)
+        evaluations[title] = json.loads(measured.read_text())
+    names = save_real_images(student, grids["real images"])
+    picture = save_picture(grids, names, args.output_dir / "demo.png")
 
-    print_table(rows)
+    print_table(evaluations, before=f"student, K={STEPS}", after="RL + distribution")
     print("\nspeed:")
     quick_bench = ["--diffusion_steps", "4", "--repeats", "1", "--batch_sizes", "1", "8"]
-    call("bench", runs["teacher"], runs["distill"], *(quick_bench if args.quick else []))
+    call("bench", teacher, student, *(quick_bench if args.quick else []))
     report = args.output_dir / "report.html"
-    call("report", runs["grpo"], runs["reward_backprop"], "--output", report, silent=True)
+    call("report", rl_alone, rl, "--output", report, silent=True)
     print(f"\nreport:  {report}\npicture: {picture}\ntime:    {minutes(start)}")
 
 
@@ -87,41 +90,62 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
         run_command([command, *map(str, arguments)])
 
 
-def quick_overrides(name: str) -> list[str]:
+def quick_overrides(recipe: str) -> list[str]:
     """Settings under which a recipe ends in seconds."""
     settings: dict = {"max_steps": 8, "eval_steps": 8, "eval_num_images": 40, "logging_steps": 2, "save_steps": 8}
     settings |= {"per_device_train_batch_size": 24, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    settings |= {"eval_diffusion_steps": 4} if name == "teacher" else {"auxiliary_warmup_steps": 4}
+    settings |= {"teacher": {"eval_diffusion_steps": 4}, "distill": {"auxiliary_warmup_steps": 4}}.get(recipe, {})
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))] + [
         "--lr_scheduler_kwargs",
         "{}",
     ]
 
 
-def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Prints the figures, one line per model, below the distance of real images from each other."""
-    width = max(map(len, rows))
-    floor = next(iter(rows.values()))["frechet_floor"]
-    print(f"\n{'':{width}s}" + "".join(f"{head:>12s}" for head in COLUMNS.values()))
-    print(f"{'real images':{width}s}{floor:12.2f}")
-    for title, row in rows.items():
-        figures = [f"{row[name]:12.3f}" if row[name] is not None else f"{'-':>12s}" for name in COLUMNS]
-        print(f"{title:{width}s}" + "".join(figures))
-    print("FD: Frechet distance. accuracy, log-prob, confidence: of a held-out classifier. K: unmasking steps.")
+def save_real_images(run_folder: Path, path: Path) -> list[str]:
+    """A grid of held-out images of the data that a run was trained on; returns the names of its rows."""
+    import torch
+    import yaml
+
+    from marval_rl.data import load_image_dataset
+    from marval_rl.models.generation import save_image_grid
+
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
+    data = load_image_dataset(recipe["dataset"], "test", recipe["class_groups"])
+    mixed = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # of all modes of a class
+    save_image_grid(data.images[mixed], data.class_labels[mixed], path, columns=6, min_height=64)
+    return data.class_names
 
 
-def save_picture(grids: dict[str, Path], path: Path) -> Path:
-    """The sample grids below each other, each with its title."""
+def print_table(evaluations: dict[str, dict[str, Any]], before: str, after: str) -> None:
+    """Prints a line a figure: each model's, that of real images, and what RL did to it, `before` and `after`: more than
+    two deviations over redraws count as a change."""
+    print("\n" + " " * 17 + "".join(f"{title:>19s}" for title in [*evaluations, "real images"]) + "   RL's effect")
+    for measure, (name, real) in FIGURES.items():
+        values = [found[measure] for found in evaluations.values()]
+        values.append(evaluations[after][real] if isinstance(real, str) else real)
+        columns = "".join(f"{value:19.3f}" if value is not None else f"{'-':>19s}" for value in values)
+        one, other = evaluations[before][measure], evaluations[after][measure]
+        std = evaluations[before]["std"].get(measure)
+        effect = ""
+        if None not in (one, other, std):
+            effect = "stayed" if abs(other - one) <= 2 * std else ("rose" if other > one else "fell")
+        print(f"{name:17s}{columns}   {effect}")
+    print(EXPLANATION)
+
+
+def save_picture(grids: dict[str, Path], row_names: list[str], path: Path) -> Path:
+    """The grids side by side, a title above each, the classes' names beside the rows."""
     images = {title: Image.open(grid).convert("RGB") for title, grid in grids.items()}
-    gap, head = 16, 26
-    width = max(image.width for image in images.values()) + 2 * gap
-    height = sum(image.height + head + gap for image in images.values())
-    picture = Image.new("RGB", (width, height), "white")
-    draw, y = ImageDraw.Draw(picture), 0
+    gap, left, head = 16, 88, 26
+    height = max(image.height for image in images.values())
+    picture = Image.new("RGB", (left + sum(image.width + gap for image in images.values()), height + head), "white")
+    draw, x = ImageDraw.Draw(picture), left
+    for row, name in enumerate(row_names):
+        draw.text((8, head + (row + 0.5) * height / len(row_names)), name, fill="black", font_size=15, anchor="lm")
     for title, image in images.items():
-        draw.text((gap, y + 5), title, fill="black", font_size=15)
-        picture.paste(image, (gap, y + head))
-        y += image.height + head + gap
+        draw.text((x, 5), title, fill="black", font_size=15)
+        picture.paste(image, (x, head))
+        x += image.width + gap
     picture.save(path)
     return path
 

@@ -227,7 +227,7 @@ def make_evaluator(
     evaluator = data.evaluator(config)
     evaluator.device = device
     if args.rewards and names is not None:
-        rewards = RewardSet(args.rewards, reward_kwargs=kwargs)
+        rewards = RewardSet(args.rewards, None, kwargs, data.offers(config))
         evaluator.add_rewards(rewards, lambda classes: [template.replace("{name}", name) for name in classes], names)
     return evaluator
 

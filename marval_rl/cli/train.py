@@ -40,22 +40,29 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     peft_config = lora.config()
     if rewarded.model is None:
         raise RecipeError("model is not set: name the student's folder, its run folder or a hub id (--model ...)")
-    if not rewarded.reward_funcs:
-        raise RecipeError("reward_funcs is empty: name at least one reward (`marval-rl rewards list` shows some)")
+    if not rewarded.reward_funcs and (method == "grpo" or config.distribution_weight == 0):
+        raise RecipeError(
+            "reward_funcs is empty: name at least one reward (`marval-rl rewards list` shows some), or train by "
+            "reward_backprop on distribution_weight alone"
+        )
     if config.gsim_weight > 0 and source.teacher is None:
         raise RecipeError(f"gsim_weight {config.gsim_weight} needs the teacher the student came from (--teacher ...)")
     if method == "grpo" and lora.lora_dropout > 0:
         raise RecipeError(f"grpo needs lora_dropout 0, not {lora.lora_dropout}: its ratios must begin at 1")
 
     def make_trainer() -> RewardTrainer:
-        rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs)
+        student = load_model(rewarded.model, one_step=True)
+        offers = data.offers(student.config)
+        rewards = []
+        if rewarded.reward_funcs:
+            rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs, offers)
         judges = None
         if rewarded.eval_reward_funcs:
-            judges = RewardSet(rewarded.eval_reward_funcs, reward_kwargs=rewarded.eval_reward_kwargs)
-        student = load_model(rewarded.model, one_step=True)
+            judges = RewardSet(rewarded.eval_reward_funcs, None, rewarded.eval_reward_kwargs, offers)
         source.check_size(student.config, rewarded.model)
         anchored = config.gsim_weight > 0
-        images = data.load_training(student.config.image_size, config.seed) if anchored or data.is_bundled else None
+        reads = config.reads_images or data.is_bundled
+        images = data.load_training(student.config.image_size, config.seed) if reads else None
         if images is not None:
             data.announce(images, config.process_index)
         data.fit(student.config, rewarded.model, images)
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
             train_dataset=class_rows(student.config.num_classes, rewarded.prompts_per_class),
             teacher=source.load() if anchored else None,
             auxiliary=Path(resolve_model(rewarded.model)) if anchored else None,
-            anchor_dataset=images if anchored else None,
+            anchor_dataset=images if config.reads_images else None,
             peft_config=peft_config,
             evaluator=data.evaluator(student.config) if config.evaluates else None,
             eval_rewards=judges,

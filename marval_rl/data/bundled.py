@@ -25,7 +25,7 @@ SPLIT_SEED = 0
 @dataclass(frozen=True)
 class BundledSet:
     """levels: the grey level of white. test_size: images of the test split. class_groups: by name. judges: rewards that
-    tell its classes apart, the first of which also has features."""
+    tell its classes apart, the first of which gives the features that it is evaluated in."""
 
     class_names: Sequence[str]
     levels: int
@@ -38,7 +38,9 @@ BUNDLED = {
     "digits": BundledSet(
         *(DIGIT_NAMES, 16, 500), class_groups={"parity": PARITY}, judges=("classifier", "held_out_classifier")
     ),
-    "mnist": BundledSet(DIGIT_NAMES, 255, 500, class_groups={"parity": PARITY}),
+    "mnist": BundledSet(
+        *(DIGIT_NAMES, 255, 500), class_groups={"parity": PARITY}, judges=("held_out_classifier", "classifier")
+    ),
 }
 
 

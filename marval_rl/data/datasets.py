@@ -106,6 +106,18 @@ class CroppedImages(FlippingDataset):
             pixels = pixels.flip(-1)
         return {"images": pixels, "class_labels": self.class_labels[index]}
 
+    def unflipped(self) -> CroppedImages:
+        """The same images, never mirrored."""
+        return CroppedImages(self.source, self.image_size, False, self.seed, self.channels, self.refuse_colour)
+
+    def identity(self) -> str:
+        """Changes with the images, without reading them: which files or rows, of which state, how they are cropped."""
+        digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
+        for index in range(len(self)):
+            described = f"{self.source.where(index)}\0{self.source.stamp(index)}\n"
+            digest.update(described.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def looks_grey(self) -> bool:
         """Whether a sample of the images, at most 64 and evenly spaced, are all grey; corrupt ones are passed over."""
         seen = []
@@ -163,14 +175,14 @@ class ImageDataset(Dataset):
         return {"images": self.images[index], "class_labels": self.class_labels[index]}
 
 
-def load_image_dataset(
+def load_cropped_images(
     name_or_path: str | Path,
     split: str = "train",
     class_groups: Mapping[str, Sequence[str]] | str | None = None,
     image_size: int | None = None,
     channels: int | None = None,
-) -> ImageDataset:
-    """A whole data set in memory: `load_labelled_images`, its classes merged, cropped as they are trained on.
+) -> CroppedImages:
+    """Labelled images, their classes merged, cropped as they are trained on and never mirrored.
 
     Args:
         name_or_path, split: Of `load_labelled_images`.
@@ -187,7 +199,12 @@ def load_image_dataset(
         source.merge_classes(find_groups(name_or_path, class_groups))
     first = source.read(0)
     channels = channels or (1 if is_grey(first) else 3)
-    return CroppedImages(source, image_size or min(first.size), flip=False, channels=channels).in_memory()
+    return CroppedImages(source, image_size or min(first.size), flip=False, channels=channels)
+
+
+def load_image_dataset(name_or_path: str | Path, *args: Any, **kwargs: Any) -> ImageDataset:
+    """A whole data set in memory; all arguments are those of `load_cropped_images`."""
+    return load_cropped_images(name_or_path, *args, **kwargs).in_memory()
 
 
 def is_grey(image: Image.Image) -> bool:

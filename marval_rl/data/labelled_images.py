@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+import torch
 from PIL import Image
 
 from marval_rl.data.class_names import merge_classes
@@ -126,6 +127,13 @@ class SomeImages(LabelledImages):
 
     def read(self, index: int) -> Image.Image:
         return self.source.read(self.indices[index])
+
+
+def fixed_choice(count: int, at_most: int) -> list[int]:
+    """Ascending indices of `count` images: all, or a random choice of `at_most` of more that is always the same."""
+    if count <= at_most:
+        return list(range(count))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:at_most].sort().values.tolist()
 
 
 def hold_out(source: LabelledImages, share: float) -> tuple[SomeImages, SomeImages]:

@@ -124,10 +124,7 @@ class ImageEvaluator:
             found = f"{int(class_labels.min())}..{int(class_labels.max())}"
             raise ValueError(f"class labels must lie in 0..{len(self._class_modes) - 1}, but they lie in {found}")
         rows["class_labels"] = class_labels.cpu()
-        for name, judge in self.judges.items():
-            with torch.no_grad():
-                parts = [judge.mode_log_probs(part).float().cpu() for part in images.split(BATCH_SIZE)]
-            rows[f"judge/{name}"] = torch.cat(parts)
+        rows |= {key: values for part in self._judged_parts.values() for key, values in part(images).items()}
         if self.rewards is not None:
             names = [self.class_names[label] for label in class_labels.tolist()]
             scores = self.rewards.score(images, self.prompts(names), class_labels.to(images.device), names)
@@ -141,15 +138,22 @@ class ImageEvaluator:
         return {"pixels of the image": _image_rows, **features}
 
     @property
+    def _judged_parts(self) -> dict[str, Callable[[Tensor], Rows]]:
+        return {f"judge {name}": partial(_judge_rows, name, judge) for name, judge in self.judges.items()}
+
+    @property
     def real(self) -> Rows:
         """What was measured of the reference's images; they are read when this is first asked for."""
-        return self._measure_real(self.reference.images)
+        images = self.reference.images
+        return self._measure_real(images, {} if images.modes is None else self._judged_parts)
 
-    def _measure_real(self, images: RealImages) -> Rows:
+    def _measure_real(self, images: RealImages, judged: Mapping[str, Callable[[Tensor], Rows]]) -> Rows:
         if images.identity not in self._measured:
             size = images.read([0]).shape[-1]
-            identities = {name: fingerprint(extractor, size) for name, extractor in self.extractors.items()}
-            self._measured[images.identity] = measure_real(images, self._parts, identities, self.device)
+            networks = {name: extractor.features for name, extractor in self.extractors.items()}
+            networks |= {f"judge {name}": judge.mode_log_probs for name, judge in self.judges.items()}
+            identities = {name: fingerprint(network, size) for name, network in networks.items()}
+            self._measured[images.identity] = measure_real(images, self._parts | judged, identities, self.device)
         return self._measured[images.identity]
 
     # ---- Figures of a set of images ----
@@ -197,6 +201,8 @@ class ImageEvaluator:
             yield ["diversity"], self._diversity
         for name in self.judges if labels is not None else ():
             yield [f"{name}/{figure}" for figure in JUDGED], partial(self._judged, name)
+            if real is not None and real.modes is not None:
+                yield [f"{name}/real_{figure}" for figure in JUDGED], partial(self._judged_real, name)
         for name in self.rewards.names if labels is not None and self.rewards is not None else ():
             yield [f"rewards/{name}/mean"], lambda rows, name=name: [_mean(rows[f"reward/{name}"])]
         suffixes = ["", "/vs_real"] if real is not None else [""]
@@ -228,7 +234,7 @@ class ImageEvaluator:
 
     def _frechet_floor(self, name: str, count: int) -> float:
         """The distance of `count` other real images (at most all) to the reference: what no generator should beat."""
-        features = self._measure_real(self.train)[f"features/{name}"]
+        features = self._measure_real(self.train, {})[f"features/{name}"]
         draws = [frechet_distance(features[draw], self._reference_gaussian(name)) for draw in _draws(features, count)]
         return sum(draws) / len(draws)
 
@@ -260,6 +266,10 @@ class ImageEvaluator:
         real, num_modes = self.reference.images, len(self.class_of_mode)
         entropy = mode_entropy(modes, rows["class_labels"], num_modes, self._class_modes)
         return [_ratio(entropy, mode_entropy(real.modes, real.class_labels, num_modes))]
+
+    def _judged_real(self, name: str, _: Rows) -> list[float]:
+        """Of the reference's images: how good the judge is, and what a perfect generator would reach."""
+        return self._judged(name, self.real | {"class_labels": self.reference.images.class_labels})
 
     def _judged(self, name: str, rows: Rows) -> list[float]:
         log_probs, labels = rows[f"judge/{name}"], rows["class_labels"]
@@ -298,6 +308,11 @@ def _feature_rows(name: str, extractor: FeatureExtractor, images: Tensor) -> Row
     parts = [extractor.features_and_logits(part) for part in images.split(BATCH_SIZE)]
     pool, logits = (torch.cat(layer).cpu() for layer in zip(*parts, strict=True))
     return {f"features/{name}": pool, f"logits/{name}": logits}
+
+
+@torch.no_grad()
+def _judge_rows(name: str, judge: Judge, images: Tensor) -> Rows:
+    return {f"judge/{name}": torch.cat([judge.mode_log_probs(part).float().cpu() for part in images.split(BATCH_SIZE)])}
 
 
 def _statistics(rows: Rows) -> list[float]:

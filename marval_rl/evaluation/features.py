@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from marval_rl.errors import CheckpointError, MarvalError, first_line
 from marval_rl.models.official.reading import read_checkpoint
 from marval_rl.paths import expand_path
 from marval_rl.rewarding import load_reward
-from marval_rl.rewarding.loading import reward_name
+from marval_rl.rewarding.loading import Offers, reward_name
 
 BATCH_SIZE = 50  # images at once
 POOL, LOGITS = "2048", "logits_unbiased"  # torch-fidelity's names of two layers of Inception
@@ -33,7 +33,9 @@ class FeatureExtractor(Protocol):
         """Images [B, 3, H, W] in 0..1 -> features [B, F], on the images' device."""
 
 
-def load_extractors(specs: Sequence[str | FeatureExtractor]) -> dict[str, FeatureExtractor]:
+def load_extractors(
+    specs: Sequence[str | FeatureExtractor], offers: Offers | None = None
+) -> dict[str, FeatureExtractor]:
     """Feature extractors by the name that they have in metrics; see `load_extractor`.
 
     Raises:
@@ -44,7 +46,7 @@ def load_extractors(specs: Sequence[str | FeatureExtractor]) -> dict[str, Featur
         name = extractor_name(spec)
         if name in named:
             raise ValueError(f"eval_features names {name} twice: {', '.join(map(str, specs))}")
-        named[name] = load_extractor(spec) if isinstance(spec, str) else spec
+        named[name] = load_extractor(spec, offers) if isinstance(spec, str) else spec
     return named
 
 
@@ -56,7 +58,7 @@ def extractor_name(spec: str | FeatureExtractor) -> str:
     return kind if kind in ("inception", "clip", "pixels") else reward_name(spec)
 
 
-def load_extractor(spec: str) -> FeatureExtractor:
+def load_extractor(spec: str, offers: Offers | None = None) -> FeatureExtractor:
     """The feature extractor that a text means.
 
         inception[:FILE]          torch-fidelity's Inception, the space of FID; FILE holds its published weights
@@ -66,7 +68,7 @@ def load_extractor(spec: str) -> FeatureExtractor:
         timm:NAME                 a model of timm, without its classifier
         pixels[:SIZE]             the image itself, averaged to at most SIZE x SIZE pixels (default 16)
         anything else             a reward with a method `features`: a registered name such as classifier, FILE.py:NAME
-                                  or package.module:NAME
+                                  or package.module:NAME; offers are those of `load_reward`
 
     Raises:
         ValueError: For what is none of these.
@@ -86,7 +88,7 @@ def load_extractor(spec: str) -> FeatureExtractor:
         schema = next((s for s in ("local-dir:", "hf-hub:") if argument.startswith(s)), None)
         model, _, pretrained = (argument, "", "") if schema else argument.partition(":")
         return load_reward("clip", model=model, **({"pretrained": pretrained} if pretrained else {}))
-    extractor = load_reward(spec)
+    extractor = load_reward(spec, offers)
     if not isinstance(extractor, FeatureExtractor):
         raise ValueError(f"eval_features: the reward {spec!r} has no method `features`; there are {KINDS}")
     return extractor
@@ -227,7 +229,8 @@ class Inception(_NetworkFeatures):
         return pool, logits
 
 
-def fingerprint(extractor: FeatureExtractor, size: int) -> str:
-    """Tells extractors from each other by what they make of four fixed images; other weights have another one."""
+@torch.no_grad()
+def fingerprint(function: Callable[[Tensor], Tensor], size: int) -> str:
+    """Tells networks from each other by what they make of four fixed images; other weights have another one."""
     images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return hashlib.sha256(features_of(extractor, images).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(function(images).float().cpu().numpy().tobytes()).hexdigest()

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from marval_rl.data import CroppedImages, LabelledImages
+from marval_rl.data import CroppedImages, LabelledImages, fixed_choice
 from marval_rl.data.class_folders import is_ignored
 from marval_rl.data.decoding import IMAGE_ENDINGS
+from marval_rl.data.labelled_images import SomeImages
 from marval_rl.errors import DataError, first_line
 from marval_rl.evaluation.image_set import read_images, read_rows, stack_images, to_pixels, write_rows
 from marval_rl.evaluation.measures import Gaussian
@@ -88,20 +89,14 @@ def images_of_array(array: np.ndarray, image_size: int | None = None) -> RealIma
 
 def images_of_data(source: LabelledImages, image_size: int, channels: int, max_images: int) -> RealImages:
     """Images of a data set as a model trains on them, never mirrored; a fixed random choice of `max_images` of more."""
-    chosen = torch.arange(len(source))
-    if len(source) > max_images:
-        chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:max_images].sort().values
-    cropped = CroppedImages(source, image_size, flip=False, channels=channels)
-    digest = hashlib.sha256(f"{image_size} {channels}\n".encode())
-    for index in chosen.tolist():
-        described = f"{source.where(index)}\0{source.stamp(index)}\n"
-        digest.update(described.encode("utf-8", "surrogateescape"))
+    chosen = SomeImages(source, fixed_choice(len(source), max_images))
+    cropped = CroppedImages(chosen, image_size, flip=False, channels=channels)
 
     def read(indices: Sequence[int]) -> Tensor:
-        return to_pixels(torch.stack([cropped[int(chosen[i])]["images"] for i in indices]))
+        return to_pixels(torch.stack([cropped[index]["images"] for index in indices]))
 
-    labels, modes = (torch.tensor(values)[chosen] for values in (source.class_labels, source.modes))
-    return RealImages(read, len(chosen), digest.hexdigest(), labels, modes)
+    labels, modes = torch.tensor(chosen.class_labels), torch.tensor(chosen.modes)
+    return RealImages(read, len(chosen), cropped.identity(), labels, modes)
 
 
 def measure_real(

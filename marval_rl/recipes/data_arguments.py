@@ -16,8 +16,9 @@ from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MARConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
+from marval_rl.rewarding.loading import Offers
 from marval_rl.runtime.settings import Conditions, Needs
-from marval_rl.trainers.anchors import ANCHORED
+from marval_rl.trainers.anchors import READS_IMAGES
 
 TrainingData = CroppedImages | MomentsCache
 
@@ -72,7 +73,9 @@ class DataArguments(EvaluationArguments):
         Needs("images of your own (a data set that is not bundled)", ("dataset",), lambda name: name not in BUNDLED): (
             *("image_column", "label_column", "class_names", "eval_dataset", "eval_holdout"),
         ),
-        ANCHORED: ("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+        READS_IMAGES: (
+            *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+        ),
     }
 
     def __post_init__(self):
@@ -108,11 +111,14 @@ class DataArguments(EvaluationArguments):
                 self.cache_dir, flip=self.flips, seed=seed, class_names=self.class_names, holdout=self.eval_holdout
             )
             return self._merge(moments)
+        return self._crop_training(image_size, self.image_channels or 3, flip=self.flips, seed=seed)
+
+    def _crop_training(self, image_size: int | None, channels: int, **flips: Any) -> CroppedImages:
         source = self.load_images()
         size = self.image_size or image_size or source.image_size
         if size is None:
             raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
-        return CroppedImages(source, size, flip=self.flips, seed=seed, channels=self.image_channels or 3)
+        return CroppedImages(source, size, channels=channels, **flips)
 
     def announce(self, dataset: TrainingData, process_index: int) -> None:
         """Prints what is trained on, once for all processes."""
@@ -235,7 +241,13 @@ class DataArguments(EvaluationArguments):
         # Who trains on cached latents need not have the images; who names held-out ones has them.
         has_images = self.dataset is not None and (self.cache_dir is None or self.names_held_out)
         load_real = (lambda: (self.load_held_out(), self.load_images())) if has_images else None
-        return self.make_evaluator(config, judges, load_real)
+        return self.make_evaluator(config, judges, load_real, self.offers(config))
+
+    def offers(self, config: MARConfig | None) -> Offers:
+        """What rewards may learn from: the images that a model is trained on, as it generates them. None where the
+        model is not there."""
+        size, channels = (None, 3) if config is None else (config.image_size, config.image_channels)
+        return {"training_images": lambda: self._crop_training(size, channels, flip=False)}
 
     @property
     def names_held_out(self) -> bool:

@@ -16,6 +16,7 @@ from marval_rl.evaluation.features import KINDS, load_extractors
 from marval_rl.evaluation.references import RealImages, Reference, images_of_data, open_reference
 from marval_rl.models import MARConfig
 from marval_rl.rewarding import load_reward
+from marval_rl.rewarding.loading import Offers
 from marval_rl.runtime.settings import EVALUATED, Conditions
 
 NONE = "none"
@@ -63,6 +64,7 @@ class EvaluationArguments:
         config: MARConfig,
         judges: list[str],
         load_real: Callable[[], tuple[LabelledImages | None, LabelledImages]] | None,
+        offers: Offers,
     ) -> ImageEvaluator:
         """What measures the images of a model.
 
@@ -71,6 +73,7 @@ class EvaluationArguments:
             judges: The data set's own judges.
             load_real: Loads the images of the data that are never trained on, or None if there are none, and those
                 that are trained on; None if no images can be read.
+            offers: Of `load_reward`, for extractors and judges.
 
         Raises:
             ValueError, MarvalError: For extractors, judges or images that cannot be loaded.
@@ -79,11 +82,11 @@ class EvaluationArguments:
         features = self.eval_features if self.eval_features is not None else [*judges[:1], "pixels"]
         reference, train, source = self._load_reference(config, load_real, bool(judges))
         evaluator = ImageEvaluator(
-            load_extractors(features),
+            load_extractors(features, offers),
             reference,
             train,
             class_of_mode=None if source is None else torch.tensor(source.class_of_mode),
-            judges={name: load_reward(name) for name in judges},
+            judges={name: load_reward(name, offers) for name in judges},
         )
         evaluator.check_statistics(config.image_size)
         return evaluator

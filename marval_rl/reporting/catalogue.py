@@ -79,6 +79,7 @@ _RULES = (
     Metric(r"student_loss", "optimisation", "Student loss (GSIM)", "loss", log=True),
     Metric(r"score_gap", "optimisation", "Score gap, auxiliary to teacher", "mean norm", "lower", log=True),
     Metric(r"auxiliary_loss", "optimisation", "Loss of the auxiliary network", "loss", "lower", log=True),
+    Metric(r"mmd", "optimisation", "MMD^2 between generated and real images (distribution anchor)", "mmd"),
     Metric(r"gsim_loss", "optimisation", "Loss of the GSIM anchor", "loss", log=True),
     Metric(r"eval_loss", "optimisation", "Loss at evaluation", "loss", "lower", log=True),
     Metric(r"grad_norm", "optimisation", "Gradient norm", "L2 norm", log=True),

@@ -19,6 +19,7 @@ _HEADLINE = {
     "num_unmasking_steps": "{} unmasking steps",
     "num_generations": "groups of {}",
     "beta": "KL weight {}",
+    "distribution_weight": "distribution weight {}",
     "gsim_weight": "GSIM weight {}",
     "gsim_guidance_scale": "GSIM guidance {}",
     "guidance_scale": "guidance {}",

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -27,14 +27,16 @@ STANDARD_ARGUMENTS = ("images", "prompts", "completions", "class_labels", "class
 IMPORT_ERRORS = (Exception, SystemExit)  # an author's code may raise anything; a script may end itself by sys.exit()
 
 Reward = Callable[..., Any]  # returns B scores, or an awaitable of them
+Offers = Mapping[str, Callable[[], Any]]  # parameter of a reward's class -> what makes the argument where it is taken
 
 
-def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
+def load_reward(spec: str | Reward, offers: Offers | None = None, /, **kwargs: Any) -> Reward:
     """Return the reward that `spec` means, ready to be called.
 
     Args:
         spec: The name of an entry point of the group `marval_rl.rewards`, `path/file.py:attribute`,
             `package.module:attribute`, or a callable. A class is instantiated with kwargs.
+        offers: What its class is made with besides, where it has a parameter of that name that kwargs do not set.
 
     Raises:
         ValueError: For an invalid spec (unknown names are answered with the nearest ones), for something that
@@ -46,7 +48,7 @@ def load_reward(spec: str | Reward, **kwargs: Any) -> Reward:
     with kept_settings(), neighbours_of(spec):
         target = _find(spec) if isinstance(spec, str) else spec
         if inspect.isclass(target):
-            return _checked(name, _instantiate(name, target, _with_paths(name, kwargs)), target)
+            return _checked(name, _instantiate(name, target, _with_paths(name, kwargs), offers or {}), target)
     if kwargs:
         given = ", ".join(kwargs)
         raise ValueError(
@@ -171,14 +173,15 @@ def _with_paths(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"reward {name!r}: {error}") from error
 
 
-def _instantiate(name: str, target: type, kwargs: dict[str, Any]) -> Any:
+def _instantiate(name: str, target: type, kwargs: dict[str, Any], offers: Offers) -> Any:
     signature = inspect.signature(target)
+    taken = [key for key in offers if key in signature.parameters and key not in kwargs]
     try:
         signature.bind(**kwargs)
     except TypeError as error:
         raise ValueError(f"reward {name!r} refuses its reward_kwargs: {error}; it takes {signature}") from error
     try:
-        return target(**kwargs)
+        return target(**kwargs, **{key: offers[key]() for key in taken})
     except MarvalError:
         raise
     except IMPORT_ERRORS as error:

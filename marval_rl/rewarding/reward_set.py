@@ -14,7 +14,7 @@ from torch import Tensor
 from marval_rl.errors import nearest
 from marval_rl.losses.advantages import weighted_sum
 from marval_rl.rewarding.calling import call_rewards
-from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Reward, is_differentiable, load_reward, reward_name
+from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Offers, Reward, is_differentiable, load_reward, reward_name
 from marval_rl.rewarding.process_state import kept_settings
 
 
@@ -42,6 +42,7 @@ class RewardSet:
         reward_weights: One factor per reward; None for 1 each.
         reward_kwargs: Name of a reward -> what its class is made with. The name is what `reward_name` says, the second
             of equal names with _2 appended, and so on.
+        offers: Of `load_reward`.
 
     names, weights, rewards: lists in the order of reward_funcs. differentiable: whether all rewards are.
 
@@ -55,6 +56,7 @@ class RewardSet:
         reward_funcs: Sequence[str | Reward],
         reward_weights: Sequence[float] | None = None,
         reward_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        offers: Offers | None = None,
     ) -> None:
         if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) or not reward_funcs:
             raise ValueError(f"reward_funcs must be a list of at least one reward, not {reward_funcs!r}")
@@ -63,7 +65,7 @@ class RewardSet:
         kwargs = dict(reward_kwargs or {})
         _check_kwargs(kwargs, self.names)
         specs = zip(reward_funcs, self.names, strict=True)
-        self.rewards = [load_reward(spec, **kwargs.get(name, {})) for spec, name in specs]
+        self.rewards = [load_reward(spec, offers, **kwargs.get(name, {})) for spec, name in specs]
         self.differentiable = all(is_differentiable(reward) for reward in self.rewards)
 
     def score(

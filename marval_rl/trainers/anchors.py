@@ -1,7 +1,8 @@
 """Anchors: what holds a student near the distribution it began with while a reward pulls. The same for both gradients.
 
-    kl      beta x KL(student || reference) of the unmasking steps; the reference is the student as it was
-    gsim    gsim_weight x distillation's loss (score_matching.py): the teacher's distribution
+    kl            beta x KL(student || reference) of the unmasking steps; the reference is the student as it was
+    gsim          gsim_weight x distillation's loss (score_matching.py): the teacher's distribution
+    distribution  distribution_weight x MMD^2 between generated and real images (distribution_matching.py): the data's
 
 A further anchor declares its settings in `AnchorArguments` and adds its loss in `Anchors.add`, where both reward
 trainers hand over what they have: the networks, the finished rollout and the divergences.
@@ -18,16 +19,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from marval_rl.losses.distribution import KERNELS
 from marval_rl.losses.policy import action_kl
 from marval_rl.models import MARModel
 from marval_rl.models.sampling import student_mean
 from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.batches import EpochAware
+from marval_rl.trainers.distribution_matching import DistributionMatching, generate_differentiably
 from marval_rl.trainers.lora import adapters_off
 from marval_rl.trainers.score_matching import AuxiliaryArguments, Contexts, GSIMArguments, ScoreMatching
 from marval_rl.trainers.student_networks import StudentNetworks
 
 ANCHORED = Needs("the GSIM anchor (gsim_weight > 0)", ("gsim_weight",), lambda weight: weight != 0)
+MATCHED = Needs("the distribution anchor (distribution_weight > 0)", ("distribution_weight",), lambda w: w != 0)
+READS_IMAGES = Needs(
+    "an anchor that needs images (gsim_weight or distribution_weight > 0)",
+    ("gsim_weight", "distribution_weight"),
+    lambda *weights: any(weights),
+)
 
 
 def gsim_field(name: str) -> Any:
@@ -56,6 +65,27 @@ class AnchorArguments(AuxiliaryArguments):
     auxiliary_warmup_steps: int = field(
         default=40, metadata={"help": "First steps that train the auxiliary network only (with the GSIM anchor)."}
     )
+    distribution_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of MMD^2 (0 to about 1) between generated and real images of a class; 0 is none."},
+    )
+    distribution_features: str = field(
+        default="pixels",
+        metadata={"help": "Distribution anchor: in whose features, as in eval_features; they must have a gradient."},
+    )
+    distribution_kernel: str = field(
+        default="rbf", metadata={"help": "Distribution anchor: kernel of MMD.", "choices": list(KERNELS)}
+    )
+    distribution_real_images: int = field(
+        default=20_000, metadata={"help": "Distribution anchor: real images that are compared with, at most."}
+    )
+    distribution_queue: int = field(
+        default=0,
+        metadata={
+            "help": "Distribution anchor: recent generated images that stand beside a batch, where it holds few of a "
+            "class."
+        },
+    )
 
     counts_if: ClassVar[Conditions] = {
         ANCHORED: (
@@ -63,6 +93,7 @@ class AnchorArguments(AuxiliaryArguments):
             *("gsim_guidance_scale", "gsim_min_timestep", "gsim_max_timestep", "gsim_timestep_draws"),
             *("gsim_mask_ratio_min", "gsim_mask_ratio_std"),
         ),
+        MATCHED: (*("distribution_features", "distribution_kernel", "distribution_real_images", "distribution_queue"),),
         Needs("a gsim_mask_ratio_min below 1", ("gsim_mask_ratio_min",), lambda ratio: ratio != 1): (
             "gsim_mask_ratio_std",
         ),
@@ -73,16 +104,31 @@ class AnchorArguments(AuxiliaryArguments):
         """Whether there is an auxiliary network: with the GSIM anchor."""
         return self.gsim_weight > 0
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether an anchor needs the data set of images."""
+        return self.gsim_weight > 0 or self.distribution_weight > 0
+
+    def distribution_at_once(self, num_classes: int) -> tuple[int, int]:
+        """Images that the distribution anchor compares at once, over all processes, and the classes that they have."""
+        return self.per_device_train_batch_size * self.world_size, num_classes
+
     def gsim_arguments(self) -> GSIMArguments:
         """The GSIM anchor's settings, by the names of distillation."""
         own = {name.removeprefix("gsim_"): value for name, value in vars(self).items() if name.startswith("gsim_")}
         return GSIMArguments(**{name: own[name] for name in own.keys() & GSIMArguments.__dataclass_fields__.keys()})
 
     def check_anchors(self) -> None:
-        """Raises ValueError for a negative weight."""
-        for name, weight in (("beta", self.beta), ("gsim_weight", self.gsim_weight)):
-            if weight < 0:
-                raise ValueError(f"{name} must not be negative, but is {weight}")
+        """Raises ValueError for a negative weight, and settings out of range."""
+        for name in ("beta", "gsim_weight", "distribution_weight", "distribution_queue"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name} must not be negative, but is {vars(self)[name]}")
+        if self.distribution_real_images < 2:
+            raise ValueError(f"distribution_real_images must be at least 2, not {self.distribution_real_images}")
+        if self.distribution_kernel not in KERNELS:
+            raise ValueError(
+                f'distribution_kernel must be one of {", ".join(KERNELS)}, not "{self.distribution_kernel}"'
+            )
 
 
 class Anchors:
@@ -93,11 +139,14 @@ class Anchors:
         student: As the run begins; with `has_adapters` the reference model is this one with its adapters off.
         has_adapters: Whether LoRA adapters are trained.
         teacher: The MAR teacher; needed by GSIM.
-        dataset: Rows {"images" or "moments", "class_labels"}; needed by GSIM.
+        dataset: Rows {"images" or "moments", "class_labels"}; needed by GSIM and by the distribution anchor.
         tokens_of: Rows of the data set -> tokens [B, L, C].
+        images_of: Rows of the data set -> images [B, C, H, W] in 0..1.
+        decode: Tokens -> images, with their gradient.
 
     Raises:
-        ValueError: If the data set has fewer rows than a batch of contexts takes.
+        ValueError: If the data set has fewer rows than a batch of contexts takes, and what `DistributionMatching`
+            raises.
     """
 
     def __init__(
@@ -108,6 +157,8 @@ class Anchors:
         teacher: MARModel | None,
         dataset: Any,
         tokens_of: Callable[[dict[str, Tensor]], Tensor],
+        images_of: Callable[[dict[str, Tensor]], Tensor],
+        decode: Callable[[Tensor], Tensor],
     ):
         self.args = args
         self.reference: MARModel | None = None
@@ -124,8 +175,12 @@ class Anchors:
                     f"gsim_batch_size {args.gsim_batch_size} takes {from_data} rows of data at once, but "
                     f"anchor_dataset has {len(dataset)}: set it to 1 to {2 * len(dataset)}, or give more data"
                 )
+        self.distribution: DistributionMatching | None = None
+        if args.distribution_weight > 0:
+            self.distribution = DistributionMatching(args, dataset, images_of, student.config.num_classes)
         self.dataset = dataset
         self.tokens_of = tokens_of
+        self.decode = decode
 
     def kl(
         self,
@@ -171,7 +226,7 @@ class Anchors:
         Args:
             loss: Of the reward; 0 in a step that does not move the student.
             networks: The student and the auxiliary network.
-            rollout: tokens [B, L, C], in back-propagation with gradient, and class_labels [B].
+            rollout: tokens [B, L, C] and class_labels [B]; in back-propagation also images, with gradient.
             kl: Divergences of the images and unmasking steps, any shape; None without `beta`.
             step: Index of the optimizer step.
             micro_batch: Index within it.
@@ -187,7 +242,18 @@ class Anchors:
                 networks, contexts, self.args.moves_model(step), buffer, micro_batch
             )
             loss, metrics = loss + gsim_loss, metrics | gsim_metrics
+        if self.distribution is not None and self.args.moves_model(step):
+            metrics["mmd"] = self.distribution.loss(*self._images(networks.student, rollout), buffer)
+            loss = loss + self.args.distribution_weight * metrics["mmd"]
         return loss, metrics
+
+    def _images(self, student: MARModel, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images with a gradient and their class labels: those of the rollout, or for GRPO new ones of its classes."""
+        labels = rollout["class_labels"]
+        if "images" in rollout:
+            return rollout["images"], labels
+        labels = labels[torch.arange(self.args.distribution_batch_size, device=labels.device) % len(labels)]
+        return self.decode(generate_differentiably(student, labels, self.args.num_unmasking_steps)), labels
 
     def auxiliary_loss(
         self, networks: StudentNetworks, micro_batch: int, buffer: dict[str, Tensor]

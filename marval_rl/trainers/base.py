@@ -220,6 +220,12 @@ class MARTrainer(ResumableTrainer):
             latents = self.codec.encode(rows["images"].to(self.args.device))
         return patchify(latents, self.mar.config.patch_size)
 
+    def images_of(self, rows: dict[str, Tensor]) -> Tensor:
+        """Images [B, C, H, W] in 0..1 of such a batch; moments are decoded."""
+        if "moments" in rows:
+            return self.codec.decode(self.codec.from_moments(rows["moments"].to(self.args.device)))
+        return rows["images"].to(self.args.device)
+
     def names_of(self, class_labels: Tensor) -> list[str]:
         """The class name of each label [B]."""
         return [self.class_names[label] for label in class_labels.tolist()]

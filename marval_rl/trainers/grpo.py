@@ -64,6 +64,11 @@ class MARGRPOTrainer(RewardTrainer):
 
     def __init__(self, model: MARModel | str, reward_funcs: Any, args: MARGRPOConfig, **kwargs: Any):
         super().__init__(model, reward_funcs, args, **kwargs)
+        if self.rewards is None:
+            raise ValueError(
+                "reward_funcs is empty, but grpo compares rewards: only reward_backprop trains on distribution_weight "
+                "alone"
+            )
         config = self.mar.config
         self.pairs = unmasking_steps(config.num_tokens, args.num_unmasking_steps)  # K of (masked before, after)
         action_size = 1.0
@@ -108,7 +113,7 @@ class MARGRPOTrainer(RewardTrainer):
         self.mar.train()
         rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-        own_scores = self.score(rollout["tokens"], labels, columns).by_reward()  # [N / P, R]
+        own_scores = self.score(self.decode_tokens(rollout["tokens"]), labels, columns).by_reward()  # [N / P, R]
         scores = torch.empty(args.generation_batch_size, own_scores.shape[1], device=args.device)
         scores[dealt.flatten()] = gather_rows(own_scores)  # [N, R], groups in a row
         self.record_scores(scores, args.num_generations)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from marval_rl.losses.advantages import MULTI_OBJECTIVE_AGGREGATIONS, REWARD_SCALES
 from marval_rl.losses.policy import LOG_PROB_REDUCTIONS, LOSS_TYPES
 from marval_rl.runtime.settings import Conditions, Needs
+from marval_rl.trainers.anchors import MATCHED
 from marval_rl.trainers.reward_trainer import RewardTrainingArguments
 
 
@@ -49,6 +50,10 @@ class MARGRPOConfig(RewardTrainingArguments):
     )
     share_order: bool = field(default=False, metadata={"help": "One unmasking order for all images of a group."})
     share_noise: bool = field(default=False, metadata={"help": "One noise z for all images of a group."})
+    distribution_batch_size: int = field(
+        default=64,
+        metadata={"help": "Distribution anchor: images of its own that are generated with gradient, in each process."},
+    )
 
     counts_if: ClassVar[Conditions] = {
         Needs(
@@ -61,6 +66,7 @@ class MARGRPOConfig(RewardTrainingArguments):
             ("multi_objective_aggregation",),
             lambda order: order == "sum_then_normalize",
         ): ("scale_rewards",),
+        MATCHED: ("distribution_batch_size",),
     }
 
     def __post_init__(self):
@@ -71,6 +77,8 @@ class MARGRPOConfig(RewardTrainingArguments):
             raise ValueError(
                 f"num_generations must be at least 2, not {self.num_generations}: an advantage compares images"
             )
+        if self.distribution_batch_size < 1:
+            raise ValueError(f"distribution_batch_size must be at least 1, not {self.distribution_batch_size}")
         if self.loss_type == "dr_grpo":
             raise ValueError(
                 'loss_type "dr_grpo" would be "grpo": it differs where completions differ in length, and all images '
@@ -103,6 +111,9 @@ class MARGRPOConfig(RewardTrainingArguments):
     def rows_per_batch(self) -> int:
         """The rows of one generation batch."""
         return self.generation_batch_size // self.num_generations
+
+    def distribution_at_once(self, num_classes: int) -> tuple[int, int]:
+        return self.distribution_batch_size * self.world_size, min(num_classes, self.rows_per_batch)
 
     @property
     def num_readers(self) -> int:

@@ -66,7 +66,7 @@ class RewardBackpropTrainer(RewardTrainer):
 
     def __init__(self, model: MARModel | str, reward_funcs: Any, args: RewardBackpropConfig, **kwargs: Any):
         super().__init__(model, reward_funcs, args, **kwargs)
-        if not self.rewards.differentiable:
+        if self.rewards is not None and not self.rewards.differentiable:
             raise ValueError(
                 f"reward_backprop needs differentiable rewards, but not all of {', '.join(self.rewards.names)} are: "
                 "use method grpo, or a reward class with `differentiable = True`"
@@ -84,9 +84,13 @@ class RewardBackpropTrainer(RewardTrainer):
             rollout, divergences = self.generate(student, labels)
         if not moves_student:
             return torch.zeros((), device=labels.device), rollout, None
-        scores = self.score(rollout["tokens"], labels, columns, with_grad=True)
-        self.record_scores(scores.by_reward(), len(labels))
-        return self.loss_of(scores.total), rollout, torch.stack(divergences) if divergences else None
+        rollout["images"] = self.decode_tokens(rollout["tokens"])
+        loss = torch.zeros((), device=labels.device)
+        if self.rewards is not None:
+            scores = self.score(rollout["images"], labels, columns, with_grad=True)
+            self.record_scores(scores.by_reward(), len(labels))
+            loss = self.loss_of(scores.total)
+        return loss, rollout, torch.stack(divergences) if divergences else None
 
     def generate(self, student: MARModel, class_labels: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """G_theta(z, class, K), with a gradient through the steps that `backprop_steps` names.

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerState
 
 from marval_rl.data.class_rows import check_class_rows, labels_of
+from marval_rl.evaluation import ImageEvaluator
+from marval_rl.evaluation.features import extractor_name
 from marval_rl.losses.advantages import group_std
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
@@ -64,14 +66,15 @@ class RewardTrainer(MARTrainer):
 
     Args:
         model: A one-step student, or the path of one.
-        reward_funcs: What is trained on: a RewardSet, or one or a list of names, `file.py:attribute` and callables.
+        reward_funcs: What is trained on: a RewardSet, or one or a list of names, `file.py:attribute` and callables. An
+            empty list trains on the distribution anchor alone (by back-propagation).
         args: The settings.
         train_dataset: Rows {"class_labels": int, ...}; further columns are passed to the rewards, but "images" are not
             looked at. `check_class_rows` says what is refused.
         teacher: The MAR teacher; needed by the GSIM anchor.
         auxiliary: Weights of an auxiliary network that already fits the student (a folder that distillation wrote,
             or the network); None starts from the teacher's head.
-        anchor_dataset: Images {"images", "class_labels"}, or cached "moments"; needed by the GSIM anchor.
+        anchor_dataset: Images {"images", "class_labels"}, or cached "moments"; needed by GSIM and distribution anchor.
         peft_config: Trains low-rank adapters of the student instead of its weights; see `lora.py`.
     """
 
@@ -96,6 +99,8 @@ class RewardTrainer(MARTrainer):
         check_class_rows(train_dataset, model.config.num_classes)
         if args.has_auxiliary and (teacher is None or anchor_dataset is None):
             raise ValueError(f"gsim_weight {args.gsim_weight} needs a teacher and a data set of images")
+        if args.distribution_weight > 0 and anchor_dataset is None:
+            raise ValueError(f"distribution_weight {args.distribution_weight} needs a data set of images")
         self.has_adapters = peft_config is not None
         if self.has_adapters:
             add_lora(model, peft_config, args.seed)
@@ -105,8 +110,11 @@ class RewardTrainer(MARTrainer):
         network = StudentNetworks(model, head)
         super().__init__(network, model, args, train_dataset, data_collator=list, **kwargs)
         self.add_callback(LimitsCallback(args, Path(args.output_dir), self.save_final, self.evaluation_names))
-        self.rewards = reward_set(reward_funcs, args.reward_weights)
-        self.anchors = Anchors(args, model, self.has_adapters, teacher, anchor_dataset, self.tokens_of)
+        self.rewards = reward_set(reward_funcs, args)
+        if args.distribution_weight > 0 and args.evaluates:
+            check_other_features(args.distribution_features, self.evaluator)
+        functions = (self.tokens_of, self.images_of, self.decode_tokens)
+        self.anchors = Anchors(args, model, self.has_adapters, teacher, anchor_dataset, *functions)
 
     def prompts_for(self, class_names: list[str]) -> list[str]:
         return [self.args.prompt_template.format(name=name) for name in class_names]
@@ -162,11 +170,10 @@ class RewardTrainer(MARTrainer):
         return labels, {name: [row[name] for row in rows] for name in names}
 
     def score(
-        self, tokens: Tensor, class_labels: Tensor, columns: dict[str, list[Any]], with_grad: bool = False
+        self, images: Tensor, class_labels: Tensor, columns: dict[str, list[Any]], with_grad: bool = False
     ) -> RewardScores:
-        """Rewards of finished tokens [B, L, C]."""
+        """Rewards of images [B, C, H, W]."""
         names = self.names_of(class_labels)
-        images = self.decode_tokens(tokens)
         with failing_together(self.args.device), kept_random_state(self.args.device):
             return self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
 
@@ -188,9 +195,22 @@ class RewardTrainer(MARTrainer):
 
 
 def reward_set(
-    reward_funcs: RewardSet | str | Reward | list[str | Reward], reward_weights: list[float] | None
-) -> RewardSet:
-    """The rewards as a RewardSet, whatever way they were given."""
+    reward_funcs: RewardSet | str | Reward | list[str | Reward], args: RewardTrainingArguments
+) -> RewardSet | None:
+    """The rewards as a RewardSet, whatever way they were given; None for an empty list beside a distribution anchor."""
     if isinstance(reward_funcs, RewardSet):
         return reward_funcs
-    return RewardSet(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], reward_weights)
+    if reward_funcs == [] and args.distribution_weight > 0:
+        return None
+    return RewardSet(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], args.reward_weights)
+
+
+def check_other_features(trained: str, evaluator: ImageEvaluator) -> None:
+    """Raises ValueError if evaluation looks at images only by the features that are trained on."""
+    others = set(evaluator.extractors) - {extractor_name(trained)}
+    if evaluator.extractors and not others and not evaluator.judges and evaluator.rewards is None:
+        raise ValueError(
+            f"the distribution anchor trains on {trained}, and evaluation would look at nothing else: add other "
+            f"features to eval_features (such as [{trained}, hf:facebook/dinov2-base]), name judges or "
+            "eval_reward_funcs, or set distribution_features to others"
+        )

@@ -84,6 +84,12 @@ def batch_arithmetic(config: Any) -> list[str]:
             f"generation batch: {generation} images = {generation // config.num_generations} groups of "
             f"{config.num_generations}, used {config.num_iterations} time(s)"
         )
+    if settings.get("distribution_weight"):
+        own = settings.get("distribution_batch_size", config.per_device_train_batch_size) * config.world_size
+        lines.append(
+            f"distribution anchor: {own} generated images at once and {config.distribution_queue} recent ones against "
+            f"at most {config.distribution_real_images:,} real ones, in the features {config.distribution_features}"
+        )
     return lines
 
 

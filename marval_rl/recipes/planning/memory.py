@@ -3,7 +3,8 @@
 The networks are built on the meta device, and the trainer around them as a run builds it. Then `FakeTensorMode` gives
 them shapes, types and the device "cuda", on any machine, and the trainer computes its loss: autograd keeps what it
 would keep on a GPU, and nothing is computed. Stand-ins are used for images (latents: what the VAE keeps is not
-counted), rewards (a mean of the tokens), and what takes no gradient: GRPO's rollouts and the reference model.
+counted), for rewards and the distribution anchor's features (a mean of the pixels), and for what takes no gradient:
+GRPO's rollouts and the reference model.
 """
 
 from __future__ import annotations
@@ -185,13 +186,14 @@ def saved_bytes(trainer: MARTrainer, config: Any, frozen: Iterable[nn.Module] = 
                     kept[_key(tensor)] = tensor.untyped_storage()  # held, so that no key is given to another
                 return tensor
 
-            rollout = _rollout(trainer, device)
+            rollout = _rollout(trainer, device, trainer.args.per_device_train_batch_size)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 # Held while we count: their graphs own the saved tensors.
-                results = [trainer.compute_loss(trainer.model, _batch(trainer, rollout))]
-                if isinstance(trainer, RewardBackpropTrainer):
+                results = [trainer.compute_loss(trainer.model, _batch(trainer, config, rollout))]
+                if checkpointed := _checkpointed_images(trainer, config):
                     largest = unmasking_steps(trainer.mar.config.num_tokens, trainer.args.num_unmasking_steps)[-1]
-                    results.append(student_mean(trainer.mar, rollout, rollout["tokens"], *largest))
+                    images = _rollout(trainer, device, checkpointed)
+                    results.append(student_mean(trainer.mar, images, images["tokens"], *largest))
                 total = sum(storage.nbytes() for storage in kept.values())
             del results
     finally:
@@ -238,6 +240,7 @@ def _arguments_on_meta(config: Any, folder: str) -> Any:
     changed = {f.name: f.default for f in fields(LimitArguments)}
     changed |= {"mask_ratio_min": 1.0, "gsim_mask_ratio_min": 1.0, "reward_weights": None}
     changed |= {"steps_per_generation": 1, "num_generations": 1}  # one micro-batch of it is what counts
+    changed |= {"distribution_weight": 0.0}  # it would look at real images at once; see `_batch`
     if vars(config).get("backprop_steps") == "random":
         changed["backprop_steps"] = "last"  # as many
     for name in changed.keys() & vars(config).keys():
@@ -246,24 +249,41 @@ def _arguments_on_meta(config: Any, folder: str) -> Any:
     return args
 
 
-def _rollout(trainer: MARTrainer, device: torch.device) -> dict[str, Tensor]:
-    """A micro-batch of finished images, as a rollout leaves them."""
-    args, config = trainer.args, trainer.mar.config
-    batch = args.per_device_train_batch_size
+def _checkpointed_images(trainer: MARTrainer, config: Any) -> int:
+    """How many images are generated with a gradient, each unmasking step checkpointed."""
+    if isinstance(trainer, RewardBackpropTrainer):
+        return config.per_device_train_batch_size
+    return config.distribution_batch_size if _matches_distribution(config) else 0
+
+
+def _matches_distribution(config: Any) -> bool:
+    return vars(config).get("distribution_weight", 0) > 0
+
+
+def _rollout(trainer: MARTrainer, device: torch.device, batch: int) -> dict[str, Tensor]:
+    """Finished images, as a rollout leaves them."""
+    config = trainer.mar.config
     tokens = torch.randn(batch, config.num_tokens, config.token_channels, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     order = random_order(batch, config.num_tokens, device)
     return {"class_labels": labels, "order": order, "noise": torch.randn_like(tokens), "tokens": tokens}
 
 
-def _batch(trainer: MARTrainer, rollout: dict[str, Tensor]) -> Any:
-    """What the trainer's loss is computed of; the stand-ins for rewards and rollouts are set."""
+class StandInMatching:
+    """Stands where the distribution anchor would."""
+
+    def loss(self, images: Tensor, *_: Any) -> Tensor:
+        return images.mean()
+
+
+def _batch(trainer: MARTrainer, config: Any, rollout: dict[str, Tensor]) -> Any:
+    """What the trainer's loss is computed of; the stand-ins for rewards, features and rollouts are set."""
     row, labels = trainer.train_dataset[0], rollout["class_labels"]
     if not isinstance(trainer, RewardTrainer):
         return {"images": torch.zeros(len(labels), *row["images"].shape, device=labels.device), "class_labels": labels}
 
-    def score(tokens: Tensor, *_: Any, **__: Any) -> RewardScores:
-        values = tokens.mean(dim=(1, 2))
+    def score(images: Tensor, *_: Any, **__: Any) -> RewardScores:
+        values = images.flatten(1).mean(dim=1)
         return RewardScores(values, dict.fromkeys(trainer.rewards.names, values))
 
     def generate_rollouts(rows: list[dict[str, Any]]) -> None:
@@ -275,6 +295,9 @@ def _batch(trainer: MARTrainer, rollout: dict[str, Tensor]) -> Any:
 
     # On this one trainer, which is thrown away.
     trainer.score = score  # type: ignore[method-assign]
+    if _matches_distribution(config):
+        trainer.args.distribution_weight = config.distribution_weight
+        trainer.anchors.distribution = StandInMatching()  # type: ignore[assignment]
     if trainer.anchors.reference is not None:
         trainer.anchors.reference.one_step = one_step  # type: ignore[method-assign, assignment]
     if isinstance(trainer, MARGRPOTrainer):

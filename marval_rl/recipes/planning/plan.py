@@ -108,7 +108,7 @@ def plan_reward_training(
 ) -> TrainingPlan:
     plan = TrainingPlan()
     anchored = config.has_auxiliary
-    dataset = _data(plan, data, config.seed) if anchored or data.is_bundled else None
+    dataset = _data(plan, data, config.seed) if config.reads_images or data.is_bundled else None
     student = _model_config(plan, rewarded.model, GET_STUDENT, source, data, dataset)
     teacher = _model_config(plan, source.teacher, GET_TEACHER, source, data, dataset) if anchored else None
     for specs, kwargs in (
@@ -117,7 +117,7 @@ def plan_reward_training(
     ):
         if specs:
             with plan.needing(GET_REWARD):
-                RewardSet(specs, reward_kwargs=kwargs)
+                RewardSet(specs, None, kwargs, data.offers(student))
     if student is None or (anchored and teacher is None):
         return plan
     plan.rows = student.num_classes * rewarded.prompts_per_class

@@ -1,0 +1,142 @@
+"""The distribution anchor: MMD^2 between generated and real images of each class, in the features of an extractor.
+
+A sister of `score_matching.py` that needs no teacher and no second network: real images are looked at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from marval_rl.data import CroppedImages
+from marval_rl.evaluation.features import BATCH_SIZE, FeatureExtractor, load_extractor
+from marval_rl.losses.distribution import RealFeatures, distribution_loss
+from marval_rl.models import MARModel
+from marval_rl.models.sampling import student_mean, unmask
+from marval_rl.models.unmasking import random_order
+from marval_rl.runtime.distributed import gather_objects, gather_rows
+
+FEATURES, LABELS = "distribution_features", "distribution_labels"  # of recent images, in a trainer's buffer
+
+
+class DistributionMatching:
+    """Compares generated with real images.
+
+    Args:
+        args: The trainer's arguments.
+        dataset: Rows {"images" or "moments", "class_labels"}.
+        images_of: Rows of the data set -> images [B, 1 or 3, H, W] in 0..1.
+        num_classes: All of them must have real images.
+
+    Raises:
+        ValueError: For an extractor without a gradient, a class with fewer than two real images, or batches that hold
+            too few images of a class.
+    """
+
+    def __init__(self, args: Any, dataset: Dataset, images_of: Callable[[dict[str, Tensor]], Tensor], num_classes: int):
+        self.args = args
+        offers = {"training_images": dataset.unflipped} if isinstance(dataset, CroppedImages) else None
+        self.extractor = load_extractor(args.distribution_features, offers)
+        check_company_of_a_class(args, num_classes)
+        features, labels = real_features(args, self.extractor, dataset, images_of)
+        few = [label for label in range(num_classes) if int((labels == label).sum()) < 2]
+        if few:
+            raise ValueError(
+                f"class {few[0]} has fewer than 2 images among the {len(labels)} that the distribution anchor compares "
+                "with: give more data, raise distribution_real_images, or set distribution_weight 0"
+            )
+        self.real = RealFeatures.of(features, labels, args.distribution_kernel)
+
+    def loss(self, images: Tensor, class_labels: Tensor, buffer: dict[str, Tensor]) -> Tensor:
+        """MMD^2 over the images of all processes: in each its value, and the gradient of this process's images.
+
+        Gradients are averaged over processes, so each has that of the sum. It does not matter how images are
+        distributed among processes.
+
+        Args:
+            images: [B, 1 or 3, H, W] in 0..1, with gradient; equally many in each process.
+            class_labels: [B].
+            buffer: Keeps the features of recent images.
+        """
+        own = features_of(self.extractor, images)
+        labels = gather_rows(class_labels)
+        features, num_processes = with_those_of_others(own)
+        loss = distribution_loss(features, labels, self.real, buffer.get(FEATURES), buffer.get(LABELS))
+        if (size := self.args.distribution_queue) > 0 and bool(features.isfinite().all()):
+            for name, rows in ((FEATURES, features.detach()), (LABELS, labels)):
+                buffer[name] = torch.cat([buffer.get(name, rows[:0]), rows])[-size:].contiguous()
+        return loss.detach() + num_processes * (loss - loss.detach())
+
+
+def features_of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    """Features [B, F] of images [B, 1 or 3, H, W] in 0..1, in float32 and with their gradient."""
+    with torch.autocast(images.device.type, enabled=False):
+        return extractor.features(images.float().expand(-1, 3, -1, -1)).float()
+
+
+def with_those_of_others(own: Tensor) -> tuple[Tensor, int]:
+    """The rows [B, F] of all P processes, of which this process's own have a gradient: [P B, F], and P."""
+    if not torch.distributed.is_initialized():
+        return own, 1
+    rank, parts = torch.distributed.get_rank(), list(gather_rows(own).split(len(own)))
+    parts[rank] = own
+    return torch.cat(parts), len(parts)
+
+
+def check_company_of_a_class(args: Any, num_classes: int) -> None:
+    """Raises ValueError where most images would have no other of their class to be compared with."""
+    images, classes = args.distribution_at_once(num_classes)
+    if images + args.distribution_queue >= 2 * classes:
+        return
+    raise ValueError(
+        f"distribution_weight {args.distribution_weight} compares the images of a class with each other, and {images} "
+        f"images at once of {classes} classes are too few: set distribution_queue to at least "
+        f"{2 * classes - images}, better ten times that, or take more images at once"
+    )
+
+
+def real_features(
+    args: Any, extractor: FeatureExtractor, dataset: Dataset, images_of: Callable[[dict[str, Tensor]], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Features [M, F] and class labels [M] of at most `distribution_real_images` images, a fixed random choice.
+
+    Each process reads its share. Raises ValueError if no gradient flows through the extractor.
+    """
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: args.distribution_real_images]
+    mine = chosen[args.process_index :: args.world_size].tolist()
+    parts, labels = [], []
+    for start in range(0, len(mine), BATCH_SIZE):
+        rows = default_collate([dataset[index] for index in mine[start : start + BATCH_SIZE]])
+        with torch.no_grad():
+            images = images_of(rows)
+            parts.append(features_of(extractor, images).cpu())
+        labels.append(rows["class_labels"])
+    if mine and not features_of(extractor, images[:1].clone().requires_grad_()).requires_grad:
+        raise ValueError(
+            f"distribution_features {args.distribution_features} has no gradient: take pixels, clip:..., timm:... or a "
+            "differentiable reward with a method `features`, and keep this one for eval_features"
+        )
+    shares = gather_objects((torch.cat(parts), torch.cat(labels)))
+    order = torch.cat([torch.arange(len(chosen))[rank :: args.world_size] for rank in range(args.world_size)]).argsort()
+    features, labels = (torch.cat(share)[order].to(args.device) for share in zip(*shares, strict=True))
+    return features, labels
+
+
+def generate_differentiably(student: MARModel, class_labels: Tensor, num_unmasking_steps: int) -> Tensor:
+    """Tokens [B, L, C] that the student generates of these classes, with a gradient through all unmasking steps."""
+    config, device = student.config, class_labels.device
+    shape = (len(class_labels), config.num_tokens)
+    inputs = {
+        "class_labels": class_labels,
+        "order": random_order(*shape, device),
+        "noise": torch.randn(*shape, config.token_channels, device=device),
+    }
+    predict = partial(student_mean, student, inputs)
+    steps = range(num_unmasking_steps)
+    *_, last = unmask(predict, inputs["order"], config.token_channels, num_unmasking_steps, gradient_steps=steps)
+    return last.tokens
