@@ -69,7 +69,7 @@ def distiller(folder: Path, teacher: MARModel, **settings: Any) -> DistillTraine
 
 def grpo_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any) -> MARGRPOTrainer:
     config = MARGRPOConfig(str(folder), **{**GRPO, **settings})
-    rewards = RewardSet(reward if isinstance(reward, list) else [reward])
+    rewards = RewardSet(reward if isinstance(reward, list) else [reward]) if reward else []
     return MARGRPOTrainer(student, rewards, config, train_dataset=class_rows(3), **anchor_of(config))
 
 

@@ -19,6 +19,7 @@ from marval_rl.losses.distribution import RealFeatures, distribution_loss
 from marval_rl.models import MARModel
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import random_order
+from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.runtime.distributed import gather_objects, gather_rows
 
 FEATURES, LABELS = "distribution_features", "distribution_labels"  # of recent images, in a trainer's buffer
@@ -105,26 +106,26 @@ def real_features(
 ) -> tuple[Tensor, Tensor]:
     """Features [M, F] and class labels [M] of at most `distribution_real_images` images, a fixed random choice.
 
-    Each process reads its share. Raises ValueError if no gradient flows through the extractor.
+    Each process reads its share of the batches, so that the features do not depend on their number. Raises ValueError
+    if no gradient flows through the extractor.
     """
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: args.distribution_real_images]
-    mine = chosen[args.process_index :: args.world_size].tolist()
-    parts, labels = [], []
-    for start in range(0, len(mine), BATCH_SIZE):
-        rows = default_collate([dataset[index] for index in mine[start : start + BATCH_SIZE]])
-        with torch.no_grad():
+    batches, mine = chosen.split(BATCH_SIZE), []
+    for number in range(args.process_index, len(batches), args.world_size):
+        rows = default_collate([dataset[index] for index in batches[number].tolist()])
+        with torch.no_grad(), kept_random_state(args.device):
+            torch.manual_seed(derive_seed("real images", number))  # of latents drawn from moments
             images = images_of(rows)
-            parts.append(features_of(extractor, images).cpu())
-        labels.append(rows["class_labels"])
-    if mine and not features_of(extractor, images[:1].clone().requires_grad_()).requires_grad:
-        raise ValueError(
-            f"distribution_features {args.distribution_features} has no gradient: take pixels, clip:..., timm:... or a "
-            "differentiable reward with a method `features`, and keep this one for eval_features"
-        )
-    shares = gather_objects((torch.cat(parts), torch.cat(labels)))
-    order = torch.cat([torch.arange(len(chosen))[rank :: args.world_size] for rank in range(args.world_size)]).argsort()
-    features, labels = (torch.cat(share)[order].to(args.device) for share in zip(*shares, strict=True))
-    return features, labels
+            features = features_of(extractor, images)
+        if not mine and not features_of(extractor, images[:1].clone().requires_grad_()).requires_grad:
+            raise ValueError(
+                f"distribution_features {args.distribution_features} has no gradient: take pixels, clip:..., hf:..., "
+                "timm:... or a differentiable reward with a method `features`, and keep this one for eval_features"
+            )
+        mine.append((number, features.cpu(), rows["class_labels"]))
+    read = sorted((batch for share in gather_objects(mine) for batch in share), key=lambda batch: batch[0])
+    _, features, labels = zip(*read, strict=True)
+    return torch.cat(features).to(args.device), torch.cat(labels).to(args.device)
 
 
 def generate_differentiably(student: MARModel, class_labels: Tensor, num_unmasking_steps: int) -> Tensor:
