@@ -85,7 +85,7 @@ def test_a_value_of_the_wrong_type(train, complaint, settings, message):
         ({"distribution_weight": 1, "distribution_queue": -1}, ("distribution_queue must not be negative",)),
         ({"distribution_weight": 1, "distribution_real_images": 5}, ("fewer than 2 images among the 5",)),
         (
-            {"distribution_weight": 1, "distribution_batch_size": 3, "prompts_per_class": 9},
+            {"distribution_weight": 1, "distribution_batch_size": 3, "distribution_queue": 0},
             ("3 images at once of 8 classes are too few", "distribution_queue to at least 13"),
         ),
         ({"reward_funcs": "[]"}, ("reward_funcs is empty", "reward_backprop on distribution_weight alone")),
