@@ -17,7 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 34, 46
 COLOURS = {"grpo": "#1f6fb4", "reward_backprop": "#c8561b"}
 NAMES = {"grpo": "GRPO", "reward_backprop": "back-propagation"}
 LABELLINGS = {"parity": "parity, K = 4", "digit": "digit, K = 2"}
-TARGET_GAIN, TARGET_FD = 3.0, 1.05
+TARGET_GAIN, TARGET_FD = 6.0, 0.8
+LOWEST_FD = 0.4
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
 
 def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
     """One labelling: the judge's gain to the right, the Frechet distance upwards (on a log scale)."""
-    low, least, most = 0.8, -0.5, max(run["gain"] for run in runs) + 0.6
+    low, least, most = LOWEST_FD, -0.5, max(run["gain"] for run in runs) + 0.6
 
     def x(gain: float) -> float:
         return LEFT + (gain - least) / (most - least) * (WIDTH - LEFT - RIGHT)
@@ -49,7 +50,7 @@ def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
         f'<rect x="{corner[0]}" y="{corner[1]}" width="{WIDTH - RIGHT - x(TARGET_GAIN):.1f}" '
         f'height="{HEIGHT - BOTTOM - y(TARGET_FD):.1f}" fill="#e7f3e4"/>'
     )
-    for ratio in [tick for tick in (0.8, 1.0, 1.2, 1.5, 2.0, 3.0) if tick <= top]:
+    for ratio in [tick for tick in (0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0) if tick <= top]:
         parts.append(f'<path d="M{LEFT} {y(ratio):.1f}H{WIDTH - RIGHT}" stroke="#e3e3e3"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(ratio) + 4:.1f}" text-anchor="end">{ratio:g}</text>')
     for gain in range(0, int(most) + 1, 2):
@@ -68,13 +69,16 @@ def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
 
 
 def mark(run: dict[str, Any], x: float, y: float) -> str:
-    """A run: hollow without an anchor, a triangle with the KL divergence, filled with an anchor and its weight."""
+    """A run: hollow without an anchor, a triangle with the KL divergence, a square with the distribution anchor, a
+    filled circle with the GSIM anchor and its weight."""
     colour = COLOURS[run["method"]]
     title = f"<title>{escape(run['name'])}: gain {run['gain']:.1f}, FD {run['fd_ratio']:.2f}</title>"
     if run["hold"] == "kl":
         return (
             f'<path d="M{x:.1f} {y - 5:.1f}l5 9h-10z" fill="white" stroke="{colour}" stroke-width="1.6">{title}</path>'
         )
+    if run["hold"] == "distribution":
+        return f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill="{colour}">{title}</rect>'
     fill = colour if run["hold"] == "anchor" else "white"
     point = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="1.6">{title}</circle>'
@@ -94,7 +98,8 @@ def legend() -> str:
     texts = (
         "hollow: no anchor",
         "triangle: KL",
-        "filled: GSIM anchor, its weight beside seed 0 of plain runs",
+        "circle: GSIM anchor and its weight",
+        "square: distribution anchor",
         "green: the target",
     )
     parts.append(f'<text x="{x}" y="{y + 1}">{" · ".join(texts)}</text>')
