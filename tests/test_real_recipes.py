@@ -243,8 +243,8 @@ def test_a_corrupt_image_in_a_data_worker_is_one_line(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("limit", "broken"), [("max_frechet_ratio", "frechet_distance"), ("min_diversity", "diversity")]
 )
-def test_a_limit_stops_a_reward_that_is_exploited(files, student, tmp_path, capsys, limit, broken):
-    """Small JPEG files, and nothing that holds the images back."""
+def test_a_limit_stops_a_run_that_nothing_holds_back(files, student, tmp_path, capsys, limit, broken):
+    """A reward that any image can have more of, no anchor, and steps that are much too large."""
     settings = {
         **files.settings,
         "model": student,
@@ -270,7 +270,7 @@ def test_a_limit_stops_a_reward_that_is_exploited(files, student, tmp_path, caps
         "min_diversity": "null",
         "min_recall": "null",
         "min_mode_coverage": "null",
-        limit: {"max_frechet_ratio": 1.2, "min_diversity": 0.9}[limit],
+        limit: {"max_frechet_ratio": 1.05, "min_diversity": 0.9}[limit],
     }
     assert main(command("train", "grpo_clip.yaml", **settings)) == 0
     assert f"eval_{broken} is" in capsys.readouterr().out
@@ -279,5 +279,3 @@ def test_a_limit_stops_a_reward_that_is_exploited(files, student, tmp_path, caps
     assert last["step"] < 40
     for name in ("frechet_distance", "kid", "recall", "mode_coverage", "diversity", "image/edge_energy/vs_real"):
         assert is_finite(first[f"eval_{name}"]) and is_finite(last[f"eval_{name}"])
-    rewards = [line["rewards/jpeg/mean"] for line in training_lines(tmp_path)]
-    assert rewards[-1] > rewards[0]

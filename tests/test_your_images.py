@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from marval_rl.rewards import classifier_networks
 from test_documented_commands import ROOT, blocks, calls_of
 from tiny_recipes import TINY_RECIPES, is_finite, read_lines
 
@@ -25,6 +26,7 @@ def test_the_page_works_from_a_folder_of_images_to_a_report(tmp_path, monkeypatc
     found = list(blocks(PAGE))
     calls = [call for tag, text in found if tag == "bash" for call in calls_of(text, tmp_path)]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier_networks, "MIN_STEPS", 100)
     (code,) = (text for tag, text in found if tag == "python")
     exec(compile(code.replace("range(600)", "range(60)"), str(PAGE), "exec"), {})
     assert [call[1] for call in calls] == ["pretrain", "distill", "train", "evaluate", "evaluate", "report"]
