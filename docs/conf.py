@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from docutils import nodes
@@ -42,11 +42,11 @@ napoleon_use_ivar = True
 class Options(SphinxDirective):
     """A table of the settings that dataclasses declare, one table a class.
 
-    The arguments are their paths; the content is YAML, setting -> when to touch it. `:only:` names the settings to show.
+    The arguments are their paths; the content is YAML, setting -> when to touch it. `:only:` names those to show.
     """
 
     required_arguments, optional_arguments, final_argument_whitespace, has_content = 1, 0, True, True
-    option_spec = {"only": directives.unchanged}
+    option_spec: ClassVar = {"only": directives.unchanged}
 
     def run(self) -> list[nodes.Node]:
         when = yaml.safe_load("\n".join(self.content)) or {}
@@ -63,7 +63,7 @@ class Options(SphinxDirective):
         needs = {name: need.description for name, need in conditions_of(kinds)}
         for _, field in shown:
             help_text = _cell(field.metadata["help"])
-            if "choices" in field.metadata and field.metadata["choices"]:
+            if field.metadata.get("choices"):
                 help_text += " One of " + ", ".join(f"`{choice}`" for choice in field.metadata["choices"]) + "."
             if field.name in needs:
                 help_text += f" *Only with {_cell(needs[field.name])}.*"

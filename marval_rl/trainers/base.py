@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback
+from transformers import ProgressCallback as TransformersProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from marval_rl.errors import MarvalError
@@ -27,7 +28,7 @@ from marval_rl.runtime.callbacks import (
     EpochCallback,
     InterruptCallback,
     MetricsFileCallback,
-    ProgressBarCallback,
+    ProgressCallback,
 )
 from marval_rl.runtime.distributed import (
     failing_together,
@@ -100,9 +101,9 @@ class MARTrainer(ResumableTrainer):
         self.micro_batch = 0  # its index within the optimizer step
         self.last_step = -1
         self.guard = NonFiniteGuard(args.max_skipped_steps)
-        for callback in (PrinterCallback, ProgressCallback):
+        for callback in (PrinterCallback, TransformersProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(ProgressBarCallback())
+        self.add_callback(ProgressCallback())
         self.add_callback(MetricsFileCallback(Path(args.output_dir) / "metrics.jsonl"))
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
