@@ -10,7 +10,7 @@ import pytest
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from marval_rl.runtime import callbacks
-from marval_rl.runtime.callbacks import PLAIN_SECONDS, ProgressCallback
+from marval_rl.runtime.callbacks import PLAIN_SECONDS, RunProgressCallback
 
 
 def run(monkeypatch, seconds_a_step: float, cycle: int = 1, first_step: int = 0, is_first: bool = True, **settings):
@@ -26,7 +26,7 @@ def run(monkeypatch, seconds_a_step: float, cycle: int = 1, first_step: int = 0,
         starts_cycle=lambda step: step % cycle == 0,
     )
     state = TrainerState(global_step=first_step, max_steps=100, is_world_process_zero=is_first)
-    callback, control = ProgressCallback(), TrainerControl()
+    callback, control = RunProgressCallback(), TrainerControl()
     callback.on_train_begin(args, state, control)
     for step in range(first_step + 1, 101):
         clock[0] += seconds_a_step
@@ -40,7 +40,7 @@ def test_a_line_has_step_figures_speed_and_time_left(monkeypatch, capsys):
     run(monkeypatch, seconds_a_step=6)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 100 * 6 / PLAIN_SECONDS
-    assert lines[0] == "runs/demo/grpo: step 5 of 100, loss 0, reward 0.04, 20 images/s, 9 min 30 s left"
+    assert lines[0] == "runs/demo/grpo: step 5 of 100, loss 0, reward 0.05, 20 images/s, 9 min 30 s left"
     assert lines[-1].endswith("0 min 00 s left")
 
 

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         if title == "student, K=16":
             continue  # its run folder's grid shows the start of RL
         grids[title] = args.output_dir / f"{run_folder.name}.png"
-        call("sample", run_folder, *options, "--per_class", "10", "--output", grids[title], silent=True)
+        call("sample", run_folder, *options, "--per_class", "10", "--plain", "--output", grids[title], silent=True)
     picture = save_picture(grids, args.output_dir / "demo.png")
 
     print_table(rows)

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", type=path_or_id, metavar="MODEL2", help="a second model beside it, with the same noise and orders"
     )
+    parser.add_argument("--plain", action="store_true", help="no names beside the rows")
     parser.add_argument(
         "--output",
         type=Path,
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         for step in range(max(map(len, frames))):
             shown = [of[min(step, len(of) - 1)] / 255 for of in frames]
             pictures = [image_grid(images, labels[0], args.per_class, min_height=64) for images in shown]
-            grids.append(labelled(dict(zip(made, pictures, strict=True)), labels[0], names[0]))
+            rows = [] if args.plain else [names[0][label] for label in labels[0].unique().tolist()]
+            grids.append(labelled(dict(zip(made, pictures, strict=True)), rows))
         save(grids, args.output)
     print(f"{sum(len(of[-1]) for of in frames)} images: {args.output}")
 
@@ -111,9 +113,8 @@ def parse_classes(text: str | None, names: list[str] | None, num_classes: int) -
     return labels
 
 
-def labelled(grids: dict[str, Image.Image], labels: Tensor, names: list[str]) -> Image.Image:
+def labelled(grids: dict[str, Image.Image], rows: list[str]) -> Image.Image:
     """Grids side by side: the name of its class beside each row, and above each grid its title if there are several."""
-    rows = [names[label] for label in labels.unique().tolist()]
     rows = rows if len(rows) <= MAX_GRID_ROWS else []
     first, gap = next(iter(grids.values())), 12
     height, size = max(grid.height for grid in grids.values()), 15

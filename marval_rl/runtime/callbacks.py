@@ -61,7 +61,7 @@ class MetricsFileCallback(TrainerCallback):
             file.write(json.dumps(entry) + "\n")
 
 
-class ProgressCallback(TrainerCallback):
+class RunProgressCallback(TrainerCallback):
     """The newest figures: a progress bar on a terminal, else a plain line every PLAIN_SECONDS, for logs.
 
     transformers' own prints every log as a line.

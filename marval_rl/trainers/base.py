@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback
-from transformers import ProgressCallback as TransformersProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from marval_rl.errors import MarvalError
@@ -28,7 +27,7 @@ from marval_rl.runtime.callbacks import (
     EpochCallback,
     InterruptCallback,
     MetricsFileCallback,
-    ProgressCallback,
+    RunProgressCallback,
 )
 from marval_rl.runtime.distributed import (
     failing_together,
@@ -101,9 +100,9 @@ class MARTrainer(ResumableTrainer):
         self.micro_batch = 0  # its index within the optimizer step
         self.last_step = -1
         self.guard = NonFiniteGuard(args.max_skipped_steps)
-        for callback in (PrinterCallback, TransformersProgressCallback):
+        for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(ProgressCallback())
+        self.add_callback(RunProgressCallback())
         self.add_callback(MetricsFileCallback(Path(args.output_dir) / "metrics.jsonl"))
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
@@ -243,7 +242,7 @@ class MARTrainer(ResumableTrainer):
         The processes share the work; figures and images are the same for any number of them.
         """
         args, plan = self.args, self.eval_plan
-        draws, grid = [], None
+        draws, grid, first_rows = [], None, None
         for seed in range(args.eval_seed, args.eval_seed + args.eval_redraws):
             with failing_together(args.device, MarvalError), kept_random_state(args.device):
                 batches = [
@@ -254,23 +253,38 @@ class MARTrainer(ResumableTrainer):
                 if self.is_world_process_zero():
                     rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in batches[0].rows}
                     draws.append(self.evaluator.figures(rows))
-                    grid = batches if grid is None else grid
+                    if grid is None:
+                        grid, first_rows = batches, rows
         metrics: dict[str, float] = {}
         if self.is_world_process_zero():
             means, deviations = mean_and_std(draws)
             metrics = {f"eval_{name}": value for name, value in means.items()}
             metrics |= {f"eval_{name}/std": value for name, value in deviations.items()}
-            folder = Path(args.output_dir) / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"step_{self.state.global_step:06d}.png"
-            images, class_labels = grid_of(grid)
-            save_image_grid(images, class_labels, path, args.sample_grid_columns)
-            if len(shown := class_labels.unique()) <= MAX_GRID_ROWS:
-                (folder / "rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
+            (Path(args.output_dir) / "samples").mkdir(parents=True, exist_ok=True)
+            classes = self.evaluator.per_class(first_rows, self.class_names)
+            self.sample_file("per_class.json").write_text(json.dumps(classes), encoding="utf-8")
+        with failing_together(args.device, MarvalError), kept_random_state(args.device):
+            if self.is_world_process_zero():
+                self.write_samples(*grid_of(grid))
         metrics = from_first_process(metrics)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+    def write_samples(self, images: Tensor, class_labels: Tensor) -> None:
+        """Write the sample grid of an evaluation; subclasses add others. The first process alone calls it.
+
+        images [n, 3, H, W] in 0..1, class_labels [n].
+        """
+        save_image_grid(images, class_labels, self.sample_file(), self.args.sample_grid_columns)
+        if len(shown := class_labels.unique()) <= MAX_GRID_ROWS:
+            self.sample_file("rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
+
+    def sample_file(self, name: str = "") -> Path:
+        """A file among the samples: of that name, or the grid `name` of this step."""
+        if not name.endswith(".json"):
+            name += f"step_{self.state.global_step:06d}.png"
+        return Path(self.args.output_dir) / "samples" / name
 
     def _measure_batch(self, batch: int, seed: int) -> GeneratedBatch:
         model, plan = self.ema.module, self.eval_plan

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -15,6 +17,7 @@ from marval_rl.data.class_rows import check_class_rows, labels_of
 from marval_rl.losses.advantages import group_std
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
+from marval_rl.models.generation import save_image_grid
 from marval_rl.models.head import DiffusionHead
 from marval_rl.randomness import kept_random_state
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
@@ -175,6 +178,21 @@ class RewardTrainer(MARTrainer):
         for name, values in zip(self.rewards.names, scores.detach().unbind(dim=1), strict=True):
             std = group_std(values, num_generations).nanmean()
             self.record({f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": std})
+
+    def write_samples(self, images: Tensor, class_labels: Tensor) -> None:
+        """Also, of the images of the grid, the best and the worst by each reward that is trained on."""
+        super().write_samples(images, class_labels)
+        number = min(self.args.sample_grid_columns, len(images) // 2)
+        if number == 0 or set(self.train_dataset[0]) - {"class_labels", "images"}:
+            return  # a reward that reads further columns cannot be asked about these images
+        names, labels = self.names_of(class_labels), class_labels.to(self.args.device)
+        scores = self.rewards.score(images.to(self.args.device), self.prompts_for(names), labels, names)
+        for name, values in scores.components.items():
+            order = values.detach().cpu().nan_to_num(nan=0.0).argsort(descending=True, stable=True)
+            ends = torch.cat([order[:number], order[-number:]])
+            rows = torch.arange(2).repeat_interleave(number)
+            file = self.sample_file(f"by_{re.sub(r'[^A-Za-z0-9.-]', '_', name)}_")
+            save_image_grid(images[ends], rows, file, number)
 
     def save_final(self, folder: Path) -> None:
         if self.has_adapters:
