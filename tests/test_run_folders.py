@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_recipes import COMMANDS, CONFIGS, RECIPES, command_line, comparable_lines, is_finite, read_lines, run_recipe
@@ -65,6 +67,26 @@ def test_an_evaluation_leaves_what_the_report_shows(runs, recipe):
     classes = json.loads((samples / "per_class.json").read_text())
     assert list(classes) == run.row_names == list(run.evaluation["per_class"])
     assert {"held_out_classifier/accuracy", "diversity"} <= set(classes["zero"])
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_the_model_card_has_figures_images_and_code_that_runs(runs, recipe, monkeypatch):
+    final = runs[recipe] / "final"
+    card = ModelCard.load(final / "README.md")
+    assert {"marval_rl", "mar", {"teacher": "pretraining", "distill": "distillation"}.get(recipe, "one-step")} <= set(
+        card.data.tags
+    )
+    assert card.data.library_name == "transformers"
+    assert "| frechet_distance | " in card.text and "torch " in card.text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert len(pictures) == 2 and all((final / name).is_file() for name in pictures)
+    written = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1])
+    assert written == yaml.safe_load((runs[recipe] / "recipe.yaml").read_text())
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert len(code[code.index("model =") :].splitlines()) <= 5
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert space["images"].shape == (2, 1, 8, 8) and 0 <= space["images"].min() <= space["images"].max() <= 1
 
 
 def test_exploration_differs_from_the_samples_by_the_noise_of_the_policy_alone(runs):
