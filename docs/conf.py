@@ -59,7 +59,7 @@ class Options(SphinxDirective):
         unknown = set(when) - {field.name for _, field in shown}
         if unknown:
             raise self.error(f"{', '.join(map(str, sorted(unknown)))}: no settings of {self.arguments[0]}")
-        rows = ["| setting | default | what it does | when to touch it |", "|---|---|---|---|"]
+        rows = ["| setting | what it does, and when to touch it |", "|---|---|"]
         needs = {name: need.description for name, need in conditions_of(kinds)}
         for _, field in shown:
             help_text = _cell(field.metadata["help"])
@@ -67,8 +67,9 @@ class Options(SphinxDirective):
                 help_text += " One of " + ", ".join(f"`{choice}`" for choice in field.metadata["choices"]) + "."
             if field.name in needs:
                 help_text += f" *Only with {_cell(needs[field.name])}.*"
-            cells = (f"`{field.name}`", _default(field), help_text, _cell(when.get(field.name, "")))
-            rows.append("| " + " | ".join(cells) + " |")
+            if when.get(field.name):
+                help_text += f" **When:** {_cell(when[field.name])}."
+            rows.append(f"| `{field.name}`{_default(field)} | {help_text} |")
         return self.parse_text_to_nodes("\n".join(rows))
 
 
@@ -86,7 +87,7 @@ def _default(field: dataclasses.Field) -> str:
     value = default_of(field)
     if value is dataclasses.MISSING or value is None or value == []:
         return ""
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return f"<br>= `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _cell(text: str) -> str:

@@ -21,7 +21,7 @@ from marval_rl.trainers.reward_backprop import RewardBackpropConfig
 
 ROOT = Path(__file__).parents[1]
 TRAINERS = (PretrainConfig, DistillConfig, MARGRPOConfig, RewardBackpropConfig)
-ROW = re.compile(r'<td><p><code[^>]*><span class="pre">(\w+)</span></code></p></td>(.*?)</tr>', re.DOTALL)
+ROW = re.compile(r'<td><p><code[^>]*><span class="pre">(\w+)</span></code>(.*?)</tr>', re.DOTALL)
 OTHERS = (DataArguments, EvaluationArguments, LoraArguments, ModelArguments, RewardArguments)
 
 
@@ -60,6 +60,7 @@ def test_every_setting_of_our_own_has_a_row_with_its_help(site):
     }
     assert fields - {"remove_unused_columns"} <= set(rows)
     assert "Standard deviation of the policy" in rows["policy_std"]
+    assert "= 0.1" in rows["policy_std"] and "When: " in rows["policy_std"]
     assert "Only with the GSIM anchor" in rows["gsim_batch_size"]
 
 

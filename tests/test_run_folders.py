@@ -21,6 +21,7 @@ from tiny_trainers import assert_equal_states, grey_student, grpo_trainer
 from marval_rl.cli.main import main
 from marval_rl.models.checkpoints import load_model
 from marval_rl.recipes.reading import parse_recipe
+from marval_rl.reporting.images import sample_strips
 from marval_rl.reporting.run_folder import load_runs
 
 
@@ -64,6 +65,10 @@ def test_an_evaluation_leaves_what_the_report_shows(runs, recipe):
     assert grids == {"grpo": {"by_classifier", "exploration"}, "reward_backprop": {"by_classifier"}}.get(recipe, set())
     (run,) = load_runs([runs[recipe]])
     assert set(run.samples) == {"", *grids} and all(len(found) == 3 for found in run.samples.values())
+    rows = {strip["title"]: strip["rows"] for strip in sample_strips([run])}
+    assert rows == {"": run.row_names} | {
+        name.replace("_", " "): ["best", "worst"] if name == "by_classifier" else run.row_names for name in grids
+    }
     classes = json.loads((samples / "per_class.json").read_text())
     assert list(classes) == run.row_names == list(run.evaluation["per_class"])
     assert {"held_out_classifier/accuracy", "diversity"} <= set(classes["zero"])

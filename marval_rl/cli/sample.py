@@ -45,12 +45,12 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     kind = args.output.suffix.lower()
     if kind == "" and args.compare is not None:
         raise ValueError(f"--compare needs a picture or an animation, and --output {args.output} is a folder")
-    if kind not in ("", *ANIMATED, *Image.registered_extensions()):
-        raise ValueError(f"--output {args.output}: pictures are .png, .jpg, ..., animations {' and '.join(ANIMATED)}")
     if kind == "":
         check_folder(args.output, "--output")
     else:
         check_output(args.output)
+    if kind not in ("", *ANIMATED, *Image.registered_extensions()):
+        raise ValueError(f"--output {args.output}: pictures are .png, .jpg, ..., animations {' and '.join(ANIMATED)}")
     models = [args.model] if args.compare is None else [args.model, args.compare]
     made = {}
     for name in models:
