@@ -182,17 +182,17 @@ class RewardTrainer(MARTrainer):
     def write_samples(self, images: Tensor, class_labels: Tensor) -> None:
         """Also, of the images of the grid, the best and the worst by each reward that is trained on."""
         super().write_samples(images, class_labels)
-        number = min(self.args.sample_grid_columns, len(images) // 2)
-        if number == 0 or set(self.train_dataset[0]) - {"class_labels", "images"}:
+        if self.rewards is None or set(self.train_dataset[0]) - {"class_labels", "images"}:
             return  # a reward that reads further columns cannot be asked about these images
         names, labels = self.names_of(class_labels), class_labels.to(self.args.device)
         scores = self.rewards.score(images.to(self.args.device), self.prompts_for(names), labels, names)
         for name, values in scores.components.items():
-            order = values.detach().cpu().nan_to_num(nan=0.0).argsort(descending=True, stable=True)
-            ends = torch.cat([order[:number], order[-number:]])
-            rows = torch.arange(2).repeat_interleave(number)
-            file = self.sample_file(f"by_{re.sub(r'[^A-Za-z0-9.-]', '_', name)}_")
-            save_image_grid(images[ends], rows, file, number)
+            order = values.cpu().argsort(descending=True, stable=True)
+            order = order[values.cpu()[order].isfinite()]  # without those that the reward left out
+            if number := min(self.args.sample_grid_columns, len(order) // 2):
+                ends, rows = torch.cat([order[:number], order[-number:]]), torch.arange(2).repeat_interleave(number)
+                file = self.sample_file(f"by_{re.sub(r'[^A-Za-z0-9.-]', '_', name)}_")
+                save_image_grid(images[ends], rows, file, number)
 
     def save_final(self, folder: Path) -> None:
         if self.has_adapters:
