@@ -15,11 +15,13 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import tiny_config
 from tiny_recipes import COMMANDS, CONFIGS, RECIPES, command_line, comparable_lines, is_finite, read_lines, run_recipe
 from tiny_trainers import assert_equal_states, grey_student, grpo_trainer
 
 from marval_rl.cli.main import main
 from marval_rl.models.checkpoints import load_model
+from marval_rl.recipes.model_card import write_model_card
 from marval_rl.recipes.reading import parse_recipe
 from marval_rl.reporting.images import sample_strips
 from marval_rl.reporting.run_folder import load_runs
@@ -82,7 +84,8 @@ def test_the_model_card_has_figures_images_and_code_that_runs(runs, recipe, monk
         card.data.tags
     )
     assert card.data.library_name == "transformers"
-    assert "| frechet_distance | " in card.text and "torch " in card.text
+    assert "| frechet_distance | " in card.text and "frechet_distance/classifier" not in card.text
+    assert "Data set: `digits`" in card.text and "torch " in card.text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
     assert len(pictures) == 2 and all((final / name).is_file() for name in pictures)
     written = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1])
@@ -92,6 +95,14 @@ def test_the_model_card_has_figures_images_and_code_that_runs(runs, recipe, monk
     space: dict[str, Any] = {}
     exec(code, space)
     assert space["images"].shape == (2, 1, 8, 8) and 0 <= space["images"].min() <= space["images"].max() <= 1
+
+
+def test_a_model_card_keeps_secrets(tmp_path):
+    (tmp_path / "final").mkdir()
+    secret = {"method": "grpo", "reward_kwargs": {"remote": {"url": "http://x", "token": "hunter2"}}}
+    write_model_card(tmp_path, "grpo", secret, tiny_config(), [])
+    text = (tmp_path / "final" / "README.md").read_text()
+    assert "hunter2" not in text and "url: http://x" in text and "No evaluation was made" in text
 
 
 def test_exploration_differs_from_the_samples_by_the_noise_of_the_policy_alone(runs):

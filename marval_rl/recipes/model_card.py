@@ -46,6 +46,10 @@ images = codec_for(model.config).decode(latents)  # [2, {channels}, {size}, {siz
 
 or `marval-rl sample {path} --steps {steps}`.{vae}
 
+## Data
+
+{data}
+
 ## Figures
 
 {figures}
@@ -106,9 +110,10 @@ def write_model_card(
             steps=settings.get("eval_unmasking_steps") or settings.get("num_unmasking_steps") or 16,
             channels=config.image_channels,
             vae=f" The latents need the VAE `{config.vae}`." if config.vae else "",
+            data=f"Data set: `{dataset}`." if dataset else "No data set was named.",
             figures=_figures(history),
             samples=f"## Samples\n\nThe same seeds, one row per class.\n\n{pictures}\n" if shown else "",
-            recipe=dump_yaml(settings).strip(),
+            recipe=dump_yaml(_without_secrets(settings)).strip(),
             versions=", ".join(f"{key} {value}" for key, value in environment().items()),
         ),
         encoding="utf-8",
@@ -123,11 +128,21 @@ def _figures(history: list[dict[str, Any]]) -> str:
     first, last = evaluations[0], evaluations[-1]
     rows = ["| figure | before | after |", "|---|---|---|"]
     for name, value in last.items():
-        if name.startswith("eval_") and not name.startswith("eval_image/") and isinstance(value, float):
+        repeats = (
+            value == last.get(name.split("/")[0], None) and "/" in name
+        )  # kid/classifier is kid, if it is the first
+        if name.startswith("eval_") and not name.startswith("eval_image/") and isinstance(value, float) and not repeats:
             before = first.get(name)
             start = f"{before:.4g}" if isinstance(before, float) and first is not last else ""
             rows.append(f"| {name.removeprefix('eval_')} | {start} | {value:.4g} |")
     return "\n".join(rows) + "\n\nOf generated images with the averaged weights, in training, at fixed seeds."
+
+
+def _without_secrets(value: Any) -> Any:
+    """Without the token of a remote reward: a card is made to be shared."""
+    if not isinstance(value, dict):
+        return value
+    return {key: "..." if key == "token" else _without_secrets(item) for key, item in value.items()}
 
 
 def _is_hub_id(name: Any) -> bool:
