@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv demo test test-wheel test-image-reward clean
+.PHONY: help .venv demo docs test test-wheel test-image-reward clean
 
 help:
 	@echo "make demo    teacher, one-step student and RL on real digits, on the CPU; ends with a table and a report"
 	@echo "make test    ruff, codespell, mypy and the tests"
+	@echo "make docs    the documentation as a site, in build/docs; a warning is an error"
 	@echo "make test-wheel   a wheel in a fresh environment and an empty folder: its recipes, its rewards, the demo"
 	@echo "make test-image-reward   ours against the package image-reward, in an environment that it builds (4 GB)"
 	@echo "make .venv   the environment only: .venv, with the versions in constraints.txt"
@@ -29,6 +30,9 @@ test: .venv
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # two processes: a file stays in one
+
+docs: .venv
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 test-wheel: .venv
 	$(BIN)/python -m pytest -q -m wheel tests/test_packaging.py

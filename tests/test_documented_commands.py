@@ -1,12 +1,16 @@
-"""Every command of README.md and docs/ works as typed, on a machine without a GPU.
+"""Every command and code block of README.md and docs/ works as typed, on a machine without a GPU.
 
-Blocks are run by bash with stand-ins for all programs, which note how they were called; each call is then checked as
-far as it can be without the published weights: training is planned (`--dry_run`), other commands are parsed.
+Blocks of a shell are run by bash with stand-ins for all programs, which note how they were called; each call is then
+checked as far as it can be without the published weights: training is planned (`--dry_run`), other commands are parsed.
+Blocks of Python are run, with a tiny student where they name one and a single step where they train. Of those that need
+data that are not here (`/data/...`) only the imports are run. Of YAML each key must be a setting; a recipe is planned.
+Blocks of text are output, and directives (`{options}`, `{toctree}`) are run by tests/test_docs_site.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import os
@@ -22,16 +26,22 @@ from typing import Any
 
 import pytest
 import torch.distributed.run
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from tiny_models import tiny_student
 
 from marval_rl.cli import processes
 from marval_rl.cli.main import COMMANDS, main
+from marval_rl.recipes.data_arguments import DataArguments
+from marval_rl.recipes.network_arguments import LoraArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning import memory
+from marval_rl.runtime.settings import defaults_of
 from marval_rl.trainers import arguments
+from marval_rl.trainers.grpo_config import MARGRPOConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL, OTHER = ("bash", "console"), ("python", "yaml", "toml", "json", "text")  # tags of code blocks
 # `--seed S` and the like stand for the reader's own values.
 PLACEHOLDERS = {"S": "0", "W": "3", "K": "4", "...": "runs/x", "base|large|huge": "huge"}
@@ -90,6 +100,8 @@ def commands_in(page: Path, folder: Path) -> list[list[str]]:
     """The calls of a page's shell blocks, and those in its prose that are complete commands."""
     found = []
     for tag, text in blocks(page):
+        if tag.startswith("{"):
+            continue
         assert tag in (*SHELL, *OTHER), f"{page.name}: a code block is tagged {tag!r}, not one of {SHELL} or {OTHER}"
         if tag == "console":
             text = "\n".join(line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ "))
@@ -220,6 +232,44 @@ def check(monkeypatch, capsys, tmp_path) -> Checker:
 def test_the_commands_of_a_page_work_as_typed(page, check, tmp_path):
     for words in commands_in(page, tmp_path):
         check(words)
+
+
+PYTHON = [page for page in PAGES if any(tag == "python" for tag, _ in blocks(page))]
+YAML = [page for page in PAGES if any(tag == "yaml" for tag, _ in blocks(page))]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["even digit", "odd digit"]
+    student = tiny_student(image_size=8, num_classes=2, class_names=names)
+    for name in ("distill", "grpo"):
+        student.save_pretrained(tmp_path / "runs" / "digits" / name / "final")
+    space: dict[str, Any] = {}
+    for tag, text in blocks(page):
+        if tag != "python":
+            continue
+        tree = ast.parse(text)
+        if "/data/" in text:
+            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        else:
+            text = text.replace("MARGRPOConfig(", 'MARGRPOConfig(max_steps=1, eval_strategy="no", ', 1)
+            tree = ast.parse(text)
+        exec(compile(tree, page.name, "exec"), space)
+
+
+@pytest.mark.parametrize("page", YAML, ids=lambda page: page.name)
+def test_the_settings_of_a_page_exist_and_its_recipes_can_be_planned(page, check, tmp_path):
+    known = defaults_of([MARGRPOConfig, DataArguments, RewardArguments, TeacherArguments, LoraArguments])
+    for tag, text in blocks(page):
+        if tag != "yaml":
+            continue
+        settings = yaml.safe_load(text)
+        assert set(settings) <= set(known), text
+        if "method" in settings:
+            recipe = yaml.safe_load((ROOT / "recipes" / "digits" / f"{settings['method']}.yaml").read_text())
+            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | settings))
+            check(["marval-rl", "train", "recipe.yaml"])
 
 
 def test_a_command_that_nobody_can_check_fails_and_so_does_a_wrong_one(check, tmp_path):

@@ -122,6 +122,10 @@ def test_the_digits_are_data_with_judges(evaluate, tmp_path, groups):
     assert 0 <= results["held_out_classifier/accuracy"] <= 1 and 0 <= results["mode_coverage"] < 1.5
     assert (results["mode_coverage"] == results["mode_coverage/classifier"]) == (groups is None)
     assert results["settings"]["dataset"] == "digits" and "held_out_classifier/accuracy" in out
+    accuracies = [row["held_out_classifier/accuracy"] for row in results["per_class"].values()]
+    assert list(results["per_class"]) == names
+    assert sum(accuracies) / len(names) == pytest.approx(results["held_out_classifier/accuracy"])
+    assert all(row["diversity"] >= 0 for row in results["per_class"].values())
 
 
 def test_without_real_images_there_are_rewards_statistics_and_speed(evaluate, tmp_path):
@@ -132,6 +136,8 @@ def test_without_real_images_there_are_rewards_statistics_and_speed(evaluate, tm
     assert not {"frechet_distance", "kid", "recall", "diversity"} & set(results)
     assert 0 < results["rewards/brightness/mean"] < 1 and results["image/edge_energy"] > 0
     assert "images_per_second" in out and "note: no real images: " in out
+    brightness = [row["brightness"] for row in results["per_class"].values()]  # of 3 classes, two images each
+    assert sum(brightness) / 3 == pytest.approx(results["rewards/brightness/mean"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "student"]
 
 

@@ -18,6 +18,7 @@ from tiny_recipes import comparable_lines
 
 from marval_rl.data import class_rows
 from marval_rl.errors import RewardError
+from marval_rl.evaluation.image_set import ImagePlan
 from marval_rl.rewarding import RewardSet
 from marval_rl.rewarding.serving import client as client_module
 from marval_rl.runtime.resume import find_checkpoint
@@ -155,8 +156,8 @@ def test_a_judge_that_fails_leaves_a_checkpoint_of_the_step_before_it(tmp_path):
 
     trainer = trainer_for(tmp_path, lambda *, images, **columns: images.mean(dim=(1, 2, 3)))
     trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 2
-    trainer.args.eval_num_images = 3
-    trainer.eval_rewards = RewardSet([judge])
+    trainer.eval_plan = ImagePlan(3, trainer.mar.config.num_classes, batch_size=3)
+    trainer.evaluator.add_rewards(RewardSet([judge]), trainer.prompts_for, trainer.class_names)
     with pytest.raises(RewardError, match=f"out of order; {tmp_path / 'checkpoint-2'} is kept"):
         trainer.train()
     assert calls == [3] and find_checkpoint(tmp_path, "latest").name == "checkpoint-2"

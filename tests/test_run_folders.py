@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import tiny_config
 from tiny_recipes import COMMANDS, CONFIGS, RECIPES, command_line, comparable_lines, is_finite, read_lines, run_recipe
-from tiny_trainers import assert_equal_states
+from tiny_trainers import assert_equal_states, grey_student, grpo_trainer
 
 from marval_rl.cli.main import main
 from marval_rl.models.checkpoints import load_model
+from marval_rl.recipes.model_card import write_model_card
 from marval_rl.recipes.reading import parse_recipe
+from marval_rl.reporting.images import sample_strips
+from marval_rl.reporting.run_folder import load_runs
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def test_a_recipe_leaves_a_complete_run_folder(runs, recipe):
         for file in ("model.safetensors", "optimizer.pt", "scheduler.pt", "ema.safetensors", "trainer_state.json"):
             assert f"{checkpoint}/{file}" in files
     assert json.loads((run / "environment.json").read_text())["torch"] == metadata.version("torch")
-    grids = sorted(path.name for path in (run / "samples").glob("*.png"))
+    grids = sorted(path.name for path in (run / "samples").glob("step_*.png"))
     assert grids == ["step_000000.png", "step_000003.png", "step_000006.png"]
     for grid in grids:
         with Image.open(run / "samples" / grid) as picture:
@@ -50,6 +57,69 @@ def test_a_recipe_leaves_a_complete_run_folder(runs, recipe):
             assert (width / (2 * 9 - 1), height / (10 * 9 - 1)) == (3, 3)  # 10 classes, 2 images each, 8 pixels
     rows = json.loads((run / "samples" / "rows.json").read_text())
     assert rows == json.loads((run / "final" / "config.json").read_text())["class_names"]
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_an_evaluation_leaves_what_the_report_shows(runs, recipe):
+    """Of RL the best and the worst images by each reward, of GRPO exploration beside inference, and a row a class."""
+    samples = runs[recipe] / "samples"
+    grids = {path.name.split("_step_")[0] for path in samples.glob("*_step_*.png")}
+    assert grids == {"grpo": {"by_classifier", "exploration"}, "reward_backprop": {"by_classifier"}}.get(recipe, set())
+    (run,) = load_runs([runs[recipe]])
+    assert set(run.samples) == {"", *grids} and all(len(found) == 3 for found in run.samples.values())
+    rows = {strip["title"]: strip["rows"] for strip in sample_strips([run])}
+    assert rows == {"": run.row_names} | {
+        name.replace("_", " "): ["best", "worst"] if name == "by_classifier" else run.row_names for name in grids
+    }
+    classes = json.loads((samples / "per_class.json").read_text())
+    assert list(classes) == run.row_names == list(run.evaluation["per_class"])
+    assert {"held_out_classifier/accuracy", "diversity"} <= set(classes["zero"])
+
+
+@pytest.mark.parametrize("recipe", COMMANDS)
+def test_the_model_card_has_figures_images_and_code_that_runs(runs, recipe, monkeypatch):
+    final = runs[recipe] / "final"
+    card = ModelCard.load(final / "README.md")
+    assert {"marval_rl", "mar", {"teacher": "pretraining", "distill": "distillation"}.get(recipe, "one-step")} <= set(
+        card.data.tags
+    )
+    assert card.data.library_name == "transformers"
+    assert "| frechet_distance | " in card.text and "frechet_distance/classifier" not in card.text
+    assert "Data set: `digits`" in card.text and "torch " in card.text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert len(pictures) == 2 and all((final / name).is_file() for name in pictures)
+    written = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1])
+    assert written == yaml.safe_load((runs[recipe] / "recipe.yaml").read_text())
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert len(code[code.index("model =") :].splitlines()) <= 5
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert space["images"].shape == (2, 1, 8, 8) and 0 <= space["images"].min() <= space["images"].max() <= 1
+
+
+def test_a_model_card_keeps_secrets(tmp_path):
+    (tmp_path / "final").mkdir()
+    secret = {"method": "grpo", "reward_kwargs": {"remote": {"url": "http://x", "token": "hunter2"}}}
+    write_model_card(tmp_path, "grpo", secret, tiny_config(), [])
+    text = (tmp_path / "final" / "README.md").read_text()
+    assert "hunter2" not in text and "url: http://x" in text and "No evaluation was made" in text
+
+
+def test_exploration_differs_from_the_samples_by_the_noise_of_the_policy_alone(runs):
+    samples = runs["grpo"] / "samples"
+    usual, explored = (
+        np.asarray(Image.open(samples / f"{name}step_000006.png")).astype(int) for name in ("", "exploration_")
+    )
+    assert usual.shape == explored.shape
+    assert 0 < np.abs(usual - explored).mean() < 40  # of 255; images of other noise are at about 60
+
+
+def test_the_best_images_by_a_reward_have_higher_scores_than_the_worst(tmp_path):
+    trainer = grpo_trainer(tmp_path, grey_student(), eval_num_images=24, sample_grid_columns=4)
+    trainer.evaluate()
+    pixels = np.asarray(Image.open(tmp_path / "samples" / "by_darkness_step_000000.png").convert("L")).astype(float)
+    middle = len(pixels) // 2
+    assert pixels[: middle - 8].mean() < pixels[middle + 8 :].mean()  # the reward is darkness
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)

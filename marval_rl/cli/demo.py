@@ -54,18 +54,19 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     print(f"\n== evaluate ({minutes(start)})", flush=True)
     guided = ["--steps", "16", "--guidance_scale", "1.2", "--diffusion_steps", "4" if args.quick else "25"]
     few = ["--steps", STEPS]
-    models = {
+    models: dict[str, tuple[Path, list[str], int]] = {
         "teacher, K=16": (teacher, guided, 1),
         f"student, K={STEPS}": (student, few, 4),
         "RL alone": (rl_alone, few, 4),
         "RL + distribution": (rl, few, 4),
     }
-    evaluations, grids = {}, {"real images": args.output_dir / "real.png"}
+    evaluations: dict[str, Any] = {}
+    grids = {"real images": args.output_dir / "real.png"}
     for title, (run_folder, options, redraws) in models.items():
         measured, grids[title] = run_folder / "evaluation.json", args.output_dir / f"{run_folder.name}.png"
         count = ["--num_images", "40" if args.quick else "1000", "--redraws", redraws, "--seed", "100"]
         call("evaluate", run_folder, *options, *count, "--output", measured, silent=True)
-        call("sample", run_folder, *options, "--per_class", "6", "--output", grids[title], silent=True)
+        call("sample", run_folder, *options, "--per_class", "6", "--plain", "--output", grids[title], silent=True)
         evaluations[title] = json.loads(measured.read_text())
     names = save_real_images(student, grids["real images"])
     picture = save_picture(grids, names, args.output_dir / "demo.png")
@@ -92,7 +93,13 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
 
 def quick_overrides(recipe: str) -> list[str]:
     """Settings under which a recipe ends in seconds."""
-    settings: dict = {"max_steps": 8, "eval_steps": 8, "eval_num_images": 40, "logging_steps": 2, "save_steps": 8}
+    settings: dict[str, Any] = {
+        "max_steps": 8,
+        "eval_steps": 8,
+        "eval_num_images": 40,
+        "logging_steps": 2,
+        "save_steps": 8,
+    }
     settings |= {"per_device_train_batch_size": 24, "warmup_steps": 0, "lr_scheduler_type": "constant"}
     settings |= {"teacher": {"eval_diffusion_steps": 4}, "distill": {"auxiliary_warmup_steps": 4}}.get(recipe, {})
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))] + [

@@ -203,6 +203,9 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     }
     results = {**figures, **speed, "std": deviations, "notes": notes, "settings": settings}
     results |= {"seed": args.seed, "model": args.model, **environment(device)}
+    names = class_names(args, model.config) or [f"class {label}" for label in range(model.config.num_classes)]
+    drawn = {name: torch.cat([one[name] for one in rows]) for name in rows[0]}
+    results["per_class"] = evaluator.per_class(drawn, names)
     if evaluator.rewards is not None:
         results["left_out"] = {
             name: sum(int(drawn[f"reward/{name}"].isnan().sum()) for drawn in rows) for name in evaluator.rewards.names

@@ -15,6 +15,7 @@ from marval_rl.cli.arguments import quiet_libraries
 from marval_rl.cli.env import environment
 from marval_rl.errors import RecipeError, check_folder
 from marval_rl.launched import RESTARTS
+from marval_rl.recipes.model_card import write_model_card
 from marval_rl.recipes.planning.dry_run import batch_arithmetic, devices, print_dry_run
 from marval_rl.recipes.planning.plan import Planner
 from marval_rl.recipes.reading import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
@@ -100,6 +101,8 @@ def run_training(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finished = trainer.has_ended(trainer.state)
     if speaks and finished:
+        kind = settings.get("method") or ("distill" if "teacher" in settings else "pretrain")
+        write_model_card(output_dir, kind, followed, trainer.mar.config, trainer.state.log_history)
         print(f"done: {output_dir / 'final'} holds the model; `marval-rl report {output_dir}` draws its curves")
         if (note := nothing_learned(trainer.state.log_history)) is not None:
             print(note)

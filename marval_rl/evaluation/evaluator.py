@@ -182,6 +182,33 @@ class ImageEvaluator:
             raise ValueError(f"class_labels has the shape {list(class_labels.shape)} for {len(images)} images")
         return self.figures(self.measure(to_pixels(images), class_labels))
 
+    def per_class(self, rows: Rows, class_names: Sequence[str]) -> dict[str, Figures]:
+        """The figures of each class that occurs, where a single class has them: judges, rewards, diversity.
+
+        Args:
+            rows: As in `figures`.
+            class_names: The name of each label.
+        """
+        if "class_labels" not in rows:
+            return {}
+        real = self.reference.images
+        table: dict[str, Figures] = {}
+        for label in rows["class_labels"].unique().tolist():
+            own = {key: values[rows["class_labels"] == label] for key, values in rows.items()}
+            found: Figures = {}
+            for name in self.judges:
+                found |= dict(zip((f"{name}/{figure}" for figure in JUDGED), self._judged(name, own), strict=True))
+            for name in self.rewards.names if self.rewards is not None else ():
+                found[name] = _mean(own[f"reward/{name}"])
+            if real is not None and real.class_labels is not None and _have_pairs(own["class_labels"]):
+                others = self.real["thumbnails"][real.class_labels == label]
+                if len(others) >= 2:
+                    spread = within_class_diversity(own["thumbnails"], own["class_labels"])
+                    zeros = torch.zeros(len(others), dtype=torch.long)
+                    found["diversity"] = _ratio(spread, within_class_diversity(others, zeros))
+            table[class_names[label]] = found
+        return {name: found for name, found in table.items() if found}
+
     def _measures(self, count: int, labels: Tensor | None) -> Iterator[Measure]:
         """What `count` images of these labels are measured by."""
         real = self.reference.images

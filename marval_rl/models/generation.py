@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -18,12 +19,13 @@ from marval_rl.models.diffusion import make_schedule
 from marval_rl.models.head import sample_chain
 from marval_rl.models.latents import LatentCodec, unpatchify
 from marval_rl.models.mar import MARModel
-from marval_rl.models.noise import Noise, as_noise
+from marval_rl.models.noise import GeneratorNoise, Noise, as_noise
 from marval_rl.models.sampling import unmask
 from marval_rl.models.unmasking import check_order, gather_tokens, guidance_scales, revealed_positions, unmasking_steps
 from marval_rl.randomness import derive_generator
 
 MAX_GRID_ROWS = 16
+MASKED_GREY = 0.5  # of tokens that are still masked, in animations
 
 
 @dataclass(frozen=True)
@@ -196,15 +198,56 @@ def generate_images(
     return torch.cat(images), labels.to(device)
 
 
+@torch.no_grad()
+def unmasking_frames(
+    model: MARModel,
+    codec: LatentCodec,
+    class_labels: Tensor,
+    settings: SamplingSettings,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+    progress: bool = False,
+) -> Tensor:
+    """What is known of each image before the first unmasking step and after each: uint8 [K + 1, N, C, H, W].
+
+    Tokens that are still masked are grey. The last frame has the images that `generate_images` makes of the same
+    arguments.
+    """
+    config = model.config
+    pairs = unmasking_steps(config.num_tokens, settings.num_unmasking_steps)
+    batches = []
+    for index, labels in enumerate(class_labels.to(device).split(batch_size)):
+        noise = GeneratorNoise(derive_generator(device, seed, "sample", index), device)
+        order = noise.order(len(labels), config.num_tokens)
+        output = generate(
+            model, labels, order=order, generator=noise, return_steps=True, progress=progress, **vars(settings)
+        )
+        frames = []
+        for step, (_, num_masked) in zip(output.steps, pairs, strict=True):
+            images = codec.decode(unpatchify(step.tokens, config.patch_size, config.grid_size)).float()
+            masked = torch.zeros(order.shape, device=device).scatter(1, order[:, :num_masked], 1.0)
+            masked = masked.view(-1, 1, config.grid_size, config.grid_size)
+            is_masked = interpolate(masked, size=images.shape[-2:], mode="nearest") > 0
+            frames.append((torch.where(is_masked, MASKED_GREY, images) * 255).round().byte().cpu())
+        batches.append(torch.stack([torch.full_like(frames[0], round(MASKED_GREY * 255)), *frames]))
+    return torch.cat(batches, dim=1)
+
+
 def save_image_grid(images: Tensor, class_labels: Tensor, path: Path, columns: int, min_height: int = 24) -> None:
-    """Writes a PNG with a row a class, the first `columns` images of each, as many as every class has.
+    """Writes `image_grid` as a PNG."""
+    image_grid(images, class_labels, columns, min_height).save(path)
+
+
+def image_grid(images: Tensor, class_labels: Tensor, columns: int, min_height: int = 24) -> Image.Image:
+    """A picture with a row a class, the first `columns` images of each, as many as every class has.
 
     Of more classes than `MAX_GRID_ROWS` it is a square of images in the order of their classes.
 
     Args:
         images: [N, C, H, W] in 0..1.
         class_labels: [N].
-        path: The file.
         columns: Images a class, at most.
         min_height: Smaller images are enlarged to this many pixels or more, without smoothing.
     """
@@ -219,4 +262,4 @@ def save_image_grid(images: Tensor, class_labels: Tensor, path: Path, columns: i
         grid = grid[:, 1:-1, 1:-1]
     picture = to_pil_image((grid * 255).round().byte())
     scale = max(1, -(-min_height // images.shape[-2]))
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

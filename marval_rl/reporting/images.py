@@ -25,7 +25,8 @@ def sample_strips(runs: list[Run]) -> list[dict]:
         {
             "run": index,
             "title": title.replace("_", " "),
-            "rows": [str(name) for name in runs[index].row_names],
+            # A grid `by_REWARD` has the best images above the worst.
+            "rows": ["best", "worst"] if title.startswith("by_") else [str(name) for name in runs[index].row_names],
             "grids": _fit(runs[index].samples[title], BUDGET // len(strips)),
             "of": len(runs[index].samples[title]),
         }

@@ -2,8 +2,8 @@
 
 What is read, each where it is there: metrics.jsonl, recipe.yaml, evaluation.json (with a table per class under
 "per_class": {class: {measure: number}}), environment.json (a flat mapping), samples/step_000100.png and
-samples/NAME_step_000100.png (further grids, such as exploration), samples/rows.json (the names of a grid's rows), and
-whether there is a final/.
+samples/NAME_step_000100.png (further grids, such as exploration), samples/rows.json (the names of a grid's rows),
+samples/per_class.json (the table per class of the last evaluation in training), and whether there is a final/.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from marval_rl.text import load_yaml, read_text, yaml_problem
 
 METRICS_FILE, RECIPE_FILE, EVALUATION_FILE = "metrics.jsonl", "recipe.yaml", "evaluation.json"
 ENVIRONMENT_FILE, ROWS_FILE = "environment.json", "samples/rows.json"
+CLASSES_FILE = "samples/per_class.json"
 KIND_NAMES = {
     "grpo": "GRPO",
     "reward_backprop": "Reward back-propagation",
@@ -112,13 +113,14 @@ def _load_run(folder: Path, name: str) -> Run:
     lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
     batch, accumulated = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps") or 1
     add_speed(lines, batch * accumulated if isinstance(batch, int) and isinstance(accumulated, int) else None)
+    per_class = _read(folder / CLASSES_FILE, json.loads, "JSON", {})
     samples, torn = _find_samples(folder / "samples")
     return Run(
         name=name,
         path=folder,
         lines=lines,
         recipe=recipe,
-        evaluation=_read(folder / EVALUATION_FILE, json.loads, "JSON", {}),
+        evaluation={"per_class": per_class} | _read(folder / EVALUATION_FILE, json.loads, "JSON", {}),
         environment=_read(folder / ENVIRONMENT_FILE, json.loads, "JSON", {}),
         samples=samples,
         torn_samples=torn,

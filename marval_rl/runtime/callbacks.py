@@ -1,4 +1,4 @@
-"""Callbacks of every run: metrics file, progress bar, epoch of the data, weight average, and a clean stop on Ctrl-C."""
+"""Callbacks of every run: metrics file, progress, epoch of the data, weight average, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from marval_rl.runtime.distributed import in_any_process
 
 SHOWN = ("loss", "reward", "kl", "eval_frechet_distance", "eval_diversity")  # beside the progress bar
+PLAIN_SECONDS = 30  # between two lines of progress where there is no terminal
 
 
 class MetricsFileCallback(TrainerCallback):
@@ -59,29 +60,51 @@ class MetricsFileCallback(TrainerCallback):
             file.write(json.dumps(entry) + "\n")
 
 
-class ProgressBarCallback(TrainerCallback):
-    """A progress bar with the newest figures, on a terminal only; transformers' own prints every log as a line."""
+class RunProgressCallback(TrainerCallback):
+    """The newest figures: a progress bar on a terminal, else a plain line every PLAIN_SECONDS, for logs.
+
+    transformers' own prints every log as a line.
+    """
 
     def __init__(self):
         self.bar: tqdm | None = None
         self.figures: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, disable=args.disable_tqdm or not sys.stderr.isatty()
-            )
+        self.start = self.last_line = time.monotonic()
+        self.first_step, self.num_images = state.global_step, 0
+        if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.starts_cycle(state.global_step - 1):
+            self.num_images += args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        elif state.is_world_process_zero and not args.disable_tqdm:
+            self._write_line(args, state)
+
+    def _write_line(self, args: Any, state: TrainerState) -> None:
+        now = time.monotonic()
+        if now - self.last_line < PLAIN_SECONDS:
+            return
+        seconds_left = (
+            (now - self.start) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+        )
+        parts = [
+            f"{args.output_dir}: step {state.global_step} of {state.max_steps}",
+            *(f"{name} {value}" for name, value in self.figures.items()),
+            f"{self.num_images / (now - self.last_line):.3g} images/s",
+            f"{seconds_left // 60:.0f} min {seconds_left % 60:02.0f} s left",
+        ]
+        print(", ".join(parts), file=sys.stderr, flush=True)
+        self.last_line, self.num_images = now, 0
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
-        if self.bar is None:
-            return
         new = {name.removeprefix("eval_"): f"{logs[name]:.3g}" for name in SHOWN if logs.get(name) is not None}
         self.figures |= new
-        self.bar.set_postfix(self.figures, refresh=False)
+        if self.bar is not None:
+            self.bar.set_postfix(self.figures, refresh=False)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:

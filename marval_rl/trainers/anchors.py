@@ -109,10 +109,6 @@ class AnchorArguments(AuxiliaryArguments):
         """Whether an anchor needs the data set of images."""
         return self.gsim_weight > 0 or self.distribution_weight > 0
 
-    def distribution_at_once(self, num_classes: int) -> tuple[int, int]:
-        """Images that the distribution anchor compares at once, over all processes, and the classes that they have."""
-        return self.per_device_train_batch_size * self.world_size, num_classes
-
     def gsim_arguments(self) -> GSIMArguments:
         """The GSIM anchor's settings, by the names of distillation."""
         own = {name.removeprefix("gsim_"): value for name, value in vars(self).items() if name.startswith("gsim_")}

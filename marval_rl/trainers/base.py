@@ -27,7 +27,7 @@ from marval_rl.runtime.callbacks import (
     EpochCallback,
     InterruptCallback,
     MetricsFileCallback,
-    ProgressBarCallback,
+    RunProgressCallback,
 )
 from marval_rl.runtime.distributed import (
     failing_together,
@@ -102,7 +102,7 @@ class MARTrainer(ResumableTrainer):
         self.guard = NonFiniteGuard(args.max_skipped_steps)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(ProgressBarCallback())
+        self.add_callback(RunProgressCallback())
         self.add_callback(MetricsFileCallback(Path(args.output_dir) / "metrics.jsonl"))
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
@@ -250,6 +250,7 @@ class MARTrainer(ResumableTrainer):
         args, plan = self.args, self.eval_plan
         draws: list[dict[str, Any]] = []
         grid: list[GeneratedBatch] = []
+        first_rows: Any = None
         for seed in range(args.eval_seed, args.eval_seed + args.eval_redraws):
             with failing_together(args.device, MarvalError), kept_random_state(args.device):
                 batches = [
@@ -260,24 +261,39 @@ class MARTrainer(ResumableTrainer):
                 if self.is_world_process_zero():
                     rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in batches[0].rows}
                     draws.append(self.evaluator.figures(rows))
-                    grid = grid or batches
+                    if not grid:
+                        grid, first_rows = batches, rows
         metrics: dict[str, Any] = {}
         if self.is_world_process_zero():
             means, deviations = mean_and_std(draws)
             metrics = {f"eval_{name}": value for name, value in means.items()}
             metrics |= {f"eval_{name}/std": value for name, value in deviations.items()}
-            folder = Path(args.output_dir) / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"step_{self.state.global_step:06d}.png"
-            images, class_labels = grid_of(grid)
-            save_image_grid(images, class_labels, path, args.sample_grid_columns)
-            if len(shown := class_labels.unique()) <= MAX_GRID_ROWS:
-                (folder / "rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
+            (Path(args.output_dir) / "samples").mkdir(parents=True, exist_ok=True)
+            classes = self.evaluator.per_class(first_rows, self.class_names)
+            self.sample_file("per_class.json").write_text(json.dumps(classes), encoding="utf-8")
+        with failing_together(args.device, MarvalError), kept_random_state(args.device):
+            if self.is_world_process_zero():
+                self.write_samples(*grid_of(grid))
         metrics = from_first_process(metrics)
         self.log(dict(metrics))
         control = self.control  # type: ignore[has-type]  # transformers counts as untyped
         self.control = self.callback_handler.on_evaluate(args, self.state, control, metrics)
         return metrics
+
+    def write_samples(self, images: Tensor, class_labels: Tensor) -> None:
+        """Write the sample grid of an evaluation; subclasses add others. The first process alone calls it.
+
+        images [n, 3, H, W] in 0..1, class_labels [n].
+        """
+        save_image_grid(images, class_labels, self.sample_file(), self.args.sample_grid_columns)
+        if len(shown := class_labels.unique()) <= MAX_GRID_ROWS:
+            self.sample_file("rows.json").write_text(json.dumps(self.names_of(shown)), encoding="utf-8")
+
+    def sample_file(self, name: str = "") -> Path:
+        """A file among the samples: of that name, or the grid `name` of this step."""
+        if not name.endswith(".json"):
+            name += f"step_{self.state.global_step:06d}.png"
+        return Path(self.args.output_dir) / "samples" / name
 
     def _measure_batch(self, batch: int, seed: int) -> GeneratedBatch:
         model, plan = self.ema.module, self.eval_plan

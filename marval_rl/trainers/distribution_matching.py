@@ -102,7 +102,7 @@ def check_company_of_a_class(args: Any, num_classes: int) -> None:
 
 
 def real_features(
-    args: Any, extractor: FeatureExtractor, dataset: Dataset, images_of: Callable[[dict[str, Tensor]], Tensor]
+    args: Any, extractor: FeatureExtractor, dataset: Any, images_of: Callable[[dict[str, Tensor]], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Features [M, F] and class labels [M] of at most `distribution_real_images` images, a fixed random choice.
 
@@ -110,7 +110,8 @@ def real_features(
     if no gradient flows through the extractor.
     """
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: args.distribution_real_images]
-    batches, mine = chosen.split(BATCH_SIZE), []
+    batches = chosen.split(BATCH_SIZE)
+    mine: list[tuple[int, Tensor, Tensor]] = []
     for number in range(args.process_index, len(batches), args.world_size):
         rows = default_collate([dataset[index] for index in batches[number].tolist()])
         with torch.no_grad(), kept_random_state(args.device):
@@ -124,8 +125,8 @@ def real_features(
             )
         mine.append((number, features.cpu(), rows["class_labels"]))
     read = sorted((batch for share in gather_objects(mine) for batch in share), key=lambda batch: batch[0])
-    _, features, labels = zip(*read, strict=True)
-    return torch.cat(features).to(args.device), torch.cat(labels).to(args.device)
+    _, parts, labels = zip(*read, strict=True)
+    return torch.cat(parts).to(args.device), torch.cat(labels).to(args.device)
 
 
 def generate_differentiably(student: MARModel, class_labels: Tensor, num_unmasking_steps: int) -> Tensor:

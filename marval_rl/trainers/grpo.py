@@ -39,6 +39,8 @@ from marval_rl.errors import PolicyMismatchError
 from marval_rl.losses.advantages import aggregate_advantages, group_weights
 from marval_rl.losses.policy import action_log_prob, policy_loss
 from marval_rl.models import MARModel
+from marval_rl.models.generation import save_image_grid
+from marval_rl.models.noise import IndexedNoise
 from marval_rl.models.sampling import draw_rollout_noise, student_mean, unmask
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, unmasking_steps
 from marval_rl.randomness import derive_generator
@@ -117,6 +119,7 @@ class MARGRPOTrainer(RewardTrainer):
         scores = torch.empty(args.generation_batch_size, own_scores.shape[1], device=args.device)
         scores[dealt.flatten()] = gather_rows(own_scores)  # [N, R], groups in a row
         self.record_scores(scores, args.num_generations)
+        assert self.rewards is not None  # the constructor refuses it
         advantages, metrics = aggregate_advantages(
             scores,
             self.rewards.weights,
@@ -184,6 +187,32 @@ class MARGRPOTrainer(RewardTrainer):
         )
         self.record(metrics)
         return loss, rollout, torch.stack(divergences, dim=1) if divergences else None
+
+    @torch.no_grad()
+    def write_samples(self, images: Tensor, class_labels: Tensor) -> None:
+        """Also the images of the grid as a rollout would generate them: same order and noise, with exploration."""
+        super().write_samples(images, class_labels)
+        args, config, device = self.args, self.mar.config, self.args.device
+        indices, size = self.eval_plan.shown(args.sample_grid_columns), args.eval_batch_size
+        parts = []
+        for index, labels in zip(indices.split(size), class_labels.split(size), strict=True):
+            source, rows = IndexedNoise(args.eval_seed, index.to(device)), len(index) * config.num_tokens
+            order = source.order(len(index), config.num_tokens)
+            noise, exploration = (
+                source.normal(rows, config.token_channels).view(len(index), config.num_tokens, -1) for _ in range(2)
+            )
+            inputs = {"class_labels": labels.to(device), "order": order, "noise": noise}
+            *_, last = unmask(
+                partial(student_mean, self.ema.module.eval(), inputs),
+                order,
+                config.token_channels,
+                args.eval_unmasking_steps or args.num_unmasking_steps,
+                exploration=exploration,
+                policy_std=args.policy_std,
+            )
+            parts.append(self.decode_tokens(last.tokens).cpu())
+        explored = torch.cat(parts).expand(-1, 3, -1, -1)
+        save_image_grid(explored, class_labels, self.sample_file("exploration_"), args.sample_grid_columns)
 
     def _check_ratio(self, log_prob: Tensor, old_log_prob: Tensor) -> None:
         """Before the first update on a rollout each ratio must be 1, or the gradient is not that of the policy."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -17,6 +19,7 @@ from marval_rl.evaluation.features import extractor_name
 from marval_rl.losses.advantages import group_std
 from marval_rl.models import MARModel
 from marval_rl.models.checkpoints import load_model
+from marval_rl.models.generation import save_image_grid
 from marval_rl.models.head import DiffusionHead
 from marval_rl.randomness import kept_random_state
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
@@ -59,6 +62,10 @@ class RewardTrainingArguments(AnchorArguments, LimitArguments, MARTrainingArgume
             raise ValueError(
                 f'prompt_template "{self.prompt_template}" does not contain {{name}}, the place of the class\'s name'
             )
+
+    def distribution_at_once(self, num_classes: int) -> tuple[int, int]:
+        """Images that the distribution anchor compares at once, over all processes, and the classes that they have."""
+        return self.per_device_train_batch_size * self.world_size, num_classes
 
 
 class RewardTrainer(MARTrainer):
@@ -173,6 +180,7 @@ class RewardTrainer(MARTrainer):
         self, images: Tensor, class_labels: Tensor, columns: dict[str, list[Any]], with_grad: bool = False
     ) -> RewardScores:
         """Rewards of images [B, C, H, W]."""
+        assert self.rewards is not None
         names = self.names_of(class_labels)
         with failing_together(self.args.device), kept_random_state(self.args.device):
             return self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
@@ -182,9 +190,25 @@ class RewardTrainer(MARTrainer):
 
         scores: [N, R] in the order of the rewards, groups of num_generations in a row.
         """
+        assert self.rewards is not None
         for name, values in zip(self.rewards.names, scores.detach().unbind(dim=1), strict=True):
             std = group_std(values, num_generations).nanmean()
             self.record({f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": std})
+
+    def write_samples(self, images: Tensor, class_labels: Tensor) -> None:
+        """Also, of the images of the grid, the best and the worst by each reward that is trained on."""
+        super().write_samples(images, class_labels)
+        if self.rewards is None or set(self.train_dataset[0]) - {"class_labels", "images"}:
+            return  # a reward that reads further columns cannot be asked about these images
+        names, labels = self.names_of(class_labels), class_labels.to(self.args.device)
+        scores = self.rewards.score(images.to(self.args.device), self.prompts_for(names), labels, names)
+        for name, values in scores.components.items():
+            order = values.cpu().argsort(descending=True, stable=True)
+            order = order[values.cpu()[order].isfinite()]  # without those that the reward left out
+            if number := min(self.args.sample_grid_columns, len(order) // 2):
+                ends, rows = torch.cat([order[:number], order[-number:]]), torch.arange(2).repeat_interleave(number)
+                file = self.sample_file(f"by_{re.sub(r'[^A-Za-z0-9.-]', '_', name)}_")
+                save_image_grid(images[ends], rows, file, number)
 
     def save_final(self, folder: Path) -> None:
         if self.has_adapters:

@@ -283,6 +283,7 @@ def _batch(trainer: MARTrainer, config: Any, rollout: dict[str, Tensor]) -> Any:
         return {"images": torch.zeros(len(labels), *row["images"].shape, device=labels.device), "class_labels": labels}
 
     def score(images: Tensor, *_: Any, **__: Any) -> RewardScores:
+        assert trainer.rewards is not None
         values = images.flatten(1).mean(dim=1)
         return RewardScores(values, dict.fromkeys(trainer.rewards.names, values))
 

@@ -1,0 +1,149 @@
+"""The model card that a finished run leaves in `final/`: figures, images, data, recipe, and how to load the model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from huggingface_hub import ModelCardData
+
+from marval_rl import __version__
+from marval_rl.models import MARConfig
+from marval_rl.runtime.environment import environment
+from marval_rl.text import dump_yaml
+
+KINDS = {  # method -> tags, and what was done
+    "pretrain": (["pretraining"], "A masked autoregressive diffusion model (MAR), pretrained"),
+    "distill": (["distillation", "one-step"], "A one-step student, distilled from a MAR teacher by GSIM"),
+    "grpo": (["grpo", "reinforcement-learning", "one-step"], "A one-step MAR student, trained by GRPO"),
+    "reward_backprop": (
+        ["reward-backpropagation", "reinforcement-learning", "one-step"],
+        "A one-step MAR student, trained by back-propagation of rewards",
+    ),
+}
+SOURCES = ("model", "teacher")  # settings that name the model that a run began with
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+{what} with marval_rl {version}: images of {size} x {size} pixels, {classes}. The methods:
+MAR ([arXiv 2406.11838](https://arxiv.org/abs/2406.11838)), MARVAL ([arXiv 2511.15190](https://arxiv.org/abs/2511.15190)).
+
+## Use
+
+```python
+import torch
+from marval_rl import MARModel, generate
+from marval_rl.models import codec_for
+
+model = MARModel.from_pretrained("{path}").eval()
+latents = generate(model, torch.tensor([0, {last}]), num_unmasking_steps={steps}).latents
+images = codec_for(model.config).decode(latents)  # [2, {channels}, {size}, {size}] in 0..1
+```
+
+or `marval-rl sample {path} --steps {steps}`.{vae}
+
+## Data
+
+{data}
+
+## Figures
+
+{figures}
+
+{samples}
+## Recipe
+
+```yaml
+{recipe}
+```
+
+## Versions
+
+{versions}
+"""
+
+
+def write_model_card(
+    output_dir: Path, kind: str, settings: dict[str, Any], config: MARConfig, history: list[dict[str, Any]]
+) -> None:
+    """Writes README.md to the folder `final` of a run, with its first and last sample grid beside it.
+
+    Args:
+        output_dir: The run folder.
+        kind: One of KINDS.
+        settings: The resolved recipe.
+        config: Of the model.
+        history: What was logged: `TrainerState.log_history`.
+    """
+    folder, (tags, what) = output_dir / "final", KINDS[kind]
+    base = next((name for key in SOURCES if (name := settings.get(key))), None)
+    dataset = settings.get("dataset")
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["marval_rl", "mar", *tags],
+        base_model=base if _is_hub_id(base) else None,
+        datasets=[dataset] if _is_hub_id(dataset) else None,
+    )
+    classes = f"{config.num_classes} classes"
+    if config.class_names is not None:
+        classes += f" ({', '.join(config.class_names[:12])}{', ...' if config.num_classes > 12 else ''})"
+    grids = sorted((output_dir / "samples").glob("step_*.png"))
+    shown = {"before": grids[0], "after": grids[-1]} if len(grids) > 1 else {"after": grids[0]} if grids else {}
+    for when, grid in shown.items():
+        shutil.copyfile(grid, folder / f"samples_{when}.png")
+    pictures = "\n\n".join(f"![samples, {when}](samples_{when}.png)" for when in shown)
+    (folder / "README.md").write_text(
+        CARD.format(
+            metadata=metadata.to_yaml(),
+            name=output_dir.name,
+            what=what,
+            version=__version__,
+            size=config.image_size,
+            classes=classes,
+            path=folder,
+            last=config.num_classes - 1,
+            steps=settings.get("eval_unmasking_steps") or settings.get("num_unmasking_steps") or 16,
+            channels=config.image_channels,
+            vae=f" The latents need the VAE `{config.vae}`." if config.vae else "",
+            data=f"Data set: `{dataset}`." if dataset else "No data set was named.",
+            figures=_figures(history),
+            samples=f"## Samples\n\nThe same seeds, one row per class.\n\n{pictures}\n" if shown else "",
+            recipe=dump_yaml(_without_secrets(settings)).strip(),
+            versions=", ".join(f"{key} {value}" for key, value in environment().items()),
+        ),
+        encoding="utf-8",
+    )
+
+
+def _figures(history: list[dict[str, Any]]) -> str:
+    """A table of the first and the last evaluation."""
+    evaluations = [line for line in history if any(name.startswith("eval_") for name in line)]
+    if not evaluations:
+        return "No evaluation was made in this run."
+    first, last = evaluations[0], evaluations[-1]
+    rows = ["| figure | before | after |", "|---|---|---|"]
+    for name, value in last.items():
+        repeats = (
+            value == last.get(name.split("/")[0], None) and "/" in name
+        )  # kid/classifier is kid, if it is the first
+        if name.startswith("eval_") and not name.startswith("eval_image/") and isinstance(value, float) and not repeats:
+            before = first.get(name)
+            start = f"{before:.4g}" if isinstance(before, float) and first is not last else ""
+            rows.append(f"| {name.removeprefix('eval_')} | {start} | {value:.4g} |")
+    return "\n".join(rows) + "\n\nOf generated images with the averaged weights, in training, at fixed seeds."
+
+
+def _without_secrets(value: Any) -> Any:
+    """Without the token of a remote reward: a card is made to be shared."""
+    if not isinstance(value, dict):
+        return value
+    return {key: "..." if key == "token" else _without_secrets(item) for key, item in value.items()}
+
+
+def _is_hub_id(name: Any) -> TypeGuard[str]:
+    return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./" and not Path(name).exists()
