@@ -52,9 +52,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         call(command, recipes / f"{recipe}.yaml", *options, *(quick_overrides(recipe) if args.quick else []))
 
     print(f"\n== evaluate ({minutes(start)})", flush=True)
-    guided = ["--steps", "16", "--guidance_scale", "1.2", "--diffusion_steps", "4" if args.quick else "25"]
-    few = ["--steps", STEPS]
-    models: dict[str, tuple[Path, list[str], int]] = {
+    guided: list[Any] = ["--steps", "16", "--guidance_scale", "1.2", "--diffusion_steps", "4" if args.quick else "25"]
+    few: list[Any] = ["--steps", STEPS]
+    models: dict[str, tuple[Path, list[Any], int]] = {
         "teacher, K=16": (teacher, guided, 1),
         f"student, K={STEPS}": (student, few, 4),
         "RL alone": (rl_alone, few, 4),
