@@ -20,8 +20,8 @@ from tiny_recipes import COMMANDS, CONFIGS, RECIPES, command_line, comparable_li
 from tiny_trainers import assert_equal_states, grey_student, grpo_trainer
 
 from marval_rl.cli.main import main
+from marval_rl.cli.model_card import write_model_card
 from marval_rl.models.checkpoints import load_model
-from marval_rl.recipes.model_card import write_model_card
 from marval_rl.recipes.reading import parse_recipe
 from marval_rl.reporting.images import sample_strips
 from marval_rl.reporting.run_folder import load_runs

@@ -13,9 +13,9 @@ from accelerate import PartialState
 
 from marval_rl.cli.arguments import quiet_libraries
 from marval_rl.cli.env import environment
+from marval_rl.cli.model_card import write_model_card
 from marval_rl.errors import RecipeError, check_folder
 from marval_rl.launched import RESTARTS
-from marval_rl.recipes.model_card import write_model_card
 from marval_rl.recipes.planning.dry_run import batch_arithmetic, devices, print_dry_run
 from marval_rl.recipes.planning.plan import Planner
 from marval_rl.recipes.reading import build_configs, default_output_dir, read_settings, resolved_recipe, save_recipe
