@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from marval_rl.errors import MarvalError
-from marval_rl.runtime.checkpoints import checkpoints_in, find_damage
+from marval_rl.runtime.checkpoints import checkpoints_in, find_problem
 from marval_rl.trainers.distill import DistillTrainer
 
 STEP = 3  # one that draws fresh contexts: any number of processes can go on from it
@@ -69,7 +69,7 @@ def fill_disk(folder: Path, layout: str) -> str:
     try:
         trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{STEP}"))
     except MarvalError as error:
-        assert [find_damage(kept) for kept in checkpoints_in(run)] == [None]
+        assert [find_problem(kept) for kept in checkpoints_in(run)] == [None]
         assert not (run / "unfinished").exists()
         return str(error)
     finally:

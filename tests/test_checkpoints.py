@@ -23,7 +23,7 @@ from marval_rl.runtime.checkpoints import (
     Layout,
     checkpoints_in,
     complete_checkpoints,
-    find_damage,
+    find_problem,
     layout_of,
 )
 from marval_rl.runtime.resume import find_checkpoint
@@ -52,7 +52,7 @@ def copy(run, tmp_path) -> Path:
 def test_the_newest_are_kept_and_nothing_unfinished(run):
     assert [folder.name for folder in checkpoints_in(run)] == ["checkpoint-4", "checkpoint-6"]
     assert not (run / UNFINISHED).exists()
-    assert [find_damage(folder) for folder in checkpoints_in(run)] == [None, None]
+    assert [find_problem(folder) for folder in checkpoints_in(run)] == [None, None]
 
 
 def test_the_manifest_lists_every_file_and_who_wrote_it(run):
@@ -69,7 +69,7 @@ def test_a_reader_sees_no_checkpoint_before_it_is_whole(tmp_path, monkeypatch):
     original = MARTrainer._save_optimizer_and_scheduler
 
     def look(self: MARTrainer, output_dir: str) -> None:
-        seen.append(([find_damage(folder) for folder in checkpoints_in(tmp_path)], Path(output_dir).parent.name))
+        seen.append(([find_problem(folder) for folder in checkpoints_in(tmp_path)], Path(output_dir).parent.name))
         original(self, output_dir)
 
     monkeypatch.setattr(MARTrainer, "_save_optimizer_and_scheduler", look)
@@ -115,13 +115,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(copy, capsys, f
 
 def test_a_damaged_manifest_is_noticed(copy):
     (copy / "checkpoint-6" / MANIFEST).write_text('{"format": 1, "fil')
-    assert find_damage(copy / "checkpoint-6") == "manifest.json is damaged"
+    assert find_problem(copy / "checkpoint-6") == "manifest.json is damaged"
 
 
 def test_a_checkpoint_of_a_version_without_manifests_can_be_resumed(copy):
     newest = copy / "checkpoint-6"
     (newest / MANIFEST).unlink()
-    assert find_damage(newest) is None and layout_of(newest) is None
+    assert find_problem(newest) is None and layout_of(newest) is None
     assert find_checkpoint(copy, "latest") == newest
     trainer = saving_trainer(copy, max_steps=7)
     trainer.train(resume_from_checkpoint=str(newest))
@@ -139,7 +139,7 @@ def test_what_a_killed_run_left_unfinished_is_removed_and_never_resumed(copy):
 def test_a_torn_checkpoint_of_the_same_step_is_replaced(copy):
     remove(copy / "checkpoint-6" / "optimizer.pt")
     saving_trainer(copy).train(resume_from_checkpoint=str(copy / "checkpoint-4"))
-    assert find_damage(copy / "checkpoint-6") is None
+    assert find_problem(copy / "checkpoint-6") is None
 
 
 def test_the_files_of_each_process_must_be_there(tmp_path):
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_stops_the_run_and_takes_nothing_away(copy, size, writ
     assert told.endswith(
         f" GB are free there, make room first); {copy / 'checkpoint-6'} is complete, --resume continues from it"
     )
-    assert [find_damage(folder) for folder in checkpoints_in(copy)] == [None, None]
+    assert [find_problem(folder) for folder in checkpoints_in(copy)] == [None, None]
     assert not (copy / UNFINISHED).exists()
     assert (copy / "metrics.jsonl").read_text().startswith(metrics)
     saving_trainer(copy, max_steps=9).train(resume_from_checkpoint=str(complete_checkpoints(copy)[-1]))

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from marval_rl.errors import NonFiniteError, RewardError
-from marval_rl.runtime.checkpoints import complete_checkpoints, find_damage
+from marval_rl.runtime.checkpoints import complete_checkpoints, find_problem
 from marval_rl.runtime.guard import NonFiniteGuard
 from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
 
@@ -180,7 +180,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_a_checkpoint(tmp_path, v
     trainer = grpo_trainer(tmp_path, grey_student(), broken, max_steps=3, save_strategy="steps", save_steps=100)
     with pytest.raises(RewardError, match=r"reward 'broken': the score of sample 0 is .*checkpoint-1 is kept"):
         trainer.train()
-    assert find_damage(tmp_path / "checkpoint-1") is None
+    assert find_problem(tmp_path / "checkpoint-1") is None
 
 
 def test_a_negative_limit_is_refused(tmp_path):

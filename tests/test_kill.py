@@ -9,7 +9,7 @@ import time
 import pytest
 from kill_stress import RANKS, differences, finish, kill_and_resume, launch, wait_for_step
 
-from marval_rl.runtime.checkpoints import checkpoints_in, find_damage
+from marval_rl.runtime.checkpoints import checkpoints_in, find_problem
 
 STEPS = 30  # with a checkpoint every third: they take longer than the longest delay
 SEED = 20260
@@ -41,4 +41,4 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(tmp_path):
     waiting, hanging = ((tmp_path / f"output_{rank}.txt").read_text() for rank in RANKS)
     assert waiting.rstrip().endswith(f"marval-rl: error: {told}; {kept} is complete, --resume continues from it")
     assert re.search(rf"error: process 1 ends: another one found that {re.escape(told)}$", hanging.rstrip())
-    assert [find_damage(folder) for folder in checkpoints_in(tmp_path)] == [None]
+    assert [find_problem(folder) for folder in checkpoints_in(tmp_path)] == [None]

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted", debug)
     except MarvalError as error:  # RecipeError, the user's own, is a ValueError as well
-        return _fail(2 if isinstance(error, ValueError) else 1, _own_words(error), debug)
+        return _fail(2 if isinstance(error, ValueError) else 1, _message_of(error), debug)
     except ValueError as error:
         return _fail(2, str(error) or type(error).__name__, debug)
     except OSError as error:
@@ -242,7 +242,7 @@ def _hint(prog: str, name: str, known: Iterable[str]) -> str:
     return nearest(name, sorted(known)) or f" (see {prog} --help)"
 
 
-def _own_words(error: MarvalError) -> str:
+def _message_of(error: MarvalError) -> str:
     """The message; torch wraps that of a data worker's error in the worker's traceback, which ends with it."""
     message = str(error)
     if message.startswith("Caught ") and "\nOriginal Traceback" in message:

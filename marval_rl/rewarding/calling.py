@@ -38,7 +38,7 @@ def call_rewards(rewards: Mapping[str, Reward], arguments: Mapping[str, Any], wi
     given: dict[str, Tensor] = {}  # the images of each reward
     try:
         for name, reward in rewards.items():
-            own = _own_copies(arguments)
+            own = _copies_of(arguments)
             given[name] = own["images"]
             with torch.set_grad_enabled(with_grad):
                 settings = global_settings()
@@ -72,14 +72,14 @@ def call_rewards(rewards: Mapping[str, Reward], arguments: Mapping[str, Any], wi
     return scores
 
 
-def _own_copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _copies_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments in memory that nobody else sees; the images keep their graph."""
-    own = {name: _own_copy(value) for name, value in arguments.items() if name != "images"}
+    own = {name: _copy_of(value) for name, value in arguments.items() if name != "images"}
     own["images"] = own["completions"] = arguments["images"].clone()  # completions: the word TRL's rewards know
     return own
 
 
-def _own_copy(value: Any) -> Any:
+def _copy_of(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
     except Exception:  # an open file, a lock: a column may hold anything, and these cannot be copied

@@ -37,7 +37,7 @@ def neighbours_of(spec: Any) -> Iterator[None]:
         yield
         return
     folder = Path(source).resolve().parent
-    names = _own_names(folder)
+    names = _top_level_names(folder)
     finder = _FolderFinder(folder, names)
     outside = _take_modules(names)
     sys.meta_path.insert(0, finder)
@@ -60,7 +60,7 @@ class _FolderFinder:
         return PathFinder.find_spec(name, [str(self.folder)]) if path is None and name in self.names else None
 
 
-def _own_names(folder: Path) -> set[str]:
+def _top_level_names(folder: Path) -> set[str]:
     """What can be imported from a folder, less what is built in or installed."""
     if not folder.is_dir():
         return set()

@@ -57,7 +57,7 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 # ---- Reading ----
 
 
-def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
+def find_problem(checkpoint: Path, checksums: bool = True) -> str | None:
     """Find what is wrong with a checkpoint.
 
     One without a manifest, from before there was one, is judged by its trainer_state.json, which was written last.
@@ -97,7 +97,7 @@ def layout_of(checkpoint: Path) -> Layout | None:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The run's checkpoints whose files all exist with the right sizes, the newest last."""
-    return [folder for folder in checkpoints_in(output_dir) if find_damage(folder, checksums=False) is None]
+    return [folder for folder in checkpoints_in(output_dir) if find_problem(folder, checksums=False) is None]
 
 
 def resume_hint(output_dir: Path) -> str:

@@ -23,7 +23,7 @@ from marval_rl.runtime.checkpoints import (
     CheckpointWriter,
     Layout,
     buffer_file,
-    find_damage,
+    find_problem,
     layout_of,
     remove_unfinished,
     resume_hint,
@@ -167,9 +167,9 @@ class ResumableTrainer(Trainer):
             for group, base, factor in rates:
                 group["lr"] = base * factor(schedule.last_epoch)
         if checkpoint is not None:  # not with the weights, which DeepSpeed loads by itself
-            self._load_own_state(Path(checkpoint))
+            self._load_trainer_state(Path(checkpoint))
 
-    def _load_own_state(self, folder: Path) -> None:
+    def _load_trainer_state(self, folder: Path) -> None:
         """Load the weight average, and what a step left for the next one."""
         # safetensors does not know "cpu:0", the device's name where there are several processes.
         device = "cpu" if self.args.device.type == "cpu" else str(self.args.device)
@@ -255,7 +255,7 @@ class ResumableTrainer(Trainer):
             self.buffer, metrics, self._tr_loss = self.before_step
             self.recorded = defaultdict(list, metrics)
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        complete = find_damage(folder, checksums=False) is None
+        complete = find_problem(folder, checksums=False) is None
         self.accelerator.wait_for_everyone()  # none writes before all have looked
         if not complete:
             self.control.should_log = self.control.should_save = True
@@ -272,7 +272,7 @@ class ResumableTrainer(Trainer):
         if not self.has_ended(self.state):
             return False
         self._load_from_checkpoint(checkpoint)
-        self._load_own_state(Path(checkpoint))
+        self._load_trainer_state(Path(checkpoint))
         self.save_final(Path(self.args.output_dir) / "final")
         return True
 

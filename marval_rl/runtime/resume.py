@@ -15,7 +15,7 @@ from marval_rl.runtime.checkpoints import (
     UNFINISHED,
     checkpoints_in,
     complete_checkpoints,
-    find_damage,
+    find_problem,
     layout_of,
     step_of,
 )
@@ -88,7 +88,7 @@ def _find_checkpoint(output_dir: Path, resume: str) -> Path | None:
 
 def _unusable(checkpoint: Path) -> str | None:
     """Why a run cannot be resumed from a checkpoint; None if it can."""
-    problem = find_damage(checkpoint)
+    problem = find_problem(checkpoint)
     if problem is None and layout_of(checkpoint) is not None and not (checkpoint / SCHEDULER_FILE).exists():
         return "it holds weights without the optimizer's state (save_only_model): start a new run from them"
     return problem
