@@ -113,11 +113,13 @@ def save_real_images(run_folder: Path, path: Path) -> list[str]:
     import torch
     import yaml
 
-    from marval_rl.data import load_image_dataset
+    from marval_rl.models.checkpoints import load_config
     from marval_rl.models.generation import save_image_grid
+    from marval_rl.recipes.data_arguments import DataArguments
 
     recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
-    data = load_image_dataset(recipe["dataset"], "test", recipe["class_groups"])
+    said = DataArguments(**{key: recipe[key] for key in ("dataset", "class_groups", "eval_dataset") if key in recipe})
+    data = said.crop(said.load_held_out(), load_config(run_folder)).in_memory()
     mixed = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # of all modes of a class
     save_image_grid(data.images[mixed], data.class_labels[mixed], path, columns=6, min_height=64)
     return data.class_names
