@@ -242,7 +242,9 @@ class MARTrainer(ResumableTrainer):
         The processes share the work; figures and images are the same for any number of them.
         """
         args, plan = self.args, self.eval_plan
-        draws, grid, first_rows = [], None, None
+        draws: list[dict[str, Any]] = []
+        grid: list[GeneratedBatch] = []
+        first_rows: dict[str, Tensor] = {}
         for seed in range(args.eval_seed, args.eval_seed + args.eval_redraws):
             with failing_together(args.device, MarvalError), kept_random_state(args.device):
                 batches = [
@@ -253,7 +255,7 @@ class MARTrainer(ResumableTrainer):
                 if self.is_world_process_zero():
                     rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in batches[0].rows}
                     draws.append(self.evaluator.figures(rows))
-                    if grid is None:
+                    if not grid:
                         grid, first_rows = batches, rows
         metrics: dict[str, float] = {}
         if self.is_world_process_zero():
