@@ -28,6 +28,7 @@ html_theme = "furo"
 html_title = f"marval_rl {release}"
 html_theme_options = {"navigation_with_keys": True}
 html_show_sphinx = False
+html_static_path, html_css_files = ["_static"], ["site.css"]
 html_math_renderer = "mathml"
 default_role = "code"  # `name` in docstrings
 nitpicky = False

@@ -1,4 +1,4 @@
-"""Teacher, student and RL from Python, on scikit-learn's digits: a minute or two on a CPU.
+"""Teacher, student and RL from Python, on scikit-learn's digits: about two minutes on a CPU.
 
     python examples/python_api.py
 
@@ -77,7 +77,7 @@ def main(max_steps: int = 400) -> None:
         share_noise=True,
         policy_std=0.05,
         beta=0.01,  # holds the student near where it began
-        learning_rate=5e-5,
+        learning_rate=2e-5,
         **{**settings, "max_steps": max(1, max_steps // 10), "eval_steps": max(1, max_steps // 10)},
     )
     # Small files, as a reward: of no use, but anyone can check it by eye. Docs: rewards.md has the others.

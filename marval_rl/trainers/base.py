@@ -250,7 +250,7 @@ class MARTrainer(ResumableTrainer):
         args, plan = self.args, self.eval_plan
         draws: list[dict[str, Any]] = []
         grid: list[GeneratedBatch] = []
-        first_rows: Any = None
+        first_rows: dict[str, Tensor] = {}
         for seed in range(args.eval_seed, args.eval_seed + args.eval_redraws):
             with failing_together(args.device, MarvalError), kept_random_state(args.device):
                 batches = [

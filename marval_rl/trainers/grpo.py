@@ -206,7 +206,7 @@ class MARGRPOTrainer(RewardTrainer):
                 partial(student_mean, self.ema.module.eval(), inputs),
                 order,
                 config.token_channels,
-                args.eval_unmasking_steps or args.num_unmasking_steps,
+                self.sampling_settings().num_unmasking_steps,
                 exploration=exploration,
                 policy_std=args.policy_std,
             )
