@@ -102,7 +102,7 @@ def test_the_distribution_anchor_trains_in_two_processes(two_processes, name):
     """All processes see the same losses, and only one network is trained."""
     metrics, others = (two_processes.report(name, rank)["metrics"] for rank in (0, 1))
     assert metrics == others and len(metrics) == distributed_work.SETTINGS["max_steps"]
-    assert all(0 < line["mmd"] < 1 and line["grad_norm"] > 0 for line in metrics)
+    assert all(0 < abs(line["mmd"]) < 1 and line["grad_norm"] > 0 for line in metrics)  # unbiased: also below 0
     assert all(which["model"] for which in two_processes.report(name)["moved"])
 
 
