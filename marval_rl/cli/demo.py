@@ -109,7 +109,7 @@ def quick_overrides(recipe: str) -> list[str]:
 
 
 def save_real_images(run_folder: Path, path: Path) -> list[str]:
-    """A grid of held-out images of the data that a run was trained on; returns the names of its rows."""
+    """A grid of images of the data that a run was trained on, held-out ones if there are any; returns the names of its rows."""
     import torch
     import yaml
 
@@ -119,7 +119,9 @@ def save_real_images(run_folder: Path, path: Path) -> list[str]:
 
     recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
     said = DataArguments(**{key: recipe[key] for key in ("dataset", "class_groups", "eval_dataset") if key in recipe})
-    data = said.crop(said.load_held_out(), load_config(run_folder)).in_memory()
+    held_out = said.load_held_out()
+    images = said.load_images() if held_out is None else held_out
+    data = said.crop(images, load_config(run_folder)).in_memory()
     mixed = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # of all modes of a class
     save_image_grid(data.images[mixed], data.class_labels[mixed], path, columns=6, min_height=64)
     return data.class_names
