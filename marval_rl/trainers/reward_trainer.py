@@ -99,6 +99,11 @@ class RewardTrainer(MARTrainer):
         check_class_rows(train_dataset, model.config.num_classes)
         if args.has_auxiliary and (teacher is None or anchor_dataset is None):
             raise ValueError(f"gsim_weight {args.gsim_weight} needs a teacher and a data set of images")
+        if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "the model is frozen, as a trainer's average (trainer.ema.module) is: give the path of its run folder, "
+                "or call model.requires_grad_(True)"
+            )
         self.has_adapters = peft_config is not None
         if self.has_adapters:
             add_lora(model, peft_config, args.seed)
