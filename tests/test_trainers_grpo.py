@@ -262,6 +262,12 @@ def test_rows_that_cannot_be_rolled_out_are_refused_when_the_trainer_is_made(tmp
         MARGRPOTrainer(tiny_student(1), darkness, config, train_dataset=rows)
 
 
+def test_a_frozen_student_is_refused_with_the_remedy(tmp_path):
+    """A trainer's average is frozen: handed on, it would end in an error of autograd."""
+    with pytest.raises(ValueError, match=r"the model is frozen, .* give the path of its run folder"):
+        grpo_trainer(tmp_path, tiny_student(1).requires_grad_(False))
+
+
 def test_rows_may_hold_images_and_labels_as_tensors(tmp_path):
     config = MARGRPOConfig(str(tmp_path), **GRPO, max_steps=1)
     MARGRPOTrainer(tiny_student(1), darkness, config, train_dataset=tiny_images()).train()

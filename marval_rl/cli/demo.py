@@ -109,7 +109,7 @@ def quick_overrides(recipe: str) -> list[str]:
 
 
 def save_real_images(run_folder: Path, path: Path) -> list[str]:
-    """A grid of the data that a run was trained on, of held-out images if there are any; returns the names of its rows."""
+    """A grid of real images, held-out ones if there are any, of the data of a run; returns the names of its rows."""
     import torch
     import yaml
 

@@ -108,6 +108,11 @@ class RewardTrainer(MARTrainer):
             raise ValueError(f"gsim_weight {args.gsim_weight} needs a teacher and a data set of images")
         if args.distribution_weight > 0 and anchor_dataset is None:
             raise ValueError(f"distribution_weight {args.distribution_weight} needs a data set of images")
+        if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "the model is frozen, as a trainer's average (trainer.ema.module) is: give the path of its run folder, "
+                "or call model.requires_grad_(True)"
+            )
         self.has_adapters = peft_config is not None
         if self.has_adapters:
             add_lora(model, peft_config, args.seed)
