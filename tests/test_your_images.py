@@ -28,7 +28,7 @@ def test_the_page_works_from_a_folder_of_images_to_a_report(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(classifier_networks, "MIN_STEPS", 100)
     (code,) = (text for tag, text in found if tag == "python")
-    exec(compile(code.replace("range(600)", "range(60)"), str(PAGE), "exec"), {})
+    exec(compile(code.replace("range(600)", "range(150)"), str(PAGE), "exec"), {})
     assert [call[1] for call in calls] == ["pretrain", "distill", "train", "evaluate", "evaluate", "report"]
     for _, command, *words in calls:
         settings = {**(TINY if "mnist/" in words[0] else {}), **OWN.get(command, {})}

@@ -42,7 +42,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("marval_rl.cli.demo", "teacher, student, RL and report on real digits"),
+    "demo": Command("marval_rl.cli.demo", "teacher, student, RL and report on MNIST"),
     "pretrain": Command("marval_rl.cli.pretrain", "train a MAR teacher", takes_recipe=True, can_launch=True),
     "distill": Command(
         "marval_rl.cli.distill", "distil a teacher into a one-step student", takes_recipe=True, can_launch=True
