@@ -19,6 +19,7 @@ from marval_rl.trainers.grpo_config import MARGRPOConfig
 from marval_rl.trainers.pretrain import PretrainConfig
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig
 
+pytestmark = pytest.mark.timeout(900)  # a build takes 20 s, and minutes on a machine that is busy
 ROOT = Path(__file__).parents[1]
 TRAINERS = (PretrainConfig, DistillConfig, MARGRPOConfig, RewardBackpropConfig)
 ROW = re.compile(r'<td><p><code[^>]*><span class="pre">(\w+)</span></code>(.*?)</tr>', re.DOTALL)

@@ -99,6 +99,7 @@ def test_the_model_card_has_figures_images_and_code_that_runs(runs, recipe, monk
 
 def test_a_model_card_keeps_secrets(tmp_path):
     (tmp_path / "final").mkdir()
+    (tmp_path / "environment.json").write_text('{"torch": "2.14.1"}')
     secret = {"method": "grpo", "reward_kwargs": {"remote": {"url": "http://x", "token": "hunter2"}}}
     write_model_card(tmp_path, "grpo", secret, tiny_config(), [])
     text = (tmp_path / "final" / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -73,13 +74,14 @@ def write_model_card(
     """Writes README.md to the folder `final` of a run, with its first and last sample grid beside it.
 
     Args:
-        output_dir: The run folder.
+        output_dir: The run folder; it has environment.json already.
         kind: One of KINDS.
         settings: The resolved recipe.
         config: Of the model.
         history: What was logged: `TrainerState.log_history`.
     """
     folder, (tags, what) = output_dir / "final", KINDS[kind]
+    versions = json.loads((output_dir / "environment.json").read_text(encoding="utf-8"))
     base = next((name for key in SOURCES if (name := settings.get(key))), None)
     dataset = settings.get("dataset")
     metadata = ModelCardData(
@@ -114,7 +116,7 @@ def write_model_card(
             figures=_figures(history),
             samples=f"## Samples\n\nThe same seeds, one row per class.\n\n{pictures}\n" if shown else "",
             recipe=dump_yaml(_without_secrets(settings)).strip(),
-            versions=", ".join(f"{key} {value}" for key, value in environment().items()),
+            versions=", ".join(f"{key} {value}" for key, value in versions.items()),
         ),
         encoding="utf-8",
     )
