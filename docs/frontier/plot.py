@@ -23,6 +23,7 @@ LOWEST_FD = 0.4
 
 def main() -> None:
     runs = json.loads((FOLDER / "results.json").read_text())["runs"]
+    runs = [run for run in runs if run["hold"] != "distribution alone"]  # without a reward
     top = max(run["fd_ratio"] for run in runs) * 1.08
     panels = [panel(name, [run for run in runs if run["labelling"] == name], top) for name in LABELLINGS]
     body = "".join(f'<g transform="translate({index * WIDTH} 0)">{text}</g>' for index, text in enumerate(panels))
