@@ -52,7 +52,7 @@ class MARGRPOConfig(RewardTrainingArguments):
     share_noise: bool = field(default=False, metadata={"help": "One noise z for all images of a group."})
     distribution_batch_size: int = field(
         default=64,
-        metadata={"help": "Distribution anchor: images of its own, generated with gradient, in each micro-batch and process."},
+        metadata={"help": "Distribution anchor: images of its own, with gradient, in each process and micro-batch."},
     )
 
     counts_if: ClassVar[Conditions] = {
