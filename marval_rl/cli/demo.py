@@ -14,16 +14,19 @@ RECIPES, QUICK_RECIPES = Path("recipes/mnist"), Path("recipes/digits")  # of thi
 STEPS = 4  # unmasking steps of the student
 FIGURES = {  # measure -> its name in the table, and the figure of real images: another measure, or a number
     "frechet_distance": ("Frechet distance", "frechet_floor"),
+    "frechet_distance/pixels": ("the same, pixels", "frechet_floor/pixels"),
     "held_out_classifier/accuracy": ("accuracy", "held_out_classifier/real_accuracy"),
     "held_out_classifier/log_probability": ("log-probability", "held_out_classifier/real_log_probability"),
     "diversity": ("diversity", 1.0),
+    "recall/pixels": ("recall, pixels", None),
     "mode_coverage": ("coverage", 1.0),
     "image/edge_energy/vs_real": ("edges, of real", 1.0),
     "images_per_second": ("images a second", None),
 }
 EXPLANATION = """\
-Frechet distance: of 1000 images to held-out ones; lower is better. accuracy, log-probability: of a classifier that RL
-never saw. diversity, coverage, edges: 1 is as in real images. K: unmasking steps, 4 where nothing else is said."""
+Frechet distance: of 1000 images to held-out ones, in a classifier's features and in pixels; lower is better. accuracy,
+log-probability: of a classifier that RL never saw. diversity, coverage, edges: 1 is as in real images. K: unmasking
+steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
