@@ -10,7 +10,6 @@ from typing import Any, TypeGuard
 from huggingface_hub import ModelCardData
 
 from marval_rl import __version__
-from marval_rl.cli.env import environment
 from marval_rl.models import MARConfig
 from marval_rl.text import dump_yaml
 
