@@ -271,7 +271,7 @@ def test_too_few_images_to_evaluate_are_noticed_before_training(train, tmp_path,
         ({"model": "nowhere", "reward_funcs": "clasifier"}, "unknown reward 'clasifier'; did you mean classifier"),
         ({"model": "nowhere", "reward_weights": "1,2"}, "2 reward_weights for 1 reward_funcs (classifier)"),
         (
-            {"model": "nowhere", "eval_strategy": "steps", "eval_reward_funcs": "mine.py:it"},
+            {"eval_strategy": "steps", "eval_reward_funcs": "mine.py:it"},
             "reward 'mine.py:it': the file 'mine.py' does not",
         ),
         (

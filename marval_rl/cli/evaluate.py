@@ -230,7 +230,7 @@ def make_evaluator(
     evaluator = data.evaluator(config)
     evaluator.device = device
     if args.rewards and names is not None:
-        rewards = RewardSet(args.rewards, None, kwargs, data.offers(config))
+        rewards = RewardSet(args.rewards, None, kwargs, data.offers(lambda: config))
         evaluator.add_rewards(rewards, lambda classes: [template.replace("{name}", name) for name in classes], names)
     return evaluator
 

@@ -9,7 +9,7 @@ from marval_rl.cli.arguments import add_recipe_arguments
 from marval_rl.cli.training import read_recipe, run_training
 from marval_rl.data import class_rows
 from marval_rl.errors import RecipeError, nearest
-from marval_rl.models.checkpoints import load_model, resolve_model
+from marval_rl.models.checkpoints import load_config, load_model, resolve_model
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning.plan import TrainingPlan, plan_reward_training
@@ -51,14 +51,14 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         raise RecipeError(f"grpo needs lora_dropout 0, not {lora.lora_dropout}: its ratios must begin at 1")
 
     def make_trainer() -> RewardTrainer:
-        student = load_model(rewarded.model, one_step=True)
-        offers = data.offers(student.config)
+        offers = data.offers(lambda: load_config(rewarded.model))
         rewards = []
         if rewarded.reward_funcs:
             rewards = RewardSet(rewarded.reward_funcs, config.reward_weights, rewarded.reward_kwargs, offers)
         judges = None
         if rewarded.eval_reward_funcs:
             judges = RewardSet(rewarded.eval_reward_funcs, None, rewarded.eval_reward_kwargs, offers)
+        student = load_model(rewarded.model, one_step=True)
         source.check_size(student.config, rewarded.model)
         anchored = config.gsim_weight > 0
         reads = config.reads_images or data.is_bundled

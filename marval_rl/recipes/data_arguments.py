@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -241,13 +242,20 @@ class DataArguments(EvaluationArguments):
         # Who trains on cached latents need not have the images; who names held-out ones has them.
         has_images = self.dataset is not None and (self.cache_dir is None or self.names_held_out)
         load_real = (lambda: (self.load_held_out(), self.load_images())) if has_images else None
-        return self.make_evaluator(config, judges, load_real, self.offers(config))
+        return self.make_evaluator(config, judges, load_real, self.offers(lambda: config))
 
-    def offers(self, config: MARConfig | None) -> Offers:
-        """What rewards may learn from: the images that a model is trained on, as it generates them. None where the
-        model is not there."""
-        size, channels = (None, 3) if config is None else (config.image_size, config.image_channels)
-        return {"training_images": lambda: self._crop_training(size, channels, flip=False)}
+    def offers(self, load_config: Callable[[], MARConfig | None]) -> Offers:
+        """What rewards may learn from: the images that a model is trained on, as it generates them.
+
+        load_config: Loads the model's configuration, when a reward asks for the images; None where there is no model.
+        """
+
+        def training_images() -> CroppedImages:
+            config = load_config()
+            size, channels = (None, 3) if config is None else (config.image_size, config.image_channels)
+            return self._crop_training(size, channels, flip=False)
+
+        return {"training_images": training_images}
 
     @property
     def names_held_out(self) -> bool:

@@ -117,7 +117,7 @@ def plan_reward_training(
     ):
         if specs:
             with plan.needing(GET_REWARD):
-                RewardSet(specs, None, kwargs, data.offers(student))
+                RewardSet(specs, None, kwargs, data.offers(lambda: student))
     if student is None or (anchored and teacher is None):
         return plan
     plan.rows = student.num_classes * rewarded.prompts_per_class
