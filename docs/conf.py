@@ -80,7 +80,7 @@ def _find(path: str) -> type:
 
 
 def _own_fields(kind: type) -> list[dataclasses.Field]:
-    """The fields that the class itself declares, or declares anew."""
+    """The fields that the class itself declares, or declares again."""
     return [field for field in dataclasses.fields(kind) if field.name in vars(kind).get("__annotations__", {})]
 
 

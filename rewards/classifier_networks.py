@@ -183,7 +183,7 @@ def _load_or_train(network: ClassifierNetwork, data: CroppedImages) -> None:
             _read_weights(network, path)
             return
         except CheckpointError as error:
-            warnings.warn(f"{error}; training the classifier anew", stacklevel=3)
+            warnings.warn(f"{error}; training the classifier again", stacklevel=3)
     start = time.monotonic()
     images, modes = _images_of(data, network)
     train_network(network, images, modes)

@@ -1,5 +1,5 @@
 """Processes of one training for the tests, forked from a server that has imported the libraries: the import takes eight
-seconds a process, a fork less than one."""
+seconds per process, a fork less than one."""
 
 from __future__ import annotations
 

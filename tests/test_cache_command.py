@@ -182,7 +182,7 @@ def test_other_settings_than_before_are_refused(cache, tmp_path):
 def test_lines_of_progress_come_now_and_then(cache, monkeypatch):
     monkeypatch.setattr(cache_report, "SECONDS_BETWEEN_LINES", 0)
     out = cache()[1].splitlines()
-    assert len(out) == 1 + 15 + 3  # the images, a line a batch, and the summary
+    assert len(out) == 1 + 15 + 3  # the images, a line per batch, and the summary
     assert out[3].startswith("1 of 8 shards, ") and out[15].endswith(" images/s, 2 skipped")
 
 

@@ -117,7 +117,7 @@ def test_damaged_npz_files_are_named(npz):
     flipped[200] ^= 1  # inside the first array: the archive's checksum tells
     for data_bytes in (whole[:100], b"", b"text", bytes(flipped)):
         path.write_bytes(data_bytes)
-        with pytest.raises(DataError, match=rf"{path} is no readable .npz file"):
+        with pytest.raises(DataError, match=rf"{path} is not a readable .npz file"):
             data[1]
     np.savez(path, moments=np.zeros((4, 3, 2), np.float32))
     with pytest.raises(DataError, match=rf"{path} holds moments of shape \[4, 3, 2\], not \[4, 2, 2\]"):

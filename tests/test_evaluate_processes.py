@@ -79,14 +79,14 @@ def test_killed_processes_are_gone_on_with_by_torchrun_to_the_images_of_one(tmp_
 
     images, measures = tmp_path / "two" / "images", tmp_path / "two" / "measures"
     assert sorted(file.stem for file in measures.glob("*.safetensors")) == [f"{batch:06d}" for batch in range(4)]
-    painted = {file: file.stat().st_mtime_ns for file in images.glob("*.png")}
-    assert len(painted) == 12  # the third batch of each process is painted but not yet scored
+    generated = {file: file.stat().st_mtime_ns for file in images.glob("*.png")}
+    assert len(generated) == 12  # the third batch of each process is generated but not yet scored
     assert not (tmp_path / "two.json").exists()
 
     (tmp_path / "hang").unlink()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, "-m", "marval_rl", *arguments("two")], env=ENVIRONMENT, check=True, timeout=120)
-    assert {file: file.stat().st_mtime_ns for file in painted} == painted
+    assert {file: file.stat().st_mtime_ns for file in generated} == generated
     times_scored = Counter(batch for _, batch in read_log(tmp_path))
     assert sorted(times_scored.values()) == [1] * 8 + [2] * 2
     assert len({pid for pid, _ in read_log(tmp_path)}) == 4

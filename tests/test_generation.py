@@ -90,7 +90,7 @@ def test_a_student_needs_one_pass_per_step():
 
 
 def test_a_teacher_denoises_and_a_student_does_not():
-    """The same weights under either configuration: the head runs once a token, or once a diffusion step."""
+    """The same weights under either configuration: the head runs once per token, or once per diffusion step."""
     for build, calls in ((tiny_model, 3 * 5), (tiny_student, 3)):
         model, count = build(), []
         model.diffloss.register_forward_hook(lambda *_, count=count: count.append(1))

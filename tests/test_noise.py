@@ -18,7 +18,7 @@ BUILDS = {"teacher": tiny_model, "student": tiny_student}
 
 
 def normal(seed: int, indices: torch.Tensor, rows: int, channels: int, draws: int = 1) -> torch.Tensor:
-    """[draws, B, rows, channels] with `rows` rows an image."""
+    """[draws, B, rows, channels] with `rows` rows per image."""
     noise = IndexedNoise(seed, indices)
     return torch.stack([noise.normal(len(indices) * rows, channels).view(-1, rows, channels) for _ in range(draws)])
 

@@ -36,7 +36,7 @@ class Method:
     reward_funcs: list[str] = field(default_factory=lambda: ["classifier"])
     reward_weights: list[float] | None = None
     reward_kwargs: dict[str, Any] | None = None
-    num_generations: int = field(default=8, metadata={"help": "Images a group."})
+    num_generations: int = field(default=8, metadata={"help": "Images per group."})
     share_noise: bool = True
     level: str = field(default="step", metadata={"choices": ["token", "step", "image"]})
 

@@ -180,7 +180,7 @@ def test_a_damaged_cache_file_is_rebuilt_with_a_warning(quick_cache, damage):
         path.write_bytes(path.read_bytes()[:1000])
     else:
         save_file({"weight": torch.zeros(2)}, path)
-    with pytest.warns(UserWarning, match="training the classifier anew"):
+    with pytest.warns(UserWarning, match="training the classifier again"):
         rebuilt = held_out().network.state_dict()
     assert all(torch.equal(good[name], rebuilt[name]) for name in good)
     assert load_file(path).keys() == good.keys()

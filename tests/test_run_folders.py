@@ -61,7 +61,7 @@ def test_a_recipe_leaves_a_complete_run_folder(runs, recipe):
 
 @pytest.mark.parametrize("recipe", COMMANDS)
 def test_an_evaluation_leaves_what_the_report_shows(runs, recipe):
-    """Of RL the best and the worst images by each reward, of GRPO exploration beside inference, and a row a class."""
+    """Of RL the best and the worst images by each reward, of GRPO exploration beside inference, and a row per class."""
     samples = runs[recipe] / "samples"
     grids = {path.name.split("_step_")[0] for path in samples.glob("*_step_*.png")}
     assert grids == {"grpo": {"by_classifier", "exploration"}, "reward_backprop": {"by_classifier"}}.get(recipe, set())

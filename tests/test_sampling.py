@@ -17,7 +17,7 @@ def test_fewer_images_than_classes_are_of_classes_far_apart():
 @pytest.mark.parametrize(
     ("labels", "columns", "size"),
     [
-        ([0, 0, 0, 1, 1], 10, (2, 2)),  # a row a class, as long as the shortest
+        ([0, 0, 0, 1, 1], 10, (2, 2)),  # a row per class, as long as the shortest
         ([0, 0, 0, 1, 1, 1], 2, (2, 2)),
         ([0], 10, (1, 1)),
         (list(range(16)), 10, (1, 16)),

@@ -21,7 +21,7 @@ FIGURES = {  # measure -> its name in the table, and the figure of real images: 
     "recall/pixels": ("recall, pixels", None),
     "mode_coverage": ("coverage", 1.0),
     "image/edge_energy/vs_real": ("edges, of real", 1.0),
-    "images_per_second": ("images a second", None),
+    "images_per_second": ("images per second", None),
 }
 EXPLANATION = """\
 Frechet distance: of 1000 images to held-out ones, in a classifier's features and in pixels; lower is better. accuracy,
@@ -131,8 +131,10 @@ def save_real_images(run_folder: Path, path: Path) -> list[str]:
 
 
 def print_table(evaluations: dict[str, dict[str, Any]], before: str, after: str) -> None:
-    """Prints a line a figure: each model's, that of real images, and what RL did to it, `before` and `after`: more than
-    two deviations over redraws count as a change."""
+    """Prints a line per figure: each model's, that of real images, and what RL did to it from `before` to `after`.
+
+    More than two deviations over redraws count as a change.
+    """
     print("\n" + " " * 17 + "".join(f"{title:>19s}" for title in [*evaluations, "real images"]) + "   RL's effect")
     for measure, (name, real) in FIGURES.items():
         values = [found[measure] for found in evaluations.values()]

@@ -24,7 +24,7 @@ from marval_rl.evaluation.features import Inception
 from marval_rl.evaluation.image_run import ImageRun
 from marval_rl.evaluation.image_set import ImagePlan, weights_digest
 from marval_rl.evaluation.references import images_of_files, list_images
-from marval_rl.evaluation.speed import painting_speed
+from marval_rl.evaluation.speed import generation_speed
 from marval_rl.launched import check_company, launched_processes
 from marval_rl.models import MARConfig
 from marval_rl.paths import path_or_id
@@ -189,7 +189,7 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
 
     rows = [image_run.collect() for image_run in runs]
     figures, deviations = mean_and_std([evaluator.figures(drawn) for drawn in rows])
-    speed = painting_speed(model.eval(), codec, runs[0].sampling, min(args.batch_size, args.num_images))
+    speed = generation_speed(model.eval(), codec, runs[0].sampling, min(args.batch_size, args.num_images))
     settings = {
         **vars(runs[0].sampling),
         "autocast_dtype": args.dtype,
@@ -225,7 +225,7 @@ def make_evaluator(
         raise ValueError(f'prompt_template "{template}" lacks {{name}}, the place of the class\'s name')
     if args.rewards and names is None:
         raise ValueError(
-            "rewards need prompts, but the model's config.json has no class_names: add them there, one a class"
+            "rewards need prompts, but the model's config.json has no class_names: add them there, one per class"
         )
     evaluator = data.evaluator(config)
     evaluator.device = device
@@ -236,7 +236,7 @@ def make_evaluator(
 
 
 def make_runs(args: argparse.Namespace, data: DataArguments, config: MARConfig) -> list[ImageRun]:
-    """The sets of images that the command line asks for, one a redraw."""
+    """The sets of images that the command line asks for, one per redraw."""
     folder = args.images_dir or output_file(args).with_suffix(".partial")
     measured = {
         "rewards": args.rewards or [],

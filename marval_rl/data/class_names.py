@@ -57,7 +57,7 @@ def read_class_names(given: Sequence[str] | str) -> list[str]:
 
 
 def check_number(names: Sequence[str], num_classes: int, where: str) -> None:
-    """Raises DataError unless there is one name a class."""
+    """Raises DataError unless there is one name per class."""
     if len(names) != num_classes:
         raise DataError(f"{len(names)} class_names were given, but {where} has {num_classes} classes")
 

@@ -24,7 +24,7 @@ GREY_SAMPLE = 64  # images that are looked at to tell whether a data set is grey
 
 
 class FlippingDataset(Classes, Dataset):
-    """Base of the data sets that flip each image horizontally with probability 1/2, anew in each epoch.
+    """Base of the data sets that flip each image horizontally with probability 1/2, drawn again in each epoch.
 
     The flips depend on nothing but (seed, epoch, index), so that a resumed run sees the same ones.
 

@@ -14,7 +14,7 @@ from marval_rl.errors import DataError
 # torchvision's, and GIF.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
-# EXIF orientation -> what turns the image upright. ImageOps.exif_transpose writes the metadata anew as well, and fails
+# EXIF orientation -> what turns the image upright. ImageOps.exif_transpose writes the metadata again as well, and fails
 # where they are damaged.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -68,7 +68,7 @@ class ImageRun:
             self.folder / MEASURES,
             self.measured,
             "an unfinished evaluation",
-            "Give the same settings, or delete it to measure anew (the images are kept)",
+            "Give the same settings, or delete it to measure again (the images are kept)",
         )
 
     def do_share(

@@ -154,10 +154,10 @@ def within_class_diversity(images: Tensor, class_labels: Tensor) -> float:
     for label in class_labels.unique().tolist():
         members = pixels[class_labels == label][:MAX_OF_CLASS]
         if len(members) < 2:
-            raise ValueError(f"class {label} has only 1 image; diversity needs at least 2 images a class")
+            raise ValueError(f"class {label} has only 1 image; diversity needs at least 2 images per class")
         distances.append(float(F.pdist(members).double().mean()))
     if not distances:
-        raise ValueError("diversity needs at least 2 images a class, but there are no images")
+        raise ValueError("diversity needs at least 2 images per class, but there are no images")
     return sum(distances) / len(distances)
 
 

@@ -1,4 +1,4 @@
-"""How fast a model paints."""
+"""How fast a model generates."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from marval_rl.models.generation import SamplingSettings, balanced_labels
 SINGLE_REPEATS, BATCH_REPEATS = 5, 2
 
 
-def painting_speed(
+def generation_speed(
     model: MARModel, codec: LatentCodec, settings: SamplingSettings, batch_size: int
 ) -> dict[str, float]:
-    """Seconds an image at batch 1 (median of 5) and images a second at `batch_size` (2 batches), after a warm-up each.
+    """Seconds per image at batch 1 (median of 5), and images per second at `batch_size` (2 batches), each warmed up.
 
     From labels to images in 0..1; the noise is drawn from a plain generator, as in MAR.
     """
 
-    def paint(count: int) -> None:
+    def generate_images_of(count: int) -> None:
         labels = balanced_labels(count, model.config.num_classes).to(model.device)
         generator = torch.Generator(model.device).manual_seed(0)
         codec.decode(generate(model, labels, generator=generator, **vars(settings)).latents)
 
     with torch.no_grad():
-        single = _seconds(lambda: paint(1), SINGLE_REPEATS, model.device)
-        batch = _seconds(lambda: paint(batch_size), BATCH_REPEATS, model.device)
+        single = _seconds(lambda: generate_images_of(1), SINGLE_REPEATS, model.device)
+        batch = _seconds(lambda: generate_images_of(batch_size), BATCH_REPEATS, model.device)
     return {
         "seconds_per_image": statistics.median(single),
         "images_per_second": batch_size * BATCH_REPEATS / sum(batch),

@@ -34,7 +34,7 @@ def group_advantages(
 
     Args:
         rewards: [N]. An image without a reward is left out of its group's statistics and gets advantage 0.
-        num_generations: Images a group.
+        num_generations: Images per group.
         scale_rewards: "group" divides by the group's standard deviation, "batch" by that of all rewards (arXiv
             2508.08221), "none" does not divide (Dr. GRPO, arXiv 2503.20783).
 
@@ -75,7 +75,7 @@ def aggregate_advantages(
     Args:
         components: [N, R], each reward's scores. An image that all rewards left out gets advantage 0.
         weights: R factors.
-        num_generations: Images a group.
+        num_generations: Images per group.
         scale_rewards: As in `group_advantages`; for "sum_then_normalize".
         aggregation: "sum_then_normalize" compares weighted sums within each group, so that the reward with the widest
             spread decides. "normalize_then_sum" (GDPO, arXiv 2601.05242) first brings each reward by itself to mean 0

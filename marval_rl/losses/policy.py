@@ -81,7 +81,7 @@ def policy_loss(
     Args:
         log_prob: [B, S], with gradient.
         old_log_prob: [B, S], of the policy that sampled.
-        advantages: [B], one an image.
+        advantages: [B], one per image.
         epsilon_low: The ratio is clipped from below at 1 - epsilon_low ("cispo" does not).
         epsilon_high: It is clipped from above at 1 + epsilon_high.
         loss_type: "grpo": -E[min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)], PPO's clipped objective (arXiv

@@ -147,7 +147,7 @@ class MARConfig(PreTrainedConfig):
 
     @property
     def num_tokens(self) -> int:
-        """L, tokens an image."""
+        """L, tokens per image."""
         return self.grid_size**2
 
     @property

@@ -241,14 +241,14 @@ def save_image_grid(images: Tensor, class_labels: Tensor, path: Path, columns: i
 
 
 def image_grid(images: Tensor, class_labels: Tensor, columns: int, min_height: int = 24) -> Image.Image:
-    """A picture with a row a class, the first `columns` images of each, as many as every class has.
+    """A picture with a row per class, the first `columns` images of each, as many as every class has.
 
     Of more classes than `MAX_GRID_ROWS` it is a square of images in the order of their classes.
 
     Args:
         images: [N, C, H, W] in 0..1.
         class_labels: [N].
-        columns: Images a class, at most.
+        columns: Images per class, at most.
         min_height: Smaller images are enlarged to this many pixels or more, without smoothing.
     """
     labels = class_labels.unique().tolist()

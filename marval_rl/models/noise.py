@@ -21,7 +21,7 @@ class Noise(Protocol):
         """Standard normal noise, float32 [num_rows, num_channels].
 
         Args:
-            num_rows: A multiple of B: equally many rows an image, image by image.
+            num_rows: A multiple of B: equally many rows per image, image by image.
             num_unused_rows: Rows that MAR draws after these and never uses; only a shared stream moves on by them.
         """
 

@@ -100,7 +100,7 @@ class MARTrainingArguments(TrainingArguments):
             "help": "Sets of images at each evaluation: the figures are means, with their deviations as <name>/std."
         },
     )
-    sample_grid_columns: int = field(default=10, metadata={"help": "Images a class in the sample grids."})
+    sample_grid_columns: int = field(default=10, metadata={"help": "Images per class in the sample grids."})
 
     counts_if: ClassVar[Conditions] = {
         EVALUATED: (

@@ -50,7 +50,7 @@ class MARTrainer(ResumableTrainer):
     A subclass computes its loss in `training_loss`, and says with `parameter_groups` what is optimized and with
     `sampling_settings` how its model is sampled.
 
-    Randomness is seeded anew in each micro-batch from (seed, step, number of the micro-batch among those of the step
+    Randomness is seeded again in each micro-batch from (seed, step, number of the micro-batch among those of the step
     in all processes): a run that was killed and resumed draws the same noise as one that was not, and one process that
     accumulates two micro-batches what two processes draw. A checkpoint holds, besides what `Trainer` saves, the weight
     average and the subclass's `buffer`.

@@ -26,7 +26,7 @@ class EpochBatches(Sampler[list[int]]):
 
     Args:
         dataset: What is read; told of each epoch if it is `EpochAware`.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
         seed: Of the order.
         rank, world_size: This process, and how many there are; their batches do not overlap.
         pattern: Repeats over the micro-steps: True reads a batch, False yields an empty one (see `REUSE`). An epoch is

@@ -60,7 +60,7 @@ def chain(
     )
 
 
-def paint(model: MARModel, case: str, **changes) -> GenerationOutput:
+def generate_case(model: MARModel, case: str, **changes) -> GenerationOutput:
     figures = golden("generate")
     labels = None if case.startswith("nolab") else figures["labels"]
     settings = {"order": figures["order"], **GENERATIONS[case], **changes}
@@ -137,7 +137,7 @@ def test_control_a_chain_that_feeds_timesteps_one_off_fails(models):
 @pytest.mark.parametrize("case", GENERATIONS)
 def test_generation(models, weights, case):
     figures, prefix = golden("generate"), f"{weights}.{case}"
-    output = paint(models[weights], case)
+    output = generate_case(models[weights], case)
     assert relative_l2(output.latents, figures[f"{prefix}.out"]) < GENERATION_TOLERANCE
     scales = torch.tensor([step.guidance_scale for step in output.steps])
     torch.testing.assert_close(scales, figures[f"{prefix}.cfg_iter"])
@@ -161,7 +161,7 @@ def test_generation(models, weights, case):
 def test_control_a_generation_with_one_wrong_setting_fails(models, case, changes):
     if changes.get("order") == "reversed":
         changes = {"order": golden("generate")["order"].flip(1)}
-    output = paint(models["stable"], case, **changes)
+    output = generate_case(models["stable"], case, **changes)
     assert relative_l2(output.latents, golden("generate")[f"stable.{case}.out"]) > 5 * GENERATION_TOLERANCE
 
 
@@ -173,5 +173,5 @@ def test_control_one_respaced_timestep_off_by_one_fails(models, monkeypatch):
     monkeypatch.setattr(diffusion, "respaced_timesteps", lambda *_: timesteps)
     uncached = make_schedule.__wrapped__
     monkeypatch.setattr(generation, "make_schedule", uncached)
-    error = relative_l2(paint(models["stable"], case).latents, golden("generate")[f"stable.{case}.out"])
+    error = relative_l2(generate_case(models["stable"], case).latents, golden("generate")[f"stable.{case}.out"])
     assert error > GENERATION_TOLERANCE

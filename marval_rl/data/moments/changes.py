@@ -68,7 +68,7 @@ def find_changes(folder: Path, settings: dict[str, Any], source: LabelledImages,
 def drop_changed_shards(
     folder: Path, settings: dict[str, Any], source: LabelledImages, rank: int = 0, world_size: int = 1
 ) -> Changes:
-    """Marks the shards of changed images to be built anew; those of one process.
+    """Marks the shards of changed images to be built again; those of one process.
 
     Raises DataError where more than half of the images changed: they are others by the same names.
     """
@@ -76,7 +76,7 @@ def drop_changed_shards(
     if 2 * len(changes.names) > changes.num_images:
         raise DataError(
             f"{changes}, of {changes.num_images}: are these other images by the same names? Delete {folder} to encode "
-            "them all anew, or choose another folder (--cache_dir ...)"
+            "them all again, or choose another folder (--cache_dir ...)"
         )
     for shard, sidecar in changes.sidecars.items():
         write_json(sidecar_path(folder, shard), sidecar)

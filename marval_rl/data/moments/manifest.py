@@ -65,7 +65,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         if begun.get(name) != settings[name]:
             raise DataError(
                 f"{folder} was begun with another setting: {meaning} was {_short(begun.get(name))} and is now "
-                f"{_short(settings[name])}; set it back, delete {folder} to encode all images anew, or choose another "
+                f"{_short(settings[name])}; set it back, delete {folder} to encode all images again, or choose another "
                 "folder (--cache_dir ...)"
             )
 

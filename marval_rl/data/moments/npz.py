@@ -1,4 +1,4 @@
-"""The cached moments of LTH14/mar: one .npz file an image."""
+"""The cached moments of LTH14/mar: one .npz file per image."""
 
 from __future__ import annotations
 
@@ -64,4 +64,4 @@ def _read(path: Path, name: str) -> Tensor:
     except KeyError:
         raise DataError(f"{path} holds no array {name!r}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is no readable .npz file: {error}; delete it or make it anew") from error
+        raise DataError(f"{path} is not a readable .npz file: {error}; delete it or make it again") from error

@@ -51,7 +51,7 @@ class MomentsCache(FlippingDataset):
         if not manifest["images"]:
             raise DataError(f"{folder} holds no images: all {len(manifest['skipped'])} were corrupt, see {MANIFEST}")
         if flip and not manifest["flip"]:
-            raise DataError(f"{folder} was made without flipped images: train with --flip false, or make it anew")
+            raise DataError(f"{folder} was made without flipped images: train with --flip false, or make it again")
         self.set_modes(manifest["class_names"])
         self.class_counts: list[int] = manifest["class_counts"]
         self.moments_shape = tuple(manifest["moments_shape"])
@@ -138,9 +138,9 @@ def load_moments(
         return NpzMoments(path, flip, seed, class_names)
     cache = MomentsCache(path, flip, seed)
     if class_names is not None and read_class_names(class_names) != cache.mode_names:
-        raise DataError(f"{folder} was made with other class_names: leave the setting out, or make the cache anew")
+        raise DataError(f"{folder} was made with other class_names: leave the setting out, or make the cache again")
     if holdout is not None and holdout != cache.holdout:
         raise DataError(
-            f"{folder} was made with eval_holdout {cache.holdout}, not {holdout}: set it back, or make the cache anew"
+            f"{folder} was made with eval_holdout {cache.holdout}, not {holdout}: set it back, or make the cache again"
         )
     return cache

@@ -116,7 +116,7 @@ def build_cache(
         device: Where the VAE runs.
         rank, world_size: This process among those that fill the cache.
         progress: Told how far it is after each batch.
-        report_changes: Told which of this process's images changed since they were encoded; they are encoded anew.
+        report_changes: Told which of this process's images changed since they were encoded; they are encoded again.
 
     Returns:
         The manifest, which the process that finds all shards complete has written; None while others are at work.

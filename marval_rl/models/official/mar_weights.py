@@ -89,7 +89,7 @@ def mar_config(
     decoder_width = weights["decoder_embed.weight"].shape[0]
     num_tokens = weights["diffusion_pos_embed_learned"].shape[1]
     head_width, token_channels = weights["diffloss.net.input_proj.weight"].shape
-    told = {
+    read = {
         "class_num": num_classes,
         "buffer_size": weights["encoder_pos_embed_learned"].shape[1] - num_tokens,
         "diffloss_d": _count_blocks(weights, "diffloss.net.res_blocks"),
@@ -99,7 +99,7 @@ def mar_config(
     stride = _positive(args, "vae_stride", 16, path)
     channels = _positive(args, "vae_embed_dim", 16, path)
     image_size = _positive(args, "img_size", math.isqrt(num_tokens) * stride * patch_size, path)
-    for name, value in told.items():
+    for name, value in read.items():
         _agree(f"args.{name}", _positive(args, name, value, path), "the weights", value, path)
     _agree(
         f"image size {image_size} / VAE stride {stride} / patch size {patch_size}, squared",
@@ -124,9 +124,9 @@ def mar_config(
             decoder_num_layers=_count_blocks(weights, "decoder_blocks"),
             decoder_num_heads=decoder_heads,
             mlp_ratio=weights["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
-            buffer_size=told["buffer_size"],
+            buffer_size=read["buffer_size"],
             head_hidden_size=head_width,
-            head_num_layers=told["diffloss_d"],
+            head_num_layers=read["diffloss_d"],
             attention_dropout=_rate(args, "attn_dropout", path),
             projection_dropout=_rate(args, "proj_dropout", path),
             num_diffusion_steps=_positive(args, "num_sampling_steps", 100, path),
