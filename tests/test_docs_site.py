@@ -47,9 +47,7 @@ def test_every_setting_of_our_own_has_a_row_with_its_help(site):
         html.unescape(name): re.sub("<.*?>", "", text)
         for page, text in site.items()
         if page.startswith("trainers/")
-        for name, text in re.findall(
-            r"<td><p><code[^>]*><span class=\"pre\">(\w+)</span></code></p></td>(.*?)</tr>", text, re.S
-        )
+        for name, text in ROW.findall(text)
     }
     fields = {
         field.name

@@ -195,7 +195,7 @@ def test_a_rollout_without_exploration_is_what_generate_makes():
     ):
         *earlier, last = steps
         assert torch.equal(last.tokens, patchify(generated, 2)) == same
-        assert [step.index for step in (*earlier, last)] == [0, 1, 2]
+        assert [step.number for step in (*earlier, last)] == [0, 1, 2]
 
 
 def test_only_what_the_policy_explored_differs_from_its_mean():
