@@ -262,6 +262,7 @@ def test_every_precision_is_planned_without_a_gpu(settings, planned_precision, t
 
 def test_an_accelerate_configuration_names_processes_and_precision(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "activations_of", lambda *_: 0)
     words = ["--accelerate_config", str(RECIPES / "accelerate" / "eight_gpus.yaml")]
     output = planned(capsys, "pretrain", str(RECIPES / "digits" / "teacher.yaml"), *words)
     assert "planned for 8 processes in bf16" in output and "x 8 processes" in output
@@ -269,6 +270,7 @@ def test_an_accelerate_configuration_names_processes_and_precision(tmp_path, mon
 
 def test_of_processes_that_a_launcher_started_the_first_prints_the_plan_for_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "activations_of", lambda *_: 0)
     for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "0", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     teacher = str(RECIPES / "digits" / "teacher.yaml")
