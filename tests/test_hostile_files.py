@@ -191,10 +191,10 @@ def archive(**members: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"dear diary, today", "FILE is no checkpoint: it begins with b'dear dia'"),
-        (b"N." + b"0" * 100, "FILE is no checkpoint: it begins with b'N.000000'"),
-        (b"cos\nsystem\n(S'true'\ntR.", "FILE is no checkpoint: it begins with b'cos\\nsyst'"),
-        (png(), "FILE is no checkpoint: it begins with b'\\x89PNG"),
+        (b"dear diary, today", "FILE is not a checkpoint: it begins with b'dear dia'"),
+        (b"N." + b"0" * 100, "FILE is not a checkpoint: it begins with b'N.000000'"),
+        (b"cos\nsystem\n(S'true'\ntR.", "FILE is not a checkpoint: it begins with b'cos\\nsyst'"),
+        (png(), "FILE is not a checkpoint: it begins with b'\\x89PNG"),
         (b"\n<!DOCTYPE html><html>quota exceeded", "FILE is a web page, no checkpoint: a download that failed"),
         (archive(word_xml=b"text"), "FILE is a zip file, but torch.save did not write it (it has no data.pkl)"),
         (archive(data_pkl=b"N.", constants_pkl=b""), "FILE is a TorchScript program, not a checkpoint"),
@@ -236,7 +236,7 @@ def test_a_folder_and_a_missing_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "FILE is no checkpoint: it holds a list, not a dict"),
+        ([1, 2], "FILE is not a checkpoint: it holds a list, not a dict"),
         ({}, "FILE has no 'model_ema' weights; it holds nothing"),
         ({"state_dict": {}, "epoch": 3}, "FILE has no 'model_ema' weights; it holds 'state_dict', 'epoch'"),
         ({"model_ema": {}}, "'model_ema' of FILE holds no weights: it is a dict"),

@@ -93,5 +93,5 @@ def test_weights_that_are_none(tmp_path, weights):
     whole = weights.read_bytes()
     for name, content in (("cut", whole[: len(whole) // 2]), ("text", b"not found"), ("empty", b"")):
         (tmp_path / f"{name}.pth").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"is truncated or damaged|is no checkpoint|is empty"):
+        with pytest.raises(CheckpointError, match=r"is truncated or damaged|is not a checkpoint|is empty"):
             Inception(tmp_path / f"{name}.pth")

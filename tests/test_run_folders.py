@@ -83,7 +83,7 @@ def test_the_model_card_has_figures_images_and_code_that_runs(runs, recipe, monk
     assert {"marval_rl", "mar", {"teacher": "pretraining", "distill": "distillation"}.get(recipe, "one-step")} <= set(
         card.data.tags
     )
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert "| frechet_distance | " in card.text and "frechet_distance/classifier" not in card.text
     assert "Data set: `digits`" in card.text and "torch " in card.text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)

@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What an official file holds, on the CPU; the tensors of a zip file stay on disk until they are read.
 
     Raises:
-        CheckpointError: If there is no such file, if it is no checkpoint or a damaged one, or if it names anything that
+        CheckpointError: If there is no such file, if it is not a checkpoint, or damaged, or if it names anything that
             is neither a tensor nor a plain value.
     """
     path = Path(path)
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged or hostile pickle fails anywhere inside the unpickler, in any way
         raise CheckpointError(_explain(path, error)) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
     # Here and below `dict.items`: an OrderedDict in the file may bring an attribute `items` of its own.
     return dict(dict.items(content))
 
@@ -97,7 +97,7 @@ def _check_format(path: Path) -> bool:
         raise CheckpointError(f"{path} is a bare pickle, not a file of torch.save, and was not opened{_code_in(path)}")
     if start.lstrip().startswith(b"<"):
         raise CheckpointError(f"{path} is a web page, no checkpoint: a download that failed")
-    raise CheckpointError(f"{path} is no checkpoint: it begins with {start[:8]!r}")
+    raise CheckpointError(f"{path} is not a checkpoint: it begins with {start[:8]!r}")
 
 
 def _check_zip(path: Path) -> None:
