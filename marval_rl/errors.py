@@ -53,10 +53,11 @@ def check_output(file: Path, setting: str = "--output") -> None:
     """Raises ValueError if a result could not be written to a file in the end; makes its folder."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
+        # Without making the file: another process of the run may look for it at the same time.
+        if file.exists():
+            file.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise ValueError(f"{setting} {file} cannot be written: {error.strerror}; choose another place") from error
 

@@ -11,7 +11,6 @@ were made.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from functools import partial
@@ -21,6 +20,7 @@ from pathlib import Path
 import distributed_work
 import tiny_models
 from distributed_work import STAGES, TRAINERS
+from forked_processes import start
 
 WIDE = {
     "encoder_hidden_size": 384,
@@ -45,7 +45,9 @@ def main(stages: list[str]) -> None:
     reports = {}
     for stage, name in product(stages, TRAINERS):
         with tempfile.TemporaryDirectory() as folder:
-            distributed_work.launch(__file__, stage, folder, name, timeout=3600)
+            launched = start(Path(folder), 2, measure, stage, Path(folder), name)
+            if launched.wait(timeout=3600) != [0, 0]:
+                raise RuntimeError(launched.output())
             files = [Path(folder) / f"{name}_{rank}.json" for rank in (0, 1)]
             reports[stage, name] = [json.loads(file.read_text()) for file in files]
     for title, show in (
@@ -58,7 +60,4 @@ def main(stages: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        measure(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
-    else:
-        main(sys.argv[1:] or list(STAGES))
+    main(sys.argv[1:] or list(STAGES))

@@ -1,10 +1,8 @@
-"""What torchrun runs for the tests of several processes: all four trainers, tiny, one after another.
+"""What each process does for the tests of several: all four trainers, tiny, one after another (`run_all`).
 
-    torchrun --nproc_per_node 2 tests/distributed_work.py STAGE FOLDER
-
-STAGE is one of STAGES. Each trainer leaves in FOLDER: `<trainer>.safetensors` (the weights it ends with, by network),
-`<trainer>_<rank>.json` (metrics, what moved in each step, seconds, bytes), and its run folder. What
-`runtime/distributed.py` makes of this process's rows, metrics and errors is in `collectives_<rank>.json`.
+Each trainer leaves in the folder: `<trainer>.safetensors` (the weights it ends with), `<trainer>_<rank>.json`
+(metrics, what moved in each step, seconds, bytes), and its run folder. What `runtime/distributed.py` makes of this
+process's rows, metrics and errors is in `collectives_<rank>.json`.
 """
 
 from __future__ import annotations
@@ -12,9 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from marval_rl.errors import DataError
-from marval_rl.launched import end_process, launched_processes
+from marval_rl.launched import launched_processes
 from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_in_chunks, mean_over_processes
 from marval_rl.trainers.base import MARTrainer
 
@@ -208,7 +203,6 @@ def matching(folder: Path, rank: int | None = None) -> dict[str, Any]:
 
 def run_all(stage: str, folder: Path, names: Iterable[str] = (*TRAINERS, *DISTRIBUTION), **options: Any) -> None:
     """What one of the processes does; the options are those of `run`."""
-    torch.set_num_threads(1)
     if stage.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(stage[-1]))
     rank = int(os.environ["RANK"])
@@ -220,28 +214,3 @@ def run_all(stage: str, folder: Path, names: Iterable[str] = (*TRAINERS, *DISTRI
         (folder / f"matching_{rank}.json").write_text(json.dumps(matching(folder / f"matching_{rank}", rank)))
     torch.distributed.barrier()  # none leaves while another one still needs it
     torch.distributed.destroy_process_group()
-    end_process(0)
-
-
-def launch(script: str, *arguments: str, timeout: float) -> None:
-    """Runs a script of this folder in two processes by torchrun; RuntimeError tells what they wrote to stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [*launcher, *address, script, *arguments]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    finally:
-        process.terminate()  # and not kill: torchrun ends its processes first
-        process.wait()
-    if process.returncode:
-        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{errors[-5000:]}")
-
-
-if __name__ == "__main__":
-    run_all(sys.argv[1], Path(sys.argv[2]))

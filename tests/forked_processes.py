@@ -3,6 +3,7 @@ seconds per process, a fork less than one."""
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -92,5 +93,6 @@ def _enter(folder: Path, rank: int, world_size: int, port: int, function: Callab
 
     import torch
 
+    gc.freeze()  # what was imported is not searched for garbage
     torch.set_num_threads(1)
     function(*args)

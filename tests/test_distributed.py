@@ -12,6 +12,7 @@ import distributed_work
 import pytest
 import torch
 from distributed_work import DISTRIBUTION, STAGES, STUDENT_STEPS, TRAINERS
+from forked_processes import start
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,9 +46,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module", params=STAGES)
 def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """One launch a stage: what the processes import takes longer than the runs."""
+    """One launch per stage."""
     folder = tmp_path_factory.mktemp(request.param)
-    distributed_work.launch(distributed_work.__file__, request.param, str(folder), timeout=LONGEST)
+    launched = start(folder, 2, distributed_work.run_all, request.param, folder)
+    assert launched.wait(timeout=LONGEST) == [0, 0], launched.output()
     return Runs(request.param, folder)
 
 
