@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ class Classifier:
     class_groups     for a name: classes that are merged, as in a recipe.
     checkpoint       a safetensors file with this network's weights, in place of training.
 
-    Raises ValueError for an unknown score, no images, a checkpoint that does not exist or an unknown class name,
-    DataError for images that cannot be read, and CheckpointError for a checkpoint that does not fit.
+    Raises ValueError for an unknown score, no images, a checkpoint that does not exist or an unknown class name, and
+    CheckpointError for a checkpoint that does not fit; when it is first used, DataError for images that cannot be read.
     """
 
     differentiable = True
@@ -48,7 +49,10 @@ class Classifier:
         self.differentiable = score != "accuracy"
         if not isinstance(training_images, CroppedImages):
             training_images = load_cropped_images(training_images, class_groups=class_groups)
-        self.network = load_network(self.architecture, training_images, checkpoint)
+        self._training_images = training_images
+        self._checkpoint = checkpoint
+        if checkpoint is not None:
+            self.network  # noqa: B018  # its errors belong here
         self.num_modes = len(training_images.mode_names)
         self._modes_of = {name: [mode] for mode, name in enumerate(training_images.mode_names)}
         for label, name in enumerate(training_images.class_names):
@@ -64,6 +68,11 @@ class Classifier:
             best = log_probs.argmax(dim=1, keepdim=True)
             return members.gather(1, best).squeeze(1).float()
         return log_probs.masked_fill(~members, -torch.inf).logsumexp(dim=1)
+
+    @cached_property
+    def network(self) -> ClassifierNetwork:
+        """Trained when it is first asked for, unless it is in the cache: a dry run asks for nothing."""
+        return load_network(self.architecture, self._training_images, self._checkpoint)
 
     def features(self, images: Tensor) -> Tensor:
         """The penultimate layer, after its ReLU: images [B, 3, H, W] in 0..1 -> [B, F], not negative."""

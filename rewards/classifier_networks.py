@@ -83,6 +83,7 @@ class PerceptronNetwork(ClassifierNetwork):
         )  # fmt: skip
 
 
+@torch.inference_mode(False)  # whatever mode the first caller is in
 def load_network(
     architecture: type[ClassifierNetwork], images: CroppedImages, checkpoint: str | os.PathLike | None = None
 ) -> ClassifierNetwork:

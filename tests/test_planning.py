@@ -229,6 +229,7 @@ def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
     recipe, num_processes, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)  # no teacher, no student, no data but the digits
+    monkeypatch.setenv("MARVAL_RL_CACHE", str(tmp_path))  # no judge
     monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
     monkeypatch.setattr(memory, "activations_of", lambda *_: 0)  # takes seconds, and is counted below
     words = [] if num_processes is None else ["--num_processes", str(num_processes)]
@@ -246,7 +247,7 @@ def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
         # Optimizer state: 8 bytes a parameter under DDP, sharded under ZeRO (12 bytes in bf16).
         width = 12 if precision == "bf16" else 8
         assert float(rows["ZeRO-1"][3]) == pytest.approx(float(rows["DDP"][3]) * width / 8 / number, abs=0.02)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())  # nothing was trained, no judge either
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ def judges(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MARVAL_RL_CACHE", str(tmp_path_factory.mktemp("cache")))
         digits = {"training_images": "digits", "class_groups": "parity"}
-        return {"classifier": Classifier(**digits), "held_out_classifier": HeldOutClassifier(**digits)}
+        judges = {"classifier": Classifier(**digits), "held_out_classifier": HeldOutClassifier(**digits)}
+        assert all(judge.network is not None for judge in judges.values())  # trained when first asked for
+        return judges
 
 
 @pytest.fixture
@@ -186,13 +188,13 @@ def test_a_damaged_cache_file_is_rebuilt_with_a_warning(quick_cache, damage):
     assert load_file(path).keys() == good.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        held_out()
+        assert held_out().network is not None
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(quick_cache):
     quick_cache.write_text("a file stands where the folder should be")
     with pytest.warns(UserWarning, match="cannot keep the classifier in .*set MARVAL_RL_CACHE"):
-        held_out()
+        assert held_out().network is not None
 
 
 def test_a_checkpoint_is_used_in_place_of_the_cache(judges, tmp_path):
@@ -253,7 +255,8 @@ def test_a_folder_of_any_classes_and_colours_has_judges(quick_cache, pictures, j
 
 def test_a_judge_is_trained_anew_for_other_images(quick_cache, pictures, tmp_path, capsys):
     def train() -> str:
-        Classifier(training_images=CroppedImages(load_labelled_images(tmp_path / "data"), 18, flip=False))
+        images = CroppedImages(load_labelled_images(tmp_path / "data"), 18, flip=False)
+        assert Classifier(training_images=images).network is not None
         return capsys.readouterr().out
 
     assert "trained a ConvolutionalNetwork on 40 images of 2 classes" in train()
