@@ -21,6 +21,7 @@ DTYPES = ("float32", "bfloat16")
 NOISE = (  # warnings of transformers that ask nothing of the user; all others are shown
     "does not expose input embeddings",  # of language models' adapters
     "do not match the ones in the `trainer_state.json`",  # a resumed run says itself what has changed
+    'attempting to log a value of "None"',  # a figure that these images do not have, such as the colours of grey ones
 )
 
 

@@ -39,6 +39,7 @@ from marval_rl.runtime.distributed import (
 )
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
 from marval_rl.runtime.resumable import ResumableTrainer
+from marval_rl.runtime.trackers import SampleGridCallback
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.batches import EpochBatches, epoch_loader
 from marval_rl.trainers.optimization import MODEL, NETWORKS, ExponentialMovingAverage, make_optimizer, pause
@@ -104,6 +105,8 @@ class MARTrainer(ResumableTrainer):
             self.remove_callback(callback)
         self.add_callback(RunProgressCallback())
         self.add_callback(MetricsFileCallback(Path(args.output_dir) / "metrics.jsonl"))
+        if args.report_to:
+            self.add_callback(SampleGridCallback(self.sample_file().parent, lambda: self.callback_handler.callbacks))
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
         self.add_callback(EpochCallback())
