@@ -144,10 +144,15 @@ class ImageEvaluator:
     @property
     def real(self) -> Rows:
         """What was measured of the reference's images; they are read when this is first asked for."""
-        images = self.reference.images
+        images = self._real_images
         return self._measure_real(images, {} if images.modes is None else self._judged_parts)
 
-    def _measure_real(self, images: RealImages, judged: Mapping[str, Callable[[Tensor], Rows]]) -> Rows:
+    @property
+    def _real_images(self) -> RealImages:
+        assert self.reference.images is not None  # what needs them is not among the measures without them
+        return self.reference.images
+
+    def _measure_real(self, images: RealImages, judged: dict[str, Callable[[Tensor], Rows]]) -> Rows:
         if images.identity not in self._measured:
             size = images.read([0]).shape[-1]
             networks = {name: extractor.features for name, extractor in self.extractors.items()}
@@ -223,7 +228,7 @@ class ImageEvaluator:
                 repeats = bool(plain) + bool(named)
                 yield [*plain, *named], _repeated(function, repeats)
             if isinstance(self.extractors[name], Inception) and count >= SCORE_SPLITS:
-                yield ["inception_score"], lambda rows, name=name: [inception_score(rows[f"logits/{name}"])]
+                yield ["inception_score"], partial(self._inception_score, name)
         if labels is not None and real is not None and real.class_labels is not None and _have_pairs(labels):
             yield ["diversity"], self._diversity
         for name in self.judges if labels is not None else ():
@@ -231,7 +236,7 @@ class ImageEvaluator:
             if real is not None and real.modes is not None:
                 yield [f"{name}/real_{figure}" for figure in JUDGED], partial(self._judged_real, name)
         for name in self.rewards.names if labels is not None and self.rewards is not None else ():
-            yield [f"rewards/{name}/mean"], lambda rows, name=name: [_mean(rows[f"reward/{name}"])]
+            yield [f"rewards/{name}/mean"], partial(self._mean_reward, name)
         suffixes = ["", "/vs_real"] if real is not None else [""]
         looked_at = [*STATISTICS, "colourfulness_entropy"]
         yield [f"image/{name}{suffix}" for suffix in suffixes for name in looked_at], self._image_figures
@@ -261,6 +266,7 @@ class ImageEvaluator:
 
     def _frechet_floor(self, name: str, count: int) -> float:
         """The distance of `count` other real images (at most all) to the reference: what no generator should beat."""
+        assert self.train is not None  # else there is no floor among the measures
         features = self._measure_real(self.train, {})[f"features/{name}"]
         draws = [frechet_distance(features[draw], self._reference_gaussian(name)) for draw in _draws(features, count)]
         return sum(draws) / len(draws)
@@ -279,24 +285,28 @@ class ImageEvaluator:
     @cached_property
     def _class_modes(self) -> Tensor:
         """bool [classes, modes]: which modes belong to a class."""
-        return torch.arange(int(self.class_of_mode.max()) + 1).unsqueeze(1) == self.class_of_mode
+        assert self.class_of_mode is not None  # checked for judges, and nothing else asks
+        return torch.arange(int(self.class_of_mode.max()) + 1).unsqueeze(1).eq(self.class_of_mode)
 
     @property
     def _has_judged_modes(self) -> bool:
         """Whether a class has several modes, and a judge tells them apart, and real images show their shares."""
         real = self.reference.images
-        return bool(self.judges) and self._class_modes.sum(1).max() > 1 and real is not None and real.modes is not None
+        if not self.judges or real is None or real.modes is None:
+            return False
+        return int(self._class_modes.sum(1).max()) > 1
 
     def _mode_coverage(self, rows: Rows) -> list[float | None]:
         """By all judges together, so that one that was trained on and fooled does not decide alone."""
-        modes = sum(rows[f"judge/{name}"] for name in self.judges).argmax(dim=1)
-        real, num_modes = self.reference.images, len(self.class_of_mode)
+        modes = torch.stack([rows[f"judge/{name}"] for name in self.judges]).sum(dim=0).argmax(dim=1)
+        real, num_modes = self._real_images, self._class_modes.shape[1]
+        assert real.modes is not None
         entropy = mode_entropy(modes, rows["class_labels"], num_modes, self._class_modes)
-        return [_ratio(entropy, mode_entropy(real.modes, real.class_labels, num_modes))]
+        return [_ratio(entropy, mode_entropy(real.modes, self._real_labels, num_modes))]
 
     def _judged_real(self, name: str, _: Rows) -> list[float]:
         """Of the reference's images: how good the judge is, and what a perfect generator would reach."""
-        return self._judged(name, self.real | {"class_labels": self.reference.images.class_labels})
+        return self._judged(name, self.real | {"class_labels": self._real_labels})
 
     def _judged(self, name: str, rows: Rows) -> list[float]:
         log_probs, labels = rows[f"judge/{name}"], rows["class_labels"]
@@ -306,20 +316,33 @@ class ImageEvaluator:
         return [float(right), float(of_class), float(log_probs.amax(dim=1).exp().double().mean())]
 
     def _diversity(self, rows: Rows) -> list[float | None]:
-        labels = self.reference.images.class_labels
-        real = within_class_diversity(self.real["thumbnails"], labels)
+        real = within_class_diversity(self.real["thumbnails"], self._real_labels)
         return [_ratio(within_class_diversity(rows["thumbnails"], rows["class_labels"]), real)]
+
+    @property
+    def _real_labels(self) -> Tensor:
+        labels = self._real_images.class_labels
+        assert labels is not None
+        return labels
+
+    @staticmethod
+    def _inception_score(name: str, rows: Rows) -> list[float]:
+        return [inception_score(rows[f"logits/{name}"])]
+
+    @staticmethod
+    def _mean_reward(name: str, rows: Rows) -> list[float | None]:
+        return [_mean(rows[f"reward/{name}"])]
 
     def _image_figures(self, rows: Rows) -> list[float | None]:
         found = _statistics(rows)
         if self.reference.images is None:
-            return found
-        return found + list(map(_ratio, found, _statistics(self.real)))
+            return [*found]
+        return [*found, *map(_ratio, found, _statistics(self.real))]
 
 
 def mean_and_std(draws: Sequence[Figures]) -> tuple[Figures, dict[str, float]]:
     """Each figure's mean over the draws, and its standard deviation where there are several."""
-    values = {name: [draw[name] for draw in draws if draw[name] is not None] for name in draws[0]}
+    values = {name: [value for draw in draws if (value := draw[name]) is not None] for name in draws[0]}
     means = {name: statistics.mean(found) if found else None for name, found in values.items()}
     return means, {name: statistics.stdev(found) for name, found in values.items() if len(found) > 1}
 
@@ -354,7 +377,9 @@ def _draws(rows: Tensor, count: int) -> list[Tensor]:
     return [torch.randperm(len(rows), generator=generator)[:count] for _ in range(draws)]
 
 
-def _repeated(function: Callable[[Rows], Sequence[float]], times: int) -> Callable[[Rows], list[float]]:
+def _repeated(
+    function: Callable[[Rows], Sequence[float | None]], times: int
+) -> Callable[[Rows], Sequence[float | None]]:
     return lambda rows: list(function(rows)) * times
 
 

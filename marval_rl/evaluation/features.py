@@ -52,7 +52,10 @@ def load_extractors(
 
 def extractor_name(spec: str | FeatureExtractor) -> str:
     """ "inception" for "inception:weights.pth", "dinov2-base" for "hf:facebook/dinov2-base"."""
-    kind, _, argument = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    if not isinstance(spec, str):
+        name = getattr(spec, "name", None)  # optional, as a reward's
+        return name if isinstance(name, str) else type(spec).__name__
+    kind, _, argument = spec.partition(":")
     if kind in ("hf", "timm"):
         return Path(argument).name.rpartition(":")[2]
     return kind if kind in ("inception", "clip", "pixels") else reward_name(spec)

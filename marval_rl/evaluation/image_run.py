@@ -99,11 +99,12 @@ class ImageRun:
 
     def collect(self) -> Rows:
         """What was measured of all images, in their order. Raises DataError if a batch is missing."""
-        parts = [read_rows(self._part_file(batch)) for batch in range(self.plan.num_batches)]
-        missing = [batch for batch, part in enumerate(parts) if part is None]
-        if missing:
+        found = [read_rows(self._part_file(batch)) for batch in range(self.plan.num_batches)]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            missing = [batch for batch, part in enumerate(found) if part is None]
             raise DataError(
-                f"{len(missing)} of {len(parts)} batches were not measured (the first is {missing[0]}): do all "
+                f"{len(missing)} of {len(found)} batches were not measured (the first is {missing[0]}): do all "
                 f"processes see {self.folder}? The same command continues"
             )
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
