@@ -17,13 +17,15 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 34, 46
 COLOURS = {"grpo": "#1f6fb4", "reward_backprop": "#c8561b"}
 NAMES = {"grpo": "GRPO", "reward_backprop": "back-propagation"}
 LABELLINGS = {"parity": "parity, K = 4", "digit": "digit, K = 2"}
+UNMASKING_STEPS = {"parity": 4, "digit": 2}
+VARIANTS = {"distribution_kernel", "distribution_features", "distribution_queue", "backprop_steps"}
 TARGET_GAIN, TARGET_FD = 6.0, 0.8
 LOWEST_FD = 0.4
 
 
 def main() -> None:
     runs = json.loads((FOLDER / "results.json").read_text())["runs"]
-    runs = [run for run in runs if run["hold"] != "distribution alone"]  # without a reward
+    runs = [run for run in runs if is_shown(run)]
     top = max(run["fd_ratio"] for run in runs) * 1.08
     panels = [panel(name, [run for run in runs if run["labelling"] == name], top) for name in LABELLINGS]
     body = "".join(f'<g transform="translate({index * WIDTH} 0)">{text}</g>' for index, text in enumerate(panels))
@@ -32,6 +34,14 @@ def main() -> None:
         f'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#333">'
         f'<rect width="100%" height="100%" fill="white"/>{body}{legend()}</svg>\n'
     )
+
+
+def is_shown(run: dict[str, Any]) -> bool:
+    """Runs with a reward, at the K of the start, and without the variants that docs/rl.md tries one by one. On `parity`
+    those of one student; on `digit` those of the earlier one beside them."""
+    if run["hold"] == "distribution alone" or run["unmasking_steps"] != UNMASKING_STEPS[run["labelling"]]:
+        return False
+    return VARIANTS.isdisjoint(run["settings"]) and (run["labelling"] == "digit" or run["student"] == "full")
 
 
 def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
@@ -70,16 +80,18 @@ def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
 
 
 def mark(run: dict[str, Any], x: float, y: float) -> str:
-    """A run: hollow without an anchor, a triangle with the KL divergence, a square with the distribution anchor, a
-    filled circle with the GSIM anchor and its weight."""
+    """A run: hollow without an anchor, a triangle with the KL divergence, a square with the distribution anchor (large
+    after 240 updates), a filled circle with the GSIM anchor and its weight."""
     colour = COLOURS[run["method"]]
     title = f"<title>{escape(run['name'])}: gain {run['gain']:.1f}, FD {run['fd_ratio']:.2f}</title>"
     if run["hold"] == "kl":
         return (
             f'<path d="M{x:.1f} {y - 5:.1f}l5 9h-10z" fill="white" stroke="{colour}" stroke-width="1.6">{title}</path>'
         )
-    if run["hold"] == "distribution":
-        return f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill="{colour}">{title}</rect>'
+    if run["hold"].startswith("distribution"):
+        side = 12 if run["settings"].get("max_steps") == "240" else 7
+        square = f'<rect x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side}" height="{side}" fill="{colour}">'
+        return f"{square}{title}</rect>"
     fill = colour if run["hold"] == "anchor" else "white"
     point = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="1.6">{title}</circle>'
@@ -95,12 +107,12 @@ def legend() -> str:
     for method, colour in COLOURS.items():
         parts.append(f'<rect x="{x}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{x + 15}" y="{y + 1}">{NAMES[method]}</text>')
-        x += 130
+        x += 120
     texts = (
-        "hollow: no anchor",
+        "hollow: nothing holds it",
         "triangle: KL",
-        "circle: GSIM anchor and its weight",
-        "square: distribution anchor",
+        "circle: GSIM and its weight",
+        "square: distribution (large: 240 updates)",
         "green: the target",
     )
     parts.append(f'<text x="{x}" y="{y + 1}">{" · ".join(texts)}</text>')

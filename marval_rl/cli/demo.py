@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 RECIPES, QUICK_RECIPES = Path("recipes/mnist"), Path("recipes/digits")  # of this folder, or else of those that ship
 STEPS = 4  # unmasking steps of the student
+STEPS_ALONE = "60"  # of RL without the anchor: by then all images of a class are alike
 FIGURES = {  # measure -> its name in the table, and the figure of real images: another measure, or a number
     "frechet_distance": ("Frechet distance", "frechet_floor"),
     "frechet_distance/pixels": ("the same, pixels", "frechet_floor/pixels"),
@@ -42,17 +43,19 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     start = time.monotonic()
     recipes = args.recipes or (QUICK_RECIPES if args.quick else RECIPES)
     teacher, student, rl_alone, rl = (args.output_dir / name for name in ("teacher", "distill", "rl_alone", "rl"))
-    alone = ["--distribution_weight", "0"]
-    stages: list[tuple[str, str, Path, list[Any]]] = [
-        ("pretrain", "teacher", teacher, []),
-        ("distill", "distill", student, ["--teacher", teacher]),
-        ("train", "reward_backprop", rl_alone, ["--model", student, *alone]),
-        ("train", "reward_backprop", rl, ["--model", student]),
+    unmeasured = ["--eval_strategy", "no"]  # the last stage looks at all models
+    alone = ["--distribution_weight", "0", "--max_steps", STEPS_ALONE]
+    stages: list[tuple[str, str, Path, list[Any], list[Any]]] = [
+        ("pretrain", "teacher", teacher, [], unmeasured),
+        ("distill", "distill", student, ["--teacher", teacher], unmeasured),
+        ("train", "reward_backprop", rl_alone, ["--model", student], alone),
+        ("train", "reward_backprop", rl, ["--model", student], []),
     ]
-    for command, recipe, run_folder, options in stages:
-        print(f"\n== {command} {recipes / recipe}.yaml {' '.join(options[2:])} ({minutes(start)})", flush=True)
-        options += ["--output_dir", run_folder, "--overwrite_output_dir", "true"]
-        call(command, recipes / f"{recipe}.yaml", *options, *(quick_overrides(recipe) if args.quick else []))
+    for command, recipe, run_folder, begins_with, settings in stages:
+        print(f"\n== {command} {recipes / recipe}.yaml {' '.join(settings)} ({minutes(start)})", flush=True)
+        options = [*begins_with, "--output_dir", run_folder, "--overwrite_output_dir", "true"]
+        options += [*settings, *(quick_settings(recipe) if args.quick else [])]
+        call(command, recipes / f"{recipe}.yaml", *options)
 
     print(f"\n== evaluate ({minutes(start)})", flush=True)
     guided: list[Any] = ["--steps", "16", "--guidance_scale", "1.2", "--diffusion_steps", "4" if args.quick else "25"]
@@ -94,21 +97,14 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
         run_command([command, *map(str, arguments)])
 
 
-def quick_overrides(recipe: str) -> list[str]:
+def quick_settings(recipe: str) -> list[str]:
     """Settings under which a recipe ends in seconds."""
-    settings: dict[str, Any] = {
-        "max_steps": 8,
-        "eval_steps": 8,
-        "eval_num_images": 40,
-        "logging_steps": 2,
-        "save_steps": 8,
-    }
+    settings: dict[str, Any] = {"max_steps": 8, "logging_steps": 2, "save_steps": 8}
     settings |= {"per_device_train_batch_size": 24, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    settings |= {"teacher": {"eval_diffusion_steps": 4}, "distill": {"auxiliary_warmup_steps": 4}}.get(recipe, {})
-    return [part for key, value in settings.items() for part in (f"--{key}", str(value))] + [
-        "--lr_scheduler_kwargs",
-        "{}",
-    ]
+    settings |= {"distill": {"auxiliary_warmup_steps": 4}}.get(recipe, {})
+    settings |= {"reward_backprop": {"eval_steps": 8, "eval_num_images": 40}}.get(recipe, {})
+    words = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    return [*words, "--lr_scheduler_kwargs", "{}"]
 
 
 def save_real_images(run_folder: Path, path: Path) -> list[str]:
