@@ -95,7 +95,7 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
 
 
 def quick_overrides(recipe: str) -> list[str]:
-    """Settings under which a recipe ends in seconds."""
+    """Settings that make a recipe short."""
     settings: dict[str, Any] = {
         "max_steps": 8,
         "eval_steps": 8,
