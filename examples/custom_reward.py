@@ -4,7 +4,7 @@
     marval-rl rewards check examples/custom_reward.py:Boldness
 
 The reward asks for strokes of a certain boldness. It is differentiable, so the student is trained through it; the KL
-divergence (beta) keeps the images digits, and a classifier that is not trained on looks at them.
+divergence (beta) keeps the images digits, and a classifier that is not trained on judges them.
 """
 
 from __future__ import annotations

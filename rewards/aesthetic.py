@@ -52,7 +52,7 @@ class Aesthetic(NetworkReward):
             pretrained = "openai"
         network, tokenizer, preprocessing = load_clip(model, pretrained, dtype)
         super().__init__(network, preprocessing, dtype, micro_batch_size, compile)
-        with torch.no_grad():  # embeddings of texts are as wide as those of images, and quicker to come by
+        with torch.no_grad():  # embeddings of texts are as wide as those of images, and faster to compute
             width = network.encode_text(tokenizer([""]).to(next(network.parameters()).device)).shape[1]
         self.head = score_head(width).eval().requires_grad_(False)
         load_strictly(self.head, tensors, f"{weights} (for CLIP embeddings of {width} numbers)")

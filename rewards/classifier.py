@@ -1,4 +1,4 @@
-"""Reward: does the image show its class? Judged by a small classifier; a second, different one holds out."""
+"""Reward: does the image show its class? Judged by a small classifier; a second, different one is held out."""
 
 from __future__ import annotations
 

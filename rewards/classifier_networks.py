@@ -71,7 +71,7 @@ class ConvolutionalNetwork(ClassifierNetwork):
 
 
 class PerceptronNetwork(ClassifierNetwork):
-    """The network of the `held_out_classifier` judge: no convolution, so that it errs elsewhere."""
+    """The network of the `held_out_classifier` judge: no convolutions, so that it makes other errors."""
 
     seed = 2
 
@@ -118,7 +118,7 @@ def fit_images(images: Tensor, network: ClassifierNetwork) -> Tensor:
 
 
 def cache_path(network: ClassifierNetwork, images: CroppedImages) -> Path:
-    """The cache file of a trained network: its name changes with whatever decides the weights."""
+    """The cache file of a trained network: its name changes with everything that the weights depend on."""
     digest = hashlib.sha256(Path(__file__).read_bytes())  # architectures, settings and seeds
     names = [type(network).__name__, torch.__version__, images.mode_names]
     digest.update(json.dumps([images.identity(), *names]).encode())

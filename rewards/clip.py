@@ -108,7 +108,7 @@ def _import_open_clip() -> ModuleType:
 
 
 def _check_source(open_clip: ModuleType, model: str, pretrained: str | None) -> None:
-    """Refuses what open_clip would take for random weights or for another thing; warns of the wrong GELU."""
+    """Refuses what open_clip would replace by random weights or misread; warns of the wrong GELU."""
     if model.startswith(SCHEMAS):
         if pretrained is not None:
             raise ValueError(f"{model!r} has weights of its own; leave pretrained ({pretrained!r}) out")
@@ -132,7 +132,7 @@ def _warn_of_gelu(open_clip: ModuleType, model: str, pretrained: str) -> None:
     if wanted is None or wanted == open_clip.get_model_config(model).get("quick_gelu", False):
         return
     fix = f"{model}-quickgelu" if wanted else model.removesuffix("-quickgelu")
-    if fix != model:  # a name without the suffix whose configuration says QuickGELU all the same is trusted
+    if fix != model:  # a name without the suffix is trusted if its configuration says QuickGELU
         warnings.warn(
             f"the weights {pretrained!r} were trained {'with' if wanted else 'without'} QuickGELU, unlike the model "
             f"{model!r}: scores will be off; write model: {fix}",
@@ -141,7 +141,7 @@ def _warn_of_gelu(open_clip: ModuleType, model: str, pretrained: str) -> None:
 
 
 def _wants_quick_gelu(open_clip: ModuleType, model: str, pretrained: str) -> bool | None:
-    """Whether the weights were trained with QuickGELU; None for a file that says nothing of its origin."""
+    """Whether the weights were trained with QuickGELU; None for a file of unknown origin."""
     if open_clip.is_pretrained_cfg(model, pretrained):
         return open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
     file, architecture = Path(pretrained), model.removesuffix("-quickgelu")

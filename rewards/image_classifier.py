@@ -116,14 +116,14 @@ class ImageClassifier(NetworkReward):
 
     def _mapped(self, name: str) -> list[int]:
         if name not in self._label_map:
-            raise ValueError(f"label_map lacks the class {name!r}{nearest(name, self._label_map)}")
+            raise ValueError(f"label_map does not contain the class {name!r}{nearest(name, self._label_map)}")
         return self._label_map[name]
 
     def _check_index(self, index: int) -> int:
         if type(index) is not int or not 0 <= index < self.num_classes:
             raise ValueError(
-                f"the class label {index!r} is none of the model's {self.num_classes} classes; "
-                "say by label_map which of them are yours"
+                f"the class label {index!r} is not one of the model's {self.num_classes} classes; "
+                "map your classes to them by label_map"
             )
         return index
 
@@ -133,12 +133,12 @@ class ImageClassifier(NetworkReward):
         if len(found) != 1:
             problem = f"{len(found)} classes of the model are called {name!r}"
             hint = f" ({', '.join(map(str, found))})" if found else nearest(name.lower(), self._synonyms)
-            raise ValueError(f"{problem}{hint}; say by a mapping in label_map which of its classes is meant, by index")
+            raise ValueError(f"{problem}{hint}; give its index by a mapping in label_map")
         return found[0]
 
 
 def _synonyms(class_names: Sequence[str] | None) -> dict[str, list[int]]:
-    """Every name of a class, in lower case -> the indices of the classes that bear it."""
+    """Every name of a class, in lower case -> the indices of the classes with that name."""
     synonyms: dict[str, list[int]] = {}
     for index, class_name in enumerate(class_names or []):
         lower = class_name.lower()

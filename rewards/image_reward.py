@@ -1,4 +1,4 @@
-"""Reward: ImageReward (arXiv 2304.05977), which people's preferences between generated images were distilled into."""
+"""Reward: ImageReward (arXiv 2304.05977), trained on people's preferences between generated images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MARKERS = 2  # [DEC] and [ENC], which the published model appends to BERT's voca
 SCORE_MEAN = 0.16717362830052426
 SCORE_STD = 1.0333394966054072
 
-VISION_HEADS = 16  # of ViT-L; the one size that no shape of the weights tells
+VISION_HEADS = 16  # of ViT-L; the one size that the weights' shapes do not give
 
 # The text half of the published med_config.json.
 MED_CONFIG = {
@@ -148,7 +148,7 @@ def rename_weights(published: Mapping[str, Any]) -> dict[str, Any]:
 def network_configs(
     tensors: Mapping[str, Tensor], med_config: Mapping[str, Any], source: object
 ) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """The two configurations for renamed weights: the ViT's sizes are read off their shapes.
+    """The two configurations for renamed weights: the ViT's sizes come from their shapes.
 
     med_config has at least the keys of MED_CONFIG. Raises CheckpointError if the weights are not ImageReward's.
     """

@@ -100,6 +100,6 @@ class Remote:
             wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception() is not None]
             return [value for future in failed or futures for value in future.result()]
-        finally:  # also by Ctrl-C: what waits for the server must not outlive the batch
+        finally:  # also by Ctrl-C: requests in flight must not outlive the batch
             stop.set()
             executor.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 CPU = torch.device("cpu")
 
-# Weak: a network lives as long as a reward has it, and not a moment longer.
+# Weak references: a network lives as long as a reward uses it.
 _networks: WeakValueDictionary[tuple[Hashable, torch.device], nn.Module] = WeakValueDictionary()
 _sources: WeakKeyDictionary[nn.Module, Hashable] = WeakKeyDictionary()
 
@@ -31,7 +31,7 @@ def network_on(network: nn.Module, device: torch.device) -> nn.Module:
     """The network on a device: itself if it is there, else the one that its other users have there, else a copy.
 
     One that is not shared is moved. A shared one stays where it is for those who still want it there, and is freed
-    once the last of them has gone on.
+    once the last of them has moved on.
     """
     if next(network.parameters()).device == device:
         return network
@@ -43,7 +43,7 @@ def network_on(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def weights_identity(name_or_path: str) -> Hashable:
-    """What tells the weights of a file, or of the files of a folder, from others: path, time of change and size.
+    """What identifies the weights of a file, or of the files of a folder: path, time of change and size.
 
     A name of the hub or of a library, which is not a path, is returned as it is.
     """

@@ -1,4 +1,4 @@
-"""Reading other people's weights: nothing is executed, and what does not fit is said in one line."""
+"""Reading other people's weights: nothing is executed, and mismatches are one-line errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from marval_rl.errors import CheckpointError, first_line
 
-# What libraries raise for a file that is damaged, of another kind, or of another network.
+# The errors of libraries for a file that is damaged, of another kind, or of another network.
 LOADING_ERRORS = (
     OSError,
     RuntimeError,
@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights (damaged, or more than tensors): {first_line(error)}"
         ) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} holds no weights by name but a {type(tensors).__name__} of something else")
+        raise CheckpointError(f"{path} holds a {type(tensors).__name__} that does not map names to weights")
     return dict(tensors)
 
 

@@ -44,7 +44,7 @@ TRAINERS: dict[str, Callable[..., MARTrainer]] = {
     "grpo": lambda folder, **settings: grpo_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
     "reward_backprop": lambda folder, **settings: backprop_trainer(folder, grey_student(), **{**ANCHORED, **settings}),
 }
-# Compares the images of all processes with each other, so that micro-batches of one process are no substitute.
+# Compares the images of all processes with each other, so micro-batches of one process cannot replace it.
 DISTRIBUTION: dict[str, Callable[..., MARTrainer]] = {
     "matched_grpo": lambda folder, **settings: grpo_trainer(
         folder, grey_student(), **{**SETTINGS, **MATCHED, "distribution_batch_size": 4, **settings}
@@ -77,7 +77,7 @@ def networks_of(trainer: MARTrainer) -> dict[str, torch.nn.Module]:
 
 
 def whole_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """All parameters, whole."""
+    """All parameters, complete."""
     names = iter([name for name, _ in module.named_parameters()])
     chunks = gathered_in_chunks(module.parameters())
     return {next(names): parameter.detach().clone() for chunk in chunks for parameter in chunk}

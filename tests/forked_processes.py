@@ -21,7 +21,7 @@ LIBRARIES = ["marval_rl.trainers.distill", "marval_rl.trainers.grpo", "deepspeed
 
 @dataclass
 class Processes:
-    """They run, and what process N prints stands in folder/output_N.txt."""
+    """They run, and what process N prints is in folder/output_N.txt."""
 
     folder: Path
     running: list[ForkServerProcess]

@@ -95,8 +95,8 @@ def kill_and_resume(folder: Path, steps: int, stage: str, ranks: tuple[int, ...]
     survivors = [code for rank, code in enumerate(codes) if rank not in ranks]
     if any(codes[rank] != -signal.SIGKILL for rank in ranks) or any(code != 1 for code in survivors):
         raise RuntimeError(f"exit codes {codes}:\n{run.output()}")
-    told = ("--resume continues from it", "there is no checkpoint yet")
-    if survivors and not any(words in run.output() for words in told):
+    expected = ("--resume continues from it", "there is no checkpoint yet")
+    if survivors and not any(words in run.output() for words in expected):
         raise RuntimeError(f"the survivor does not say what happened:\n{run.output()}")
     return codes
 

@@ -2,7 +2,7 @@
 
 A layout is ddp, zero1, zero2 or zero3, under as many processes as there are. The task LAYOUT trains a run in
 FOLDER/<layout>, with its end in FOLDER/<layout>.safetensors, and then tries a full disk and a loss that is NaN. The
-task WRITTEN:LAYOUT goes on from the checkpoint of FOLDER/<written> under another layout. What each process found is
+task WRITTEN:LAYOUT continues from the checkpoint of FOLDER/<written> under another layout. What each process found is
 left in FOLDER/found_<processes>_<rank>.json, by task.
 """
 
@@ -29,7 +29,7 @@ from marval_rl.errors import MarvalError
 from marval_rl.runtime.checkpoints import checkpoints_in, find_problem
 from marval_rl.trainers.distill import DistillTrainer
 
-STEP = 3  # one that draws fresh contexts: any number of processes can go on from it
+STEP = 3  # one that draws fresh contexts: any number of processes can continue from it
 SETTINGS = {
     "max_steps": STEP + 2,
     "adam_beta1": 0.9,
@@ -59,7 +59,7 @@ def write(folder: Path, layout: str) -> None:
 
 
 def fill_disk(folder: Path, layout: str) -> str:
-    """Go on in a copy, where process 1 cannot write its checkpoint; what the error says."""
+    """Continue in a copy where process 1 cannot write its checkpoint; returns the error's text."""
     run = copy_of(folder / layout, folder / f"{layout}_full")
     trainer = trainer_for(run, layout)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

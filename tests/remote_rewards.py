@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LEFT_OUT = 97  # every so many images
-LACKING = {"transformers", "trl", "accelerate", "datasets", "diffusers", "torchvision", "urllib3", "scipy", "sklearn"}
+MISSING = {"transformers", "trl", "accelerate", "datasets", "diffusers", "torchvision", "urllib3", "scipy", "sklearn"}
 
 
 def encode(index: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ def number(
 
 
 def number_in_a_lean_process(*, images: Tensor, **arguments: Any) -> list[int | None]:
-    """`number`; raises if a module is loaded that the environment of a served reward may lack."""
-    loaded = sorted(LACKING & sys.modules.keys())
+    """`number`; raises if a module is loaded that the environment of a served reward may not have."""
+    loaded = sorted(MISSING & sys.modules.keys())
     assert not loaded, f"the server imported {', '.join(loaded)}"
     return number(images=images, **arguments)
 

@@ -44,7 +44,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, complaint):
         ("advantage_clip", "it was removed: advantages are scaled by scale_rewards alone"),
     ],
 )
-def test_a_former_setting_is_answered_with_what_became_of_it(train, tmp_path, complaint, setting, answer):
+def test_a_former_setting_is_refused_with_its_successor(train, tmp_path, complaint, setting, answer):
     assert complaint(2, train(f"--{setting}", "1")) == f"unknown option --{setting}; {answer}"
     path = tmp_path / "recipe.yaml"
     path.write_text((RECIPES / "grpo.yaml").read_text() + f"{setting}: 1\n")
@@ -189,7 +189,7 @@ def test_a_configuration_that_contradicts_itself(train, broken_student, complain
     assert "image_size 8 is not a multiple of latent_stride x patch_size = 1 x 3" in line
 
 
-def test_a_configuration_that_is_no_json(train, broken_student, complaint):
+def test_a_configuration_that_is_not_json(train, broken_student, complaint):
     (broken_student / "config.json").write_text('{"model_type": "mar", ')
     line = complaint(1, train(model=broken_student))
     assert f"cannot read the configuration of {broken_student}" in line
@@ -286,19 +286,19 @@ def test_too_few_images_to_evaluate_are_noticed_before_training(train, tmp_path,
         ),
     ],
 )
-def test_what_could_not_work_is_said_before_an_earlier_run_is_deleted(train, tmp_path, complaint, settings, message):
+def test_invalid_settings_are_refused_before_an_earlier_run_is_deleted(train, tmp_path, complaint, settings, message):
     (tmp_path / "run" / "checkpoint-900").mkdir(parents=True)
     assert complaint(2, train(overwrite_output_dir=True, **settings)).startswith(message)
     assert (tmp_path / "run" / "checkpoint-900").exists()
 
 
-def test_a_run_whose_groups_were_all_flat_says_so_at_its_end(train, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_groups_all_had_equal_rewards_says_so_at_its_end(train, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("def flat(images, **columns):\n    return [0.5] * len(images)\n")
     monkeypatch.chdir(tmp_path)
     assert train(reward_funcs="mine.py:flat") == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[-2].startswith("done: ")
-    assert told[-1].startswith(
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("done: ")
+    assert lines[-1].startswith(
         "note: the rewards taught nothing: all images of a group had equal rewards in every logged step"
     )
     assert train(overwrite_output_dir=True) == 0

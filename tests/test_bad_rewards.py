@@ -106,7 +106,7 @@ def test_a_reward_file_that_is_not_there(train, tmp_path, complaint):
     assert str(tmp_path / "nowhere.py") in line
 
 
-def test_a_reward_that_its_file_lacks(train, rewards, complaint):
+def test_a_reward_that_is_missing_from_its_file(train, rewards, complaint):
     line = complaint(2, train(reward_funcs=f"{rewards}:plane"))
     assert "plane" in line and "plain" in line
 

@@ -58,7 +58,7 @@ def test_the_loader_hands_out_a_sign_where_a_batch_is_reused():
     assert second == REUSE
 
 
-def test_a_data_set_is_told_the_epoch():
+def test_a_data_set_receives_the_epoch():
     class Flips(Dataset):
         def __len__(self) -> int:
             return 6

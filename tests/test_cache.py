@@ -86,7 +86,7 @@ def test_every_image_is_there_once_with_its_label_and_moments(finished, images, 
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_manifest_counts_images_and_lists_what_was_skipped(finished):
+def test_the_manifest_counts_images_and_lists_skipped_ones(finished):
     manifest = json.loads((finished / "manifest.json").read_text())
     assert (
         manifest["images"] == 58 and manifest["class_counts"] == [20, 19, 19] and len(manifest["shards"]) == NUM_SHARDS
@@ -121,12 +121,12 @@ def test_workers_that_decode_change_nothing(build, finished, tmp_path):
     assert contents(tmp_path / "cache") == contents(finished)
 
 
-def test_progress_is_told(build):
-    told = []
-    build(progress=told.append)
-    assert [p.shards_done for p in told] == [shard for shard in range(8) for _ in range(2 if shard < 7 else 1)]
-    assert told[-1].num_skipped == 2 and [image["index"] for p in told for image in p.skipped] == [25, 59]
-    assert all(p.shards_total == 8 and p.images_per_second > 0 for p in told)
+def test_progress_is_reported(build):
+    reports = []
+    build(progress=reports.append)
+    assert [p.shards_done for p in reports] == [shard for shard in range(8) for _ in range(2 if shard < 7 else 1)]
+    assert reports[-1].num_skipped == 2 and [image["index"] for p in reports for image in p.skipped] == [25, 59]
+    assert all(p.shards_total == 8 and p.images_per_second > 0 for p in reports)
 
 
 def test_a_shard_of_corrupt_images_only_is_empty(build, codec, tmp_path):
@@ -195,11 +195,11 @@ def test_killed_processes_leave_a_cache_that_is_resumed_to_the_same_bytes(images
     assert all((folder / name).stat().st_mtime_ns == when for name, when in kept.items())  # nothing was done twice
 
 
-def test_what_a_killed_process_leaves_half_written_is_rebuilt(build, copy, finished):
+def test_files_that_a_killed_process_left_half_written_are_rebuilt(build, copy, finished):
     (copy / "manifest.json").unlink()
     half = (copy / "shard-00001.safetensors").read_bytes()[:500]
     (copy / "shard-00001.safetensors").write_bytes(half)  # with its sidecar
-    (copy / "shard-00002.json").unlink()  # whole, but nobody says so
+    (copy / "shard-00002.json").unlink()  # complete, but nothing says so
     (copy / "shard-00003.safetensors").unlink()
     (copy / "shard-00004.json").write_text('{"file": "shard-000')
     (copy / "shard-00005.json").unlink()
@@ -264,7 +264,7 @@ def repaired(tmp_path) -> Path:
     return root
 
 
-def test_repaired_and_replaced_images_are_noticed_and_only_their_shards_built_anew(build, repaired, tmp_path):
+def test_repaired_and_replaced_images_are_noticed_and_only_their_shards_rebuilt(build, repaired, tmp_path):
     folder, found = tmp_path / "cache", []
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     noise_image(1005).save(repaired / "bee" / "0005.png")  # image 25, of shard 3
@@ -295,7 +295,7 @@ def test_an_image_of_the_same_size_and_an_image_readable_by_now_are_noticed(buil
     assert found[1].names == ["ant/0002.png"]
 
 
-def test_a_copy_of_the_images_with_other_times_builds_nothing_anew(build, repaired, tmp_path):
+def test_a_copy_of_the_images_with_other_times_rebuilds_nothing(build, repaired, tmp_path):
     folder = tmp_path / "cache"
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     for path in repaired.glob("*/*.png"):
@@ -307,7 +307,7 @@ def test_a_copy_of_the_images_with_other_times_builds_nothing_anew(build, repair
     assert contents(folder) == contents(tmp_path / "fresh")  # the new times are recorded
 
 
-def test_training_is_told_of_added_and_lost_images(repaired, tmp_path):
+def test_training_reports_added_and_lost_images(repaired, tmp_path):
     noise_image(3).save(repaired / "ant" / "new.png")
     assert "images were added, removed or renamed in" in MomentsCache(tmp_path / "cache").changes()
     repaired.rename(tmp_path / "elsewhere")
@@ -414,7 +414,7 @@ def test_a_shard_whose_header_is_damaged_is_named(copy):
             MomentsCache(copy)[0]
 
 
-def test_what_is_no_cache_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_cache_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no cache at .*nowhere: the folder does not exist"):
         load_moments(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no class folders"):

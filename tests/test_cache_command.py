@@ -58,7 +58,7 @@ def cache(recipe, tmp_path, capsys):
     return run
 
 
-def test_a_recipe_becomes_a_cache_and_skipped_images_are_told(cache, recipe, tmp_path):
+def test_a_recipe_becomes_a_cache_and_skipped_images_are_listed(cache, recipe, tmp_path):
     code, out, err = cache()
     assert code == 0 and out.splitlines()[:2] == [CLASSES, f"done: {tmp_path / 'cache'} {DONE}"]
     assert out.splitlines()[3] == "  cow/0019.png: not an image format that Pillow knows"
@@ -108,7 +108,7 @@ def test_processes_that_a_launcher_places_share_the_work(cache, monkeypatch, tmp
     assert code == 2 and "num_processes is 4, but the environment says WORLD_SIZE=2" in err
 
 
-def test_several_processes_are_started_and_the_end_is_told_once(cache, monkeypatch, tmp_path, recipe):
+def test_several_processes_are_started_and_the_end_is_reported_once(cache, monkeypatch, tmp_path, recipe):
     started = []
 
     def run_both(launch, arguments, grace):
@@ -168,7 +168,7 @@ def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
         (["--shard_sise", "4"], 2, "unknown option --shard_sise; did you mean shard_size"),
     ],
 )
-def test_what_is_wrong_is_one_line(cache, words, code, message):
+def test_an_error_is_one_line(cache, words, code, message):
     found, _, err = cache(*words)
     assert found == code and len(err.splitlines()) == 1 and message in err
 

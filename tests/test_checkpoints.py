@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: how they are sealed, what is found wrong with them, and a disk that fills."""
+"""Checkpoints are complete or absent: how they are sealed, how damage is found, and a disk that fills."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_the_manifest_lists_every_file_and_who_wrote_it(run):
     assert manifest["versions"]["torch"] is not None
 
 
-def test_a_reader_sees_no_checkpoint_before_it_is_whole(tmp_path, monkeypatch):
-    """At each call that writes a file of the checkpoint, the run's folder holds whole ones only."""
+def test_a_checkpoint_is_visible_only_when_it_is_complete(tmp_path, monkeypatch):
+    """At each call that writes a file of the checkpoint, the run's folder holds complete ones only."""
     seen = []
     original = MARTrainer._save_optimizer_and_scheduler
 
@@ -107,8 +107,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(copy, capsys, f
     newest = copy / "checkpoint-6"
     wrong = harm(newest / file)
     assert find_checkpoint(copy, "latest") == copy / "checkpoint-4"
-    told = capsys.readouterr().out
-    assert told.startswith(f"{newest} is damaged ({wrong}") and told.endswith(f"; resuming from {copy}/checkpoint-4\n")
+    message = capsys.readouterr().out
+    assert message.startswith(f"{newest} is damaged ({wrong}") and message.endswith(
+        f"; resuming from {copy}/checkpoint-4\n"
+    )
     with pytest.raises(CheckpointError, match=f"checkpoint-6 is not a complete checkpoint: {wrong}"):
         find_checkpoint(copy, str(newest))
 
@@ -128,7 +130,7 @@ def test_a_checkpoint_of_a_version_without_manifests_can_be_resumed(copy):
     assert trainer.state.global_step == 7
 
 
-def test_what_a_killed_run_left_unfinished_is_removed_and_never_resumed(copy):
+def test_unfinished_checkpoints_of_a_killed_run_are_removed_and_never_resumed(copy):
     torn = copy / UNFINISHED / "checkpoint-8"
     shutil.copytree(copy / "checkpoint-6", torn)
     assert find_checkpoint(copy, "latest") == copy / "checkpoint-6"
@@ -178,9 +180,9 @@ def test_a_disk_that_fills_stops_the_run_and_takes_nothing_away(copy, size, writ
     trainer = saving_trainer(copy, max_steps=9)
     with largest_file(size), pytest.raises(CheckpointError) as raised:
         trainer.train(resume_from_checkpoint=str(copy / "checkpoint-6"))
-    told = str(raised.value)
-    assert told.startswith(f"{written.format(copy)} could not be written: ")
-    assert told.endswith(
+    message = str(raised.value)
+    assert message.startswith(f"{written.format(copy)} could not be written: ")
+    assert message.endswith(
         f" GB are free there, make room first); {copy / 'checkpoint-6'} is complete, --resume continues from it"
     )
     assert [find_problem(folder) for folder in checkpoints_in(copy)] == [None, None]
@@ -190,7 +192,7 @@ def test_a_disk_that_fills_stops_the_run_and_takes_nothing_away(copy, size, writ
     assert (copy / "final" / "model.safetensors").exists()
 
 
-def test_a_disk_that_is_full_from_the_start_says_that_there_is_no_checkpoint(tmp_path):
+def test_with_a_disk_that_is_full_from_the_start_the_error_says_that_there_is_no_checkpoint(tmp_path):
     with (
         largest_file(1_000),
         pytest.raises(CheckpointError, match=r"; there is no checkpoint yet"),
@@ -208,7 +210,7 @@ def written_by_two(checkpoint: Path) -> str:
     return str(checkpoint)
 
 
-def test_a_step_that_needs_what_other_processes_kept_is_refused(copy):
+def test_a_step_that_needs_the_state_of_other_processes_is_refused(copy):
     """The auxiliary network's steps 4 and 5 learn from the sample that each process drew in step 3."""
     checkpoint = written_by_two(copy / "checkpoint-4")
     with pytest.raises(CheckpointError, match=r"written by 2 processes, and this run has 1 process: step 4 continues"):

@@ -129,7 +129,7 @@ def test_arguments_that_a_command_does_not_know(command, capsys, arguments, expe
     assert not calls
 
 
-def test_options_of_nested_commands_are_suggested_before_missing_ones_are_told(capsys):
+def test_options_of_nested_commands_are_suggested_before_missing_ones_are_named(capsys):
     assert cli.main(["rewards", "score", "classifier", "--imges", "x"]) == 2
     assert "unknown option '--imges'; did you mean --images" in error_line(capsys)
 
@@ -254,7 +254,7 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-def test_report_writes_a_page_into_the_run_or_where_it_is_told(tmp_path, capsys, monkeypatch):
+def test_report_writes_a_page_into_the_run_or_to_the_given_output(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
     assert cli.main(["report", str(first)]) == 0
@@ -264,7 +264,7 @@ def test_report_writes_a_page_into_the_run_or_where_it_is_told(tmp_path, capsys,
     assert capsys.readouterr().out.splitlines()[-1] == "report: page.html"
 
 
-def test_report_of_a_folder_that_is_no_run(tmp_path, capsys):
+def test_report_of_a_folder_that_is_not_a_run(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nothing")]) == 2
     assert "nothing" in error_line(capsys)
 
@@ -363,7 +363,7 @@ def test_a_corrupt_image_is_named(gallery, capsys):
         (["mine.py:Brightness", "--prompts", "prompts.txt", "--reward_kwargs", "[]"], 2, "must be a mapping"),
     ],
 )
-def test_score_names_what_is_wrong(gallery, capsys, arguments, code, expected):
+def test_score_names_the_error(gallery, capsys, arguments, code, expected):
     Path("long.txt").write_text("zero\none\ntwo\n")
     assert score(*arguments) == code
     assert expected in error_line(capsys)

@@ -40,7 +40,7 @@ from marval_rl.rewarding import RewardSet
         ({"score": 1.0}, "returned a dict"),
     ],
 )
-def test_what_is_no_score_is_refused(returned, message):
+def test_values_that_are_not_scores_are_refused(returned, message):
     with pytest.raises(RewardError, match=message):
         RewardSet([constant(returned)]).score(**batch())
 
@@ -169,7 +169,7 @@ def test_without_gradients_no_graph_is_kept():
         (lambda: torch.set_default_device("meta"), "default device .* from cpu to meta; give"),
     ],
 )
-def test_changing_what_the_whole_process_shares_is_refused_and_undone(change, message, tmp_path):
+def test_changes_of_process_state_are_refused_and_undone(change, message, tmp_path):
     def careless(*, images, **columns):
         change()
         return [0.5] * len(images)

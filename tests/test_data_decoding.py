@@ -1,4 +1,4 @@
-"""One image, one meaning: whatever reads a file sees the same 8-bit RGB pixels, or is told why there are none."""
+"""One image, one meaning: every reader of a file gets the same 8-bit RGB pixels, or the reason why there are none."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_a_class_label_knows_its_names_and_text_is_sorted():
     assert source.class_names == ["ant", "dog"] and source.class_labels == [1, 0, 1]
 
 
-def test_whole_numbers_take_given_names_even_if_the_last_classes_have_no_images():
+def test_integer_labels_take_given_names_even_if_the_last_classes_have_no_images():
     source = HubImages(rows([0, 3]), class_names="imagenet")
     assert len(source.class_names) == 1000 and source.class_names[3] == "tiger shark"
     with pytest.raises(DataError, match=r"2 class_names were given, but .* has 4 classes"):
@@ -275,7 +275,7 @@ def test_a_missing_path_asks_nobody(tmp_path, monkeypatch, name):
         load_labelled_images(name)
 
 
-def test_a_hub_id_is_asked_for_and_what_goes_wrong_is_said(monkeypatch):
+def test_a_hub_id_is_looked_up_and_errors_name_it(monkeypatch):
     asked = []
 
     def load_dataset(name, split):

@@ -81,7 +81,7 @@ def test_what_gets_no_gradient_in_a_step_does_not_move_in_it(two_processes, name
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_the_final_folder_holds_the_whole_average_and_auxiliary_network(two_processes, name):
+def test_the_final_folder_holds_the_complete_average_and_auxiliary_network(two_processes, name):
     weights, final = two_processes.weights(name), two_processes.folder / name / "final"
     files = {"average": "model.safetensors", "auxiliary": "auxiliary.safetensors"}
     for network in ("average",) if name == "pretrain" else files:

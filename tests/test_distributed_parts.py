@@ -64,12 +64,12 @@ def test_a_pause_is_over_when_it_is_not_asked_for_again(networks, optimizer):
     assert torch.equal(networks[AUXILIARY], torch.ones(3))
 
 
-def test_means_leave_out_what_is_not_a_number():
+def test_means_leave_out_nan():
     nan = torch.tensor(float("nan"))
     assert mean_over_processes({"some": [nan, torch.tensor(2.0), torch.tensor(3.0)], "none": [nan]}) == {"some": 2.5}
 
 
-def test_without_zero_3_all_weights_are_whole_already():
+def test_without_zero_3_all_weights_are_complete_already():
     model = tiny_model()
     assert [list(map(id, chunk)) for chunk in gathered_in_chunks(model.parameters())] == [
         list(map(id, model.parameters()))

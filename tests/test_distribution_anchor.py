@@ -100,7 +100,7 @@ class NoGradient:
         return images.flatten(1)
 
 
-def test_what_could_not_work_is_refused_with_a_remedy(tmp_path):
+def test_invalid_combinations_are_refused_with_a_remedy(tmp_path):
     data = tiny_images()
     one_of_a_class = [row for row in data if int(row["class_labels"]) < 2] + data[2:3]
     for changes, rows, message in (

@@ -230,7 +230,11 @@ def test_class_names_from_a_file(evaluate, student, tmp_path):
         (("--dataset", "nowhere"), 1, "set eval_reference to a folder or statistics of others, or to none"),
         (("--recipe", "nowhere.yaml"), 2, "no recipe at nowhere.yaml"),
         (("--rewards", "clipp"), 2, "unknown reward 'clipp'"),
-        (("--rewards", "jpeg", "--prompt_template", "a picture"), 2, 'prompt_template "a picture" lacks {name}'),
+        (
+            ("--rewards", "jpeg", "--prompt_template", "a picture"),
+            2,
+            'prompt_template "a picture" does not contain {name}',
+        ),
         (("--reward_kwargs", "{"), 2, "--reward_kwargs must be a mapping"),
         (("--reward_kwargs", "[1]"), 2, "--reward_kwargs must be a mapping"),
         (("--reward_kwargs", "{clip: 1}"), 2, "--reward_kwargs must look like"),
@@ -243,7 +247,7 @@ def test_class_names_from_a_file(evaluate, student, tmp_path):
         (("--images", "folder"), 2, "give either the model"),
     ],
 )
-def test_what_cannot_be_evaluated(evaluate, arguments, code, message):
+def test_models_and_settings_that_cannot_be_evaluated(evaluate, arguments, code, message):
     found, _, err, results = evaluate("--num_images", 4, *arguments)
     assert found == code and message in err and err.count("\n") == 0
     assert results is None

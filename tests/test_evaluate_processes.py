@@ -55,7 +55,7 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def test_killed_processes_are_gone_on_with_by_torchrun_to_the_images_of_one(tmp_path):
+def test_after_a_kill_torchrun_completes_the_images_that_one_process_generates(tmp_path):
     student = save_student(tmp_path / "student")
     (tmp_path / "reward.py").write_text(REWARD)
     (tmp_path / "hang").touch()

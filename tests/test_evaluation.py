@@ -131,7 +131,7 @@ def test_how_images_are_batched_and_shared_changes_no_figure(evaluator):
         ({"extractors": {}}, 120, {"frechet_distance"}),
     ],
 )
-def test_what_cannot_be_measured_is_known_before(changes, count, missing):
+def test_the_figures_that_cannot_be_measured_are_known_in_advance(changes, count, missing):
     evaluator = make_evaluator(**changes)
     modes = ([0, 1, 2, 3] * 30)[:count]
     found = evaluator.evaluate(pictures(modes, 2), evaluator_labels := torch.arange(count) * 2 // max(count, 2))
@@ -207,7 +207,7 @@ def test_real_images_are_measured_once_until_they_or_the_extractor_change(monkey
         (torch.zeros(4, 1, 4, 4), [0, 0, 2, 2], "class labels must lie in 0..1, but they lie in 0..2"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(evaluator, images, labels, message):
+def test_inputs_that_cannot_be_judged_are_refused(evaluator, images, labels, message):
     with pytest.raises(ValueError, match=message):
         evaluator.evaluate(images, torch.tensor(labels, dtype=torch.long))
 
@@ -237,7 +237,7 @@ def test_names_in_metrics(spec, name):
     assert extractor_name(spec) == name
 
 
-def test_extractors_of_transformers_and_timm_see_what_their_library_sees(tmp_path):
+def test_extractors_of_transformers_and_timm_preprocess_as_their_library_does(tmp_path):
     import timm
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
@@ -272,7 +272,7 @@ def test_extractors_of_transformers_and_timm_see_what_their_library_sees(tmp_pat
         ("timm:no_such_model", "cannot load the feature extractor timm:no_such_model"),
     ],
 )
-def test_what_is_no_extractor(spec, message):
+def test_names_that_are_not_extractors(spec, message):
     with pytest.raises(Exception, match=message) as caught:
         load_extractors([spec])
     assert isinstance(caught.value, (ValueError, features.MarvalError))

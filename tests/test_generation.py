@@ -182,7 +182,7 @@ def test_sampling_under_inference_mode_does_not_spoil_later_training():
     assert student.diffloss.net.final_layer.linear.weight.grad.abs().max() > 0
 
 
-def test_a_rollout_without_exploration_is_what_generate_makes():
+def test_a_rollout_without_exploration_equals_generate():
     student, order = tiny_student(), random_order(4, 4, generator=seeded(5))
     generated = generate(student, LABELS, num_unmasking_steps=3, order=order, generator=seeded()).latents
     noise = torch.randn(16, 4, generator=seeded()).view(4, 4, 4)

@@ -170,7 +170,7 @@ def test_a_name_given_by_hand_comes_before_those_computed_from_it():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_reward_that_is_not_finite_stops_the_run_with_a_checkpoint(tmp_path, value):
-    """A reward says None for an image that it cannot score; anything else is a bug of its own."""
+    """A reward says None for an image that it cannot score; anything else is a bug."""
     calls = []
 
     def broken(images: Tensor, **_: Any) -> Tensor:

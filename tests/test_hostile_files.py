@@ -85,7 +85,7 @@ def test_code_inside_a_checkpoint_is_not_run(tmp_path, refused, place, protocol)
 
 def test_code_inside_a_legacy_checkpoint_is_not_run(tmp_path, refused):
     write_mar(tmp_path / "a.pth", legacy=True, epoch=touch(tmp_path / "canary"))
-    assert refused(tmp_path / "a.pth").startswith("FILE names exec, which is no part of weights")
+    assert refused(tmp_path / "a.pth").startswith("FILE names exec, which does not belong to weights")
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -99,7 +99,7 @@ def test_a_bare_pickle_is_not_opened(tmp_path, refused, protocol):
 @pytest.mark.parametrize(
     ("module", "name"), [("os", "system"), ("posix", "system"), ("builtins", "eval"), ("subprocess", "Popen")]
 )
-def test_the_forbidden_name_is_told(tmp_path, refused, module, name):
+def test_the_forbidden_name_is_reported(tmp_path, refused, module, name):
     """Written by hand, as pickle follows os.system to the platform's own module."""
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr(
@@ -108,7 +108,7 @@ def test_the_forbidden_name_is_told(tmp_path, refused, module, name):
         archive.writestr("a/version", b"3\n")
     full = name if module == "builtins" else f"{module}.{name}"
     assert refused(tmp_path / "a.pth") == (
-        f"FILE names {full}, which is no part of weights: loading it could run code, so it was refused"
+        f"FILE names {full}, which does not belong to weights: loading it could run code, so it was refused"
     )
 
 
@@ -195,7 +195,7 @@ def archive(**members: bytes) -> bytes:
         (b"N." + b"0" * 100, "FILE is not a checkpoint: it begins with b'N.000000'"),
         (b"cos\nsystem\n(S'true'\ntR.", "FILE is not a checkpoint: it begins with b'cos\\nsyst'"),
         (png(), "FILE is not a checkpoint: it begins with b'\\x89PNG"),
-        (b"\n<!DOCTYPE html><html>quota exceeded", "FILE is a web page, no checkpoint: a download that failed"),
+        (b"\n<!DOCTYPE html><html>quota exceeded", "FILE is a web page, not a checkpoint: the download failed"),
         (archive(word_xml=b"text"), "FILE is a zip file, but torch.save did not write it (it has no data.pkl)"),
         (archive(data_pkl=b"N.", constants_pkl=b""), "FILE is a TorchScript program, not a checkpoint"),
         (archive(data_pkl=b"N."), "FILE is "),
@@ -203,7 +203,7 @@ def archive(**members: bytes) -> bytes:
     ],
     ids=["text", "text that unpickles", "old pickle", "png", "html", "zip", "TorchScript", "None", "zip start"],
 )
-def test_files_that_are_no_checkpoints(tmp_path, refused, data, message):
+def test_files_that_are_not_checkpoints(tmp_path, refused, data, message):
     (tmp_path / "checkpoint-last.pth").write_bytes(data)
     assert refused(tmp_path / "checkpoint-last.pth").startswith(message)
 
@@ -211,7 +211,7 @@ def test_files_that_are_no_checkpoints(tmp_path, refused, data, message):
 def test_a_safetensors_file_is_sent_to_its_folder(tmp_path, refused):
     main(["convert", str(write_mar(tmp_path / "a.pth")), str(tmp_path / "model")])
     line = refused(tmp_path / "model" / "model.safetensors")
-    assert line == "FILE is a safetensors file, no official checkpoint: give the model folder it lies in"
+    assert line == "FILE is a safetensors file, not an official checkpoint: give the model folder it lies in"
 
 
 def test_a_checkpoint_that_was_packed_again(tmp_path, refused):
@@ -243,22 +243,25 @@ def test_a_folder_and_a_missing_file(tmp_path, capsys):
         ({"model_ema": [torch.zeros(1)]}, "'model_ema' of FILE holds no weights: it is a list"),
         ({"model_ema": {3: torch.zeros(1)}}, "FILE has a weight without a proper name: 3"),
         ({"model_ema": {"\033[2J": torch.zeros(1)}}, "FILE has a weight without a proper name: '\\x1b[2J'"),
-        ({"model_ema": {"a": 1.5}}, "a of FILE is no tensor but a float"),
+        ({"model_ema": {"a": 1.5}}, "a of FILE is not a tensor but a float"),
         ({"model_ema": {"a": torch.zeros(3, dtype=torch.int64)}}, "a of FILE holds torch.int64; official weights are"),
         ({"model_ema": {"a": torch.zeros(3, dtype=torch.bool)}}, "a of FILE holds torch.bool; official weights are"),
         ({"model_ema": {"a": torch.zeros(3).half()}}, "a of FILE holds torch.float16; official weights are"),
         ({"model_ema": {"a": torch.zeros(0, 4)}}, "a of FILE is empty: its shape is [0, 4]"),
         (
             {"model_ema": {"a": torch.zeros(3, device="meta")}},
-            "a of FILE is a sparse, quantised or empty-handed",
+            "a of FILE is a sparse or quantised tensor, or one without data",
         ),
-        ({"model_ema": {"a": torch.eye(3).to_sparse()}}, "a of FILE is a sparse, quantised or empty-handed"),
+        (
+            {"model_ema": {"a": torch.eye(3).to_sparse()}},
+            "a of FILE is a sparse or quantised tensor, or one without data",
+        ),
         ({"model_ema": {"a": torch.zeros(1).expand(10**6, 10**6)}}, "a of FILE claims 1,000,000,000,000 numbers, but"),
         ({"model_ema": {"a": torch.zeros(1)}}, "the weights of FILE do not fit: 7 missing: class_emb.weight"),
         (mar_content() | {"args": {"img_size": 64}}, "'args' of FILE is a dict, not an argparse.Namespace"),
     ],
 )
-def test_contents_that_are_no_weights(tmp_path, refused, content, message):
+def test_contents_that_are_not_weights(tmp_path, refused, content, message):
     torch.save(content, tmp_path / "a.pth")
     assert refused(tmp_path / "a.pth").startswith(message)
 
@@ -303,11 +306,11 @@ def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path, refused):
 def test_a_hostile_vae(tmp_path, capsys):
     torch.save({"model": vae_weights() | {"loss.x": touch(tmp_path / "canary")}}, tmp_path / "kl16.ckpt")
     assert main(["convert", str(tmp_path / "kl16.ckpt"), str(tmp_path / "vae")]) == 1
-    assert "names exec, which is no part of weights" in capsys.readouterr().err
+    assert "names exec, which does not belong to weights" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kl16.ckpt"]
 
 
-def test_a_vae_is_no_mar(tmp_path):
+def test_a_vae_is_not_a_mar(tmp_path):
     path = write_vae(tmp_path / "kl16.ckpt")
     with pytest.raises(CheckpointError, match="has no 'model_ema' weights; it holds 'model'"):
         load_model(path)

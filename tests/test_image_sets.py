@@ -166,7 +166,7 @@ def test_the_batch_size_changes_no_image_beyond_rounding(tmp_path, model):
     assert (other_seed - whole).abs().float().mean() > 10
 
 
-def test_what_is_done_is_not_done_again(tmp_path, model, generated):
+def test_finished_work_is_not_repeated(tmp_path, model, generated):
     run = make_run(tmp_path)
     run.do_share(model, CODEC, measuring(), 0, 2)
     assert generated == [0, 2]

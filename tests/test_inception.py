@@ -60,7 +60,7 @@ def test_all_figures_are_those_of_torch_fidelity(weights, folders):
 # The file of weights
 
 
-def test_missing_weights_are_told_with_their_source(tmp_path):
+def test_missing_weights_are_named_with_their_source(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         Inception(tmp_path / "nowhere.pth")
     assert "no Inception weights at" in str(caught.value)
@@ -80,7 +80,7 @@ def test_weights_that_are_none(tmp_path, weights):
     state = torch.load(weights, weights_only=True)
     del state["fc.bias"]
     cases = {
-        "code": ({"a": Malicious(tmp_path / "executed")}, "which is no part of weights"),
+        "code": ({"a": Malicious(tmp_path / "executed")}, "which does not belong to weights"),
         "list": ([1, 2], "holds a list, not a dict"),
         "other": ({"a": torch.zeros(2)}, "holds no weights of torch-fidelity's Inception"),
         "fewer": (state, "holds no weights of torch-fidelity's Inception"),

@@ -36,9 +36,9 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(tmp_path):
     start = time.monotonic()
     assert run.wait(timeout=60) == [1, 1], run.output()
     assert time.monotonic() - start < 60
-    told = "process 1 (in step 3) did not answer within 10 s (ddp_timeout)"
+    reason = "process 1 (in step 3) did not answer within 10 s (ddp_timeout)"
     kept = tmp_path / "checkpoint-3"
     waiting, hanging = ((tmp_path / f"output_{rank}.txt").read_text() for rank in RANKS)
-    assert waiting.rstrip().endswith(f"marval-rl: error: {told}; {kept} is complete, --resume continues from it")
-    assert re.search(rf"error: process 1 ends: another one found that {re.escape(told)}$", hanging.rstrip())
+    assert waiting.rstrip().endswith(f"marval-rl: error: {reason}; {kept} is complete, --resume continues from it")
+    assert re.search(rf"error: process 1 ends: another one found that {re.escape(reason)}$", hanging.rstrip())
     assert [find_problem(folder) for folder in checkpoints_in(tmp_path)] == [None]

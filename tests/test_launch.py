@@ -96,7 +96,7 @@ def test_a_preset_is_a_file_of_the_package(name):
     assert planned("--num_processes", "1", "--accelerate_config", name).settings == {"deepspeed": name}
 
 
-def test_what_is_no_preset_stays_as_it_is(tmp_path):
+def test_values_that_are_not_presets_are_unchanged(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text('\ufeff{"a": 1}', encoding="utf-8")  # as editors of Windows save it
     for value in (None, {"a": 1}, '{"a": 1}'):
@@ -153,7 +153,7 @@ def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp
         ({"distributed_type": "DEEPSPEED"}, "no preset fits its deepspeed_config"),
     ],
 )
-def test_what_only_accelerate_can_do_is_refused(tmp_path, config, message):
+def test_options_that_only_accelerate_supports_are_refused(tmp_path, config, message):
     with pytest.raises(RecipeError, match=message):
         read_accelerate_config(write(tmp_path / "a.yaml", **config))
 
@@ -180,20 +180,21 @@ def test_the_repositorys_own_configurations_are_understood(file, monkeypatch):
 # A dry run
 
 
-def test_a_dry_run_says_what_would_be_launched_and_counts_with_it(tiny_runs, tmp_path, capsys):
+def test_a_dry_run_prints_the_launch_and_plans_with_its_processes(tiny_runs, tmp_path, capsys):
     words = command_line("grpo", tmp_path / "run", "--dry_run", **tiny_runs.models_of("grpo"))
     launch = "--num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --accelerate_config zero2"
     assert main([*words, *launch.split()]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "would launch 2 processes here, ranks 2 to 3 of 4, machine 1 of 2, the first process at 10.0.0.1:29500" in told
+        "would launch 2 processes here, ranks 2 to 3 of 4, machine 1 of 2, the first process at 10.0.0.1:29500"
+        in output
     )
-    assert "--dry_run --deepspeed zero2" in told
+    assert "--dry_run --deepspeed zero2" in output
     assert (
-        "images per update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes" in told
+        "images per update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes" in output
     )
-    assert "generation batch: 128 images = 32 groups of 4" in told
-    assert "planned for 4 processes in float32" in told
+    assert "generation batch: 128 images = 32 groups of 4" in output
+    assert "planned for 4 processes in float32" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -285,7 +286,7 @@ ALONE = "started as one of 2 (WORLD_SIZE), but runs as one of 1"
         ("evaluate --images a", "a folder of images is evaluated by one process: leave out --num_processes"),
     ],
 )
-def test_what_several_processes_cannot_share_is_refused_in_them(words, message, tmp_path, monkeypatch, complaint):
+def test_settings_that_several_processes_cannot_share_are_refused(words, message, tmp_path, monkeypatch, complaint):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert message in complaint(2, main(words.split()))
@@ -371,7 +372,7 @@ def test_every_process_knows_its_place_and_gets_the_arguments_as_they_are(tmp_pa
         ("sys.exit(130)", KeyboardInterrupt, ""),
     ],
 )
-def test_a_failure_is_told_once_in_the_words_of_the_process_that_failed(script, error, message, capfd):
+def test_a_failure_is_reported_once_with_the_message_of_the_process_that_failed(script, error, message, capfd):
     began = time.monotonic()
     with pytest.raises(error) as raised:
         start(script, grace=2)
@@ -484,8 +485,8 @@ def test_a_restarted_run_continues_from_its_checkpoint_to_the_end_of_an_undistur
     assert main(command_line("grpo", tmp_path / "undisturbed", *launched, **settings)) == 0
     crashing = command_line("grpo", tmp_path / "run", "--overwrite_output_dir", *launched, **settings)
     assert main([*crashing, "--max_restarts", "1"]) == 0
-    told = capfd.readouterr().err
-    assert told.count("marval-rl: process 0 of 1: was killed by SIGKILL; restart 1 of 1") == 1
+    output = capfd.readouterr().err
+    assert output.count("marval-rl: process 0 of 1: was killed by SIGKILL; restart 1 of 1") == 1
     assert comparable_lines(tmp_path / "run") == comparable_lines(tmp_path / "undisturbed")
     weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("run", "undisturbed")]
     assert weights[0] == weights[1]
@@ -501,7 +502,7 @@ scored = 0
 
 
 def brightness(images, **columns):
-    \"""The launcher of the second machine is told to end when it comes here for the third time.\"""
+    \"""The launcher of the second machine gets SIGTERM when it comes here for the third time.\"""
     global scored
     scored += 1
     if scored == 3 and os.environ["RANK"] == "1":
@@ -535,15 +536,15 @@ def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
         )
         for rank in ("0", "1")
     ]
-    (told, errors), (silent, others) = (machine.communicate(timeout=240) for machine in machines)
+    (output, errors), (silent, others) = (machine.communicate(timeout=240) for machine in machines)
     assert [machine.returncode for machine in machines] == [130, 130], errors + others
     for text in (errors, others):
         assert text.splitlines()[-1] == "marval-rl: error: interrupted"
     assert (
-        "images per update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes" in told
+        "images per update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes" in output
     )
     step = read_lines(run)[-1]["step"]
-    assert f"stopped at step {step}: a checkpoint is kept, --resume continues from it" in told
+    assert f"stopped at step {step}: a checkpoint is kept, --resume continues from it" in output
     assert silent == ""
     assert [folder.name for folder in run.glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert find_checkpoint(run, "latest").name == f"checkpoint-{step}"

@@ -46,11 +46,11 @@ def one(folder, two) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_a_disk_that_is_full_for_one_process_stops_both_with_the_same_error(two, folder, layout):
-    told = two[0][layout]["full"]
-    assert two[1][layout]["full"] == told
+    message = two[0][layout]["full"]
+    assert two[1][layout]["full"] == message
     copy = folder / f"{layout}_full"
-    assert told.startswith(f"{copy}/checkpoint-5 could not be written: process 1: ")
-    assert told.endswith(f"; {copy}/checkpoint-3 is complete, --resume continues from it")
+    assert message.startswith(f"{copy}/checkpoint-5 could not be written: process 1: ")
+    assert message.endswith(f"; {copy}/checkpoint-3 is complete, --resume continues from it")
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
@@ -64,7 +64,7 @@ def test_a_loss_that_is_nan_in_one_process_moves_nothing_in_either(two, layout):
 @pytest.mark.parametrize(
     ("processes", "task"), [(2, task) for task in AMONG_TWO] + [(1, task) for task in IN_ONE if task != "zero2:ddp"]
 )
-def test_a_run_goes_on_under_another_layout_to_the_same_end(two, one, folder, processes, task):
+def test_a_run_that_continues_under_another_layout_ends_with_the_same_weights(two, one, folder, processes, task):
     found = two if processes == 2 else one
     assert [report[task] for report in found] == [None] * processes
     written, layout = task.split(":")
@@ -73,7 +73,7 @@ def test_a_run_goes_on_under_another_layout_to_the_same_end(two, one, folder, pr
         assert_close(value, expected[name], rtol=0, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_what_deepspeed_wrote_is_refused_by_a_plain_run(one, folder):
+def test_a_checkpoint_of_deepspeed_is_refused_by_a_plain_run(one, folder):
     checkpoint = folder / "zero2_to_ddp_1" / "checkpoint-3"
     assert one[0]["zero2:ddp"] == (
         f"{checkpoint} was written by 2 processes under ZeRO-2, and this run has 1 process: DeepSpeed's states and "

@@ -78,7 +78,7 @@ def test_a_limit_is_broken_by_the_newest_value(limit, values, broken):
     assert (broken_limit([limit], [{"step": 0, "loss": 1.0}, *history("x", *values)]) is not None) == broken
 
 
-def test_what_is_told_of_a_broken_limit():
+def test_the_message_of_a_broken_limit():
     limit = Limit("eval_diversity", "min_diversity", 0.9)
     assert limit.broken_by(history("eval_diversity", 0.8, 0.7)) == (
         "eval_diversity is 0.7 at step 10, below the limit 0.72 (min_diversity 0.9 x 0.8 at step 0)"
@@ -238,9 +238,9 @@ def test_a_stopped_run_ends_well_and_says_why(train, tiny_runs, tmp_path, capsys
     limits = {"beta": 0.1, "max_kl": 1e-12, "best_metric": "rewards/held_out_classifier/mean"}
     evaluated = {"max_steps": 6, "eval_strategy": "steps", "eval_on_start": True, "save_strategy": "steps"}
     assert train(**limits, **evaluated, learning_rate=1e-3) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("stopped at step 2: kl is ") and "(max_kl 1e-12)" in line for line in told)
-    assert told[-1].startswith(f"done: {run / 'final'} holds the model")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("stopped at step 2: kl is ") and "(max_kl 1e-12)" in line for line in lines)
+    assert lines[-1].startswith(f"done: {run / 'final'} holds the model")
     assert max(line["step"] for line in read_lines(run)) == 2
     best = json.loads((run / "best" / "best.json").read_text())
     judged = [line["eval_rewards/held_out_classifier/mean"] for line in read_lines(run) if "loss" not in line]

@@ -157,7 +157,7 @@ def test_the_final_folder_holds_the_merged_student_and_peft_loads_the_adapter(tm
     assert with_peft.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 
-def test_a_recipe_with_adapters_that_broke_off_ends_as_one_that_did_not(tiny_runs, tmp_path, monkeypatch):
+def test_an_interrupted_run_with_adapters_ends_as_an_undisturbed_one(tiny_runs, tmp_path, monkeypatch):
     settings = {**tiny_runs.models_of("grpo"), "use_peft": True, "lora_r": 4, "learning_rate": 1e-3}
     assert run_recipe("grpo", tmp_path / "whole", **settings) == 0
     original = MARTrainer.training_step
@@ -200,14 +200,14 @@ def test_the_settings_make_pefts_configuration():
     assert LoraArguments(use_peft=True, lora_target_modules=["qkv"]).config().target_modules == {"qkv"}
 
 
-def test_modules_that_the_student_lacks_are_refused():
+def test_modules_that_the_student_does_not_have_are_refused():
     with pytest.raises(ValueError, match="q_proj"):
         add_lora(tiny_student(), LoraConfig(target_modules=["q_proj"]), seed=0)
 
 
 def test_grpo_refuses_dropout_in_the_adapters(train, tmp_path: Path, complaint):
-    told = complaint(2, train(use_peft=True, lora_dropout=0.1))
-    assert told == "grpo needs lora_dropout 0, not 0.1: its ratios must begin at 1"
+    message = complaint(2, train(use_peft=True, lora_dropout=0.1))
+    assert message == "grpo needs lora_dropout 0, not 0.1: its ratios must begin at 1"
 
 
 def test_a_dry_run_counts_the_adapters_and_no_copy_for_the_reference(train, capsys):

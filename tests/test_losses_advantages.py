@@ -71,7 +71,7 @@ def test_the_advantages_are_those_of_trl(components, scale, aggregation):
 
 
 @pytest.mark.parametrize("aggregation", MULTI_OBJECTIVE_AGGREGATIONS)
-def test_one_reward_is_no_special_case(components, aggregation):
+def test_one_reward_is_not_a_special_case(components, aggregation):
     first = components[:, :1]
     expected = by_trl(first, [1.0], GROUP, "group", aggregation)
     torch.testing.assert_close(
@@ -88,7 +88,7 @@ def test_normalized_first_the_scale_of_a_reward_does_not_matter(components):
         assert lowest <= (before - after).abs().max() <= highest
 
 
-def test_rewards_that_tie_as_a_sum_are_told_apart_when_normalized_first():
+def test_rewards_that_tie_as_a_sum_are_distinguished_when_normalized_first():
     # GDPO's example: (0, 2) and (1, 1) have one sum, and yet the second image is the better one by both means.
     components = torch.tensor([[0.0, 2.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
     summed, _ = aggregate_advantages(components, [1.0, 1.0], 4)
@@ -213,7 +213,7 @@ def test_a_group_with_a_single_reward_has_nothing_to_compare():
     assert metrics["frac_reward_zero_std"].item() == 0.5
 
 
-def test_advantages_refuse_what_they_do_not_know():
+def test_advantages_refuse_invalid_arguments():
     with pytest.raises(ValueError, match='one of group, batch, none, not "std"'):
         group_advantages(torch.zeros(4), 2, "std")
     with pytest.raises(ValueError, match="5 rewards do not divide into groups of 2"):

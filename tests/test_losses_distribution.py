@@ -164,7 +164,7 @@ def test_an_image_alone_of_its_class_is_left_out_unless_there_are_recent_ones():
     assert float(distribution_loss(x[:1], labels[:1], held, x[1:], torch.tensor([1, 0]))) != 0
 
 
-def test_what_cannot_be_is_refused_by_name():
+def test_invalid_values_are_refused_by_name():
     with pytest.raises(ValueError, match="cosine"):
         Kernel("cosine")
     with pytest.raises(ValueError, match="class 1 has 1 real image"):

@@ -178,7 +178,7 @@ def test_a_mean_takes_the_log_prob_and_the_kl_by_the_size_of_the_action():
         ),
     ],
 )
-def test_the_losses_refuse_what_they_do_not_know(call, message):
+def test_the_losses_refuse_invalid_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -128,7 +128,7 @@ LONG = {"dtype": torch.long}
         (lambda: mode_entropy(torch.tensor([0, 3]), torch.zeros(2, **LONG), 3), r"must lie in 0\.\.2, not 0\.\.3"),
     ],
 )
-def test_what_cannot_be_measured(measure, message):
+def test_figures_that_cannot_be_measured(measure, message):
     with pytest.raises(ValueError, match=message):
         measure()
 

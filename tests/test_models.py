@@ -39,7 +39,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path, build):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_loading_a_folder_that_lacks_weights_keeps_no_uninitialised_memory(tmp_path):
+def test_loading_a_folder_with_missing_weights_leaves_no_uninitialised_memory(tmp_path):
     """Missing weights get the official initialisation; nothing is left as it was allocated."""
     model = tiny_model()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder_blocks")}

@@ -157,7 +157,7 @@ def test_a_batch_with_other_indices_is_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_what_the_cpu_draws():
+def test_a_gpu_draws_the_same_noise_as_the_cpu():
     host, device = IndexedNoise(5, INDICES), IndexedNoise(5, INDICES.cuda())
     assert torch.equal(host.order(5, 64), device.order(5, 64).cpu())
     torch.testing.assert_close(host.normal(500, 16), device.normal(500, 16).cpu(), rtol=1e-6, atol=1e-7)

@@ -144,7 +144,7 @@ def test_the_official_file_itself_generates(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["checkpoints/checkpoint-last.pth", "checkpoint-last.pth", "/nowhere/model.ckpt"])
-def test_a_file_that_is_not_there_is_no_hub_id(name):
+def test_a_missing_file_is_not_taken_for_a_hub_id(name):
     for load in (load_model, load_config):
         with pytest.raises(CheckpointError, match=f"no model at {name}"):
             load(name)
@@ -284,7 +284,7 @@ def test_a_one_step_student_has_no_official_form(tmp_path, fails):
         ({"image_channels": 1}, "image_channels 1, but the official code knows 3 only"),
     ],
 )
-def test_what_the_official_code_does_not_do_has_no_official_form(tmp_path, fails, changes, message):
+def test_models_that_the_official_code_does_not_support_cannot_be_exported(tmp_path, fails, changes, message):
     tiny_model(**{"image_channels": 3, **changes}).save_pretrained(tmp_path / "model")
     assert message in fails(1, tmp_path / "model", tmp_path / "a.pth", "--to_official")
 
@@ -296,7 +296,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
     assert line.startswith(f"OUT's folder {tmp_path / 'file'} cannot be written: ")
 
 
-def test_a_folder_that_is_there_is_replaced_only_when_told_so(checkpoint, tmp_path, fails):
+def test_an_existing_folder_is_replaced_only_on_request(checkpoint, tmp_path, fails):
     out = tmp_path / "out"
     out.mkdir()
     assert main(["convert", str(checkpoint), str(out)]) == 0  # an empty folder is free
@@ -311,7 +311,7 @@ def test_a_folder_that_is_there_is_replaced_only_when_told_so(checkpoint, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-last.pth", "out"]  # no leftovers
 
 
-def test_a_file_that_is_there_is_replaced_only_when_told_so(checkpoint, tmp_path, fails):
+def test_an_existing_file_is_replaced_only_on_request(checkpoint, tmp_path, fails):
     assert main(["convert", str(checkpoint), str(tmp_path / "out")]) == 0
     assert fails(2, tmp_path / "out", checkpoint, "--to_official").startswith(f"{checkpoint} is there already")
     assert main(["convert", str(tmp_path / "out"), str(checkpoint), "--to_official", "--overwrite"]) == 0
@@ -341,7 +341,7 @@ def test_options_that_do_not_belong_are_errors(checkpoint, tmp_path, fails):
     assert "invalid choice" in fails(2, checkpoint, tmp_path / "out", "--weights", "best")
 
 
-def test_folders_and_files_are_told_apart(checkpoint, tmp_path, fails):
+def test_folders_and_files_are_distinguished(checkpoint, tmp_path, fails):
     assert main(["convert", str(checkpoint), str(tmp_path / "out")]) == 0
     assert "is a model folder already" in fails(1, tmp_path / "out", tmp_path / "again")
     assert "is a folder: give the checkpoint file in it" in fails(1, tmp_path, tmp_path / "again")

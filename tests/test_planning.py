@@ -65,7 +65,7 @@ def test_the_published_sizes_are_counted_without_memory(tmp_path, monkeypatch):
         assert footprint.trained == student + auxiliary - footprint.held and footprint.held in (768, 1280)
 
 
-def test_the_table_shards_what_each_stage_shards():
+def test_the_table_shards_the_same_states_as_each_stage():
     gib = 2**30
     frozen = {"teacher": gib // 4, "VAE": gib // 4}
     footprint = Footprint(trained=gib, averaged=gib // 2, frozen=frozen, activations=gib)
@@ -281,7 +281,7 @@ def test_of_processes_that_a_launcher_started_the_first_prints_the_plan_for_all(
 
 
 @pytest.mark.parametrize("name", REAL_SIZE)
-def test_a_recipe_of_real_size_says_what_it_would_train_and_what_is_missing(name, tmp_path, monkeypatch, capsys):
+def test_the_dry_run_of_a_recipe_of_real_size_prints_its_plan_and_what_is_missing(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = command_for(REAL_SIZE[name])
     output = planned(capsys, command, str(REAL_SIZE[name]))

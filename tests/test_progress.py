@@ -51,7 +51,7 @@ def test_only_steps_that_read_images_count_and_a_resumed_run_times_its_own_steps
 
 
 @pytest.mark.parametrize("quiet", [{"disable_tqdm": True}, {"is_first": False}])
-def test_nothing_is_said_where_it_is_switched_off_or_by_other_processes(monkeypatch, capsys, quiet):
+def test_no_progress_is_printed_when_disabled_or_by_other_processes(monkeypatch, capsys, quiet):
     run(monkeypatch, seconds_a_step=60, **quiet)
     assert capsys.readouterr().err == ""
 

@@ -163,7 +163,7 @@ def test_epochs_are_a_length_of_training(files, tmp_path):
     assert main(command("distill", "base.yaml", **settings)) == 0
     assert_trained(tmp_path, steps=24)
     assert training_lines(tmp_path)[-1]["epoch"] == 2
-    # A finished run that is resumed writes final/ anew, and takes no step more.
+    # A finished run that is resumed writes final/ again, and takes no further step.
     assert main(command("distill", "base.yaml", "--resume", **settings)) == 0
     assert_trained(tmp_path, steps=24)
 

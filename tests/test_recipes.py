@@ -134,8 +134,10 @@ def test_an_unknown_key_is_answered_with_the_nearest_name(write, text, overrides
 def test_a_setting_of_trl_is_explained(write):
     ours = MARGRPOConfig.__dataclass_fields__
     for name in sorted(set(GRPOConfig.__dataclass_fields__) - set(ours)):
-        told = explain_trl_setting(name, ours)
-        assert told and re.match(f"{name} is a setting of TRL(; here it is |, and has no meaning here: )", told), name
+        answer = explain_trl_setting(name, ours)
+        assert answer and re.match(f"{name} is a setting of TRL(; here it is |, and has no meaning here: )", answer), (
+            name
+        )
     assert explain_trl_setting("num-generations", ours) is None and explain_trl_setting("zzz", ours) is None
     for text, overrides in (("model: a\nlog_completions: true\n", []), ("model: a\n", ["--log_completions"])):
         with pytest.raises(
@@ -178,7 +180,7 @@ def test_an_unknown_key_of_the_recipe_is_reported_with_its_file(write):
         ("lr_scheduler_type: sideways", "lr_scheduler_type: expected one of linear, cosine"),
     ],
 )
-def test_a_wrong_type_names_key_value_and_what_was_expected(write, line, expected):
+def test_a_wrong_type_names_key_value_and_expected_type(write, line, expected):
     key = line.split(":")[0]
     path = write(("" if key == "model" else "model: a\n") + line + "\n")
     with pytest.raises(RecipeError) as caught:
@@ -295,7 +297,7 @@ def test_a_missing_file_suggests_the_recipes_near_it(write, tmp_path, monkeypatc
         ("model: a\nenv: [A]\n", "env: expected a mapping"),
     ],
 )
-def test_a_file_that_is_no_recipe(write, text, expected):
+def test_a_file_that_is_not_a_recipe(write, text, expected):
     with pytest.raises(RecipeError, match=expected):
         parse(write(text))
 
@@ -312,7 +314,7 @@ def test_a_field_without_default_must_be_set():
         parse(None)
 
 
-def test_what_a_constructor_refuses_is_a_recipe_error():
+def test_an_error_of_a_constructor_is_a_recipe_error():
     with pytest.raises(RecipeError, match="num_generations must be at least 2, got 1"):
         parse(None, "--model", "a", "--num_generations", "1")
 
@@ -334,7 +336,7 @@ def test_a_saved_recipe_builds_the_same_configuration(write, tmp_path):
     assert training.lr_scheduler_type == "cosine" and training.max_steps == 3
 
 
-def test_the_recipe_of_a_run_has_what_was_set_and_our_own_fields_alone(write, monkeypatch):
+def test_the_recipe_of_a_run_has_only_the_given_settings_and_our_own_fields(write, monkeypatch):
     monkeypatch.setenv("MARVAL_TEST_VARIABLE", "before")
     types = (Method, Training)
     path = write("model: a\nmax_steps: 3\nhub_token: secret\nenv: {MARVAL_TEST_VARIABLE: secret}\n")

@@ -106,7 +106,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_files_that_are_no_reference(tmp_path, name):
+def test_files_that_are_not_references(tmp_path, name):
     content, message = CASES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):

@@ -106,7 +106,7 @@ def test_gradients_are_refused_before_anything_is_sent():
 # What another try does not change
 
 
-def test_what_the_server_says_of_the_reward_is_passed_on_at_once():
+def test_an_error_message_of_the_server_is_passed_on_at_once():
     calls = []
 
     def picky(*, images, **columns):
@@ -193,7 +193,7 @@ def strange_server(answer):
         (500, b"Internal Server Error", "status 500, Internal Server Error"),
     ],
 )
-def test_answers_that_are_no_scores_are_refused_at_once(status, body, message):
+def test_answers_that_are_not_scores_are_refused_at_once(status, body, message):
     with strange_server(lambda handler: (status, body)) as (url, asked):
         with pytest.raises(RewardError, match=message):
             RewardSet([Remote(f"{url}/behind/a/proxy/")]).score(**batch_for(IMAGES))
@@ -292,10 +292,10 @@ def test_a_busy_server_is_not_spoken_of_at_every_step(impatient, monkeypatch, ca
         remote = Remote(url)
         for _ in range(3):
             assert remote(**batch_for(IMAGES[:1])) == [1.0]
-    assert len(said(capsys)) == 2  # once that it waits, once that it goes on
+    assert len(said(capsys)) == 2  # once that it waits, once that it continues
 
 
-def test_an_answer_in_between_starts_the_waiting_anew(monkeypatch):
+def test_an_answer_in_between_restarts_the_waiting(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(client_module.time, "monotonic", lambda: clock[0])
     outage = client_module.Outage("http://here", max_wait=10)

@@ -123,7 +123,7 @@ OVERSIZED = {
 
 
 @pytest.mark.parametrize("kind", OVERSIZED)
-def test_what_is_too_large_is_refused_with_the_remedy(url, kind):
+def test_requests_that_are_too_large_are_refused_with_the_remedy(url, kind):
     body, message = OVERSIZED[kind]
     status, answer = ask(url, "POST", "/score", body)
     assert status == 413 and message in answer["error"] and "start the server with a larger --max_" in answer["error"]
@@ -200,13 +200,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_broken_is_refused_with_the_reason(url, kind):
+def test_broken_requests_are_refused_with_the_reason(url, kind):
     body, message = BROKEN[kind]
     status, answer = ask(url, "POST", "/score", body)
     assert status == 400 and message in answer["error"]
 
 
-def test_no_cut_of_a_request_is_taken_for_a_whole_one():
+def test_no_truncated_request_is_taken_for_a_complete_one():
     for length in range(len(WHOLE)):
         with pytest.raises(MalformedRequest):
             unpack(WHOLE[:length], LIMITS)

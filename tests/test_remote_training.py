@@ -1,4 +1,4 @@
-"""A training whose reward's server dies: it waits and goes on, or stops with a checkpoint, and loses nothing."""
+"""A run whose reward server dies: it waits and continues, or stops with a checkpoint, and loses nothing."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def assert_same_end(run: Path, other: Path) -> None:
     assert all(torch.equal(one[key][name], two[key][name]) for key in one for name in one[key])
 
 
-def test_the_server_comes_back_and_the_run_goes_on(server, undisturbed, tmp_path, capsys):
+def test_the_run_continues_when_the_server_comes_back(server, undisturbed, tmp_path, capsys):
     trainer = trainer_for(tmp_path, Remote(server.url))
     restart = threading.Timer(0.5, server.start)
 
@@ -127,7 +127,7 @@ def test_the_server_stays_away_and_the_run_stops_with_a_checkpoint(server, undis
     trainer_for(tmp_path, Remote(server.url)).train(resume_from_checkpoint=str(kept))
     assert_same_end(tmp_path, undisturbed)
 
-    # Every step stands in one line: steps 3 and 4 in one each, in the undisturbed run in one together.
+    # Every step is in one line: steps 3 and 4 in one each, in the undisturbed run together.
     lines, others = comparable_lines(tmp_path), comparable_lines(undisturbed)
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
     assert (lines[0], lines[3]) == (others[0], others[2])

@@ -60,7 +60,7 @@ def test_series_after_a_resume_takes_the_later_line():
 # --- run folders ---
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     run = make_run(tmp_path / "runs" / "a", rl_lines())
     with pytest.raises(ValueError, match="no such folder"):
         load_runs([tmp_path / "absent"])
@@ -91,7 +91,7 @@ def test_broken_files_are_named(tmp_path, name, content, message):
         load_runs([run])
 
 
-def test_runs_of_equal_name_are_told_apart(tmp_path):
+def test_runs_of_equal_name_are_distinguished(tmp_path):
     folders = [make_run(tmp_path / parent / "grpo", rl_lines()) for parent in ("small", "large")]
     assert [run.name for run in load_runs(folders)] == ["small/grpo", "large/grpo"]
     assert [run.name for run in load_runs(folders[:1])] == ["grpo"]
@@ -181,7 +181,7 @@ def test_several_runs_share_axes_and_are_compared(tmp_path):
     assert 'class="run" value="1"' in page
 
 
-def test_missing_things_are_said(tmp_path):
+def test_missing_figures_and_files_are_named(tmp_path):
     lines = [{key: value for key, value in line.items() if key not in ("kl", "eval_diversity")} for line in rl_lines()]
     page = text_of(report(make_run(tmp_path / "a", lines)))
     assert "Not logged: KL (beta above 0 turns it on)." in page
@@ -189,7 +189,7 @@ def test_missing_things_are_said(tmp_path):
     assert "There is no samples/ yet." in page and "There is no evaluation.json yet." in page
 
 
-def test_missing_things_are_said_of_the_runs_that_miss_them(tmp_path):
+def test_missing_figures_are_named_for_each_run(tmp_path):
     without = [{key: value for key, value in line.items() if key != "kl"} for line in rl_lines()]
     runs = {"a": rl_lines(), "b": without, "c": without}
     page = text_of(report(*(make_run(tmp_path / name, lines) for name, lines in runs.items())))

@@ -78,7 +78,7 @@ def assert_equal_nested(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)
-def test_a_run_that_broke_off_and_was_resumed_ends_as_one_that_did_not(
+def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(
     undisturbed, tiny_runs, tmp_path, monkeypatch, recipe
 ):
     run, settings = tmp_path / "run", tiny_runs.models_of(recipe)
@@ -150,7 +150,7 @@ def test_a_checkpoint_can_be_named(undisturbed, tiny_runs, tmp_path):
 
 
 @pytest.mark.parametrize("resume", ["latest", "named"])
-def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path, resume):
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path, resume):
     torn = tmp_path / "checkpoint-2"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 2, "log_hist')
@@ -249,7 +249,7 @@ def test_other_folders_named_checkpoint_are_passed_over(tmp_path):
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-20"
 
 
-def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(undisturbed, tiny_runs, tmp_path, capsys):
+def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(undisturbed, tiny_runs, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(undisturbed["distill"], run)
     models = tiny_runs.models_of("distill")

@@ -40,7 +40,7 @@ def resume(finished, tiny_runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("learning_rate", 1e-7, "learning_rate is 1e-07, and was 0.001"),
         ("lr_scheduler_type", "cosine", "lr_scheduler_type is cosine, and was linear"),
@@ -51,23 +51,23 @@ def resume(finished, tiny_runs, tmp_path):
         ("weight_decay", 0.1, "weight_decay is 0.1, and was 0.0"),
     ],
 )
-def test_a_resumed_run_refuses_what_would_make_it_another(resume, tmp_path, complaint, name, value, told):
+def test_a_resumed_run_refuses_settings_that_would_change_its_result(resume, tmp_path, complaint, name, value, message):
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
     line = complaint(2, resume(**{name: value}))
-    assert told in line and "start a new run from its weights" in line and "recipe.yaml" in line
+    assert message in line and "start a new run from its weights" in line and "recipe.yaml" in line
     assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
 
 
-def test_another_length_counts_from_the_next_step_on_and_is_said(resume, tmp_path, capsys):
+def test_another_length_counts_from_the_next_step_on_and_is_printed(resume, tmp_path, capsys):
     run = tmp_path / "run"
     assert resume(max_steps=8, logging_steps=2, save_steps=4, eval_strategy="steps", eval_steps=8) == 0
     output = capsys.readouterr().out
-    for told in (
+    for message in (
         "max_steps is 8, and was 4",
         "logging_steps is 2.0, and was 1.0",
         "eval_strategy is steps, and was no",
     ):
-        assert f"from here on {told}" in output
+        assert f"from here on {message}" in output
     rates = {line["step"]: line["learning_rate"] for line in comparable_lines(run) if "learning_rate" in line}
     # The first four steps followed the old slope, the others follow the new one.
     assert [rates[step] for step in (1, 2, 3, 4)] == pytest.approx([0.0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
@@ -123,7 +123,7 @@ def test_weights_without_the_optimizer_are_not_resumed(resume, tmp_path, complai
 
 
 @pytest.mark.parametrize("flags", [("--resume", "auto"), ()])
-def test_what_ended_before_its_first_checkpoint_starts_anew(finished, tiny_runs, tmp_path, flags):
+def test_a_run_that_ended_before_its_first_checkpoint_starts_from_the_beginning(finished, tiny_runs, tmp_path, flags):
     run = tmp_path / "run"
     (run / "samples").mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 1, "time": 0.1, "loss": 7}\n')
@@ -192,6 +192,6 @@ def test_a_tracker_that_is_not_installed_is_named_before_work(train, tmp_path, c
     assert line == f"report_to {tracker} needs a package that is not installed: pip install {tracker}"
 
 
-def test_a_tracker_that_nobody_knows(train, complaint):
+def test_an_unknown_tracker(train, complaint):
     line = complaint(2, train(report_to="wandbb"))
     assert line.startswith("report_to wandbb is not a known tracker: none, all, ") and "wandb" in line

@@ -82,7 +82,7 @@ def test_asynchronous_rewards_wait_at_the_same_time():
     assert scores.total.tolist() == [2.0] * BATCH
 
 
-def test_a_running_event_loop_is_no_obstacle():
+def test_rewards_work_inside_a_running_event_loop():
     async def cell_of_a_notebook():
         return RewardSet([later]).score(**batch()).total.tolist()
 

@@ -108,7 +108,7 @@ def test_a_file_that_ends_the_process_is_refused(source, tmp_path):
         load_reward(f"{tmp_path}/script.py:f")
 
 
-def test_what_a_file_sets_for_the_whole_process_is_undone(tmp_path):
+def test_settings_that_a_file_changes_for_the_process_are_restored(tmp_path):
     (tmp_path / "script.py").write_text(
         "import os, torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\nos.chdir('/')\n"
         "def f(*, images, **columns): return images.mean(dim=(1, 2, 3))\n"
@@ -136,7 +136,7 @@ def test_names_of_callables(callables, names):
     assert RewardSet(callables).names == names
 
 
-def test_a_partial_is_as_differentiable_as_what_it_wraps():
+def test_a_partial_is_as_differentiable_as_the_function_it_wraps():
     assert RewardSet([functools.partial(brightness)]).differentiable
 
 

@@ -208,7 +208,7 @@ def test_a_sound_reward_passes_every_check(check, reward):
     assert {status for status, _ in rows.values()} == {"ok"}, rows
 
 
-def test_the_table_explains_what_was_found(check):
+def test_the_table_explains_each_result(check):
     _, rows, _ = check("Sound", "--reward_kwargs", '{"factor": 4}')
     assert rows["keywords"][1] == "uses images"
     assert rows["black and white"][1] == "black scores 0, white 4"
@@ -222,7 +222,7 @@ def test_the_table_explains_what_was_found(check):
     assert rows["networks"] == ("ok", "network: in evaluation mode")
 
 
-def test_without_a_gradient_it_tells_what_reward_backprop_would_say(check):
+def test_without_a_gradient_it_prints_the_error_of_reward_backprop(check):
     _, rows, _ = check("plain")
     status, detail = rows["gradient"]
     assert status == "ok" and "reward_backprop would say: reward 'plain' is not differentiable" in detail
@@ -269,7 +269,7 @@ def test_a_breach_is_found_and_explained(check, reward, failed, detail):
         ("flat_for_dark", "gradient", "the gradient is zero for "),
     ],
 )
-def test_what_one_should_know_is_a_warning(check, reward, warned, detail):
+def test_harmless_deviations_are_warnings(check, reward, warned, detail):
     code, rows, _ = check(reward)
     assert rows[warned][0] == "warning" and detail in rows[warned][1], rows
     # Noise and the batch's statistics also make the score depend on the batch.

@@ -228,7 +228,7 @@ def test_unknown_scores_and_classes_are_refused(judges):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder of 40 RGB images of 20 x 20 in two classes, told apart by their colour, and its images cropped to 18."""
+    """A folder of 40 RGB images of 20 x 20 in two classes of different colour, and its images cropped to 18."""
     generator = np.random.default_rng(0)
     for channel, name in enumerate(("red", "green")):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -253,7 +253,7 @@ def test_a_folder_of_any_classes_and_colours_has_judges(quick_cache, pictures, j
     assert rewards.rewards[0].mode_log_probs(images).shape == (40, 2)
 
 
-def test_a_judge_is_trained_anew_for_other_images(quick_cache, pictures, tmp_path, capsys):
+def test_a_judge_is_trained_again_for_other_images(quick_cache, pictures, tmp_path, capsys):
     def train() -> str:
         images = CroppedImages(load_labelled_images(tmp_path / "data"), 18, flip=False)
         assert Classifier(training_images=images).network is not None
@@ -273,7 +273,7 @@ def test_images_larger_than_32_pixels_and_many_are_bounded(quick_cache, monkeypa
     assert len(classifier_networks._images_of(load_cropped_images("digits"), judge.network)[0]) == 30
 
 
-def test_evaluation_says_how_good_a_judge_is_on_real_images(judges):
+def test_evaluation_measures_a_judge_on_real_images(judges):
     data = DataArguments(dataset="digits", class_groups="parity")
     train = load_image_dataset("digits", "train", "parity")
     figures = data.evaluator(tiny_model(image_size=8).config).evaluate(train.images[:100], train.class_labels[:100])

@@ -223,7 +223,7 @@ def test_wrong_arguments_name_the_remedy(arguments, message):
         Clip(**arguments)
 
 
-def test_what_cannot_be_prepared_is_refused(tmp_path):
+def test_unsupported_preprocessing_is_refused(tmp_path):
     write_clip(tmp_path, {"resize_mode": "longest"})
     with pytest.raises(ValueError, match="resizes images in a way that is not handled: longest, bicubic"):
         Clip(f"local-dir:{tmp_path}")
@@ -235,7 +235,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path):
         Clip(f"local-dir:{tmp_path}")
 
 
-def test_without_open_clip_the_error_says_how_to_get_it(monkeypatch):
+def test_without_open_clip_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(RewardError, match=r"pip install 'marval-rl\[rewards\]'"):
         Clip("ViT-B-32", "openai")

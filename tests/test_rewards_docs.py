@@ -55,7 +55,7 @@ def test_the_functions_of_the_docs_run(tmp_path):
     assert scores.components["bright_digits_only"].isnan().tolist() == [True, False, False]
 
 
-def test_the_entry_point_group_of_the_docs_is_the_one_that_is_read():
+def test_the_entry_point_group_is_the_documented_one():
     [snippet] = fenced("toml")
     assert list(tomllib.loads(snippet)["project"]["entry-points"]) == [loading.ENTRY_POINT_GROUP]
 

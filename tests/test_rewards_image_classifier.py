@@ -181,14 +181,18 @@ def test_accuracy_is_not_differentiable(folder):
 def test_a_class_that_is_none_of_the_models_is_named(folder):
     images = noise_images(3, 32, 32)
     for label in (5, -1):
-        with pytest.raises(ValueError, match=f"class label {label} is none of the model's 5 classes; say by label_map"):
+        with pytest.raises(
+            ValueError, match=f"class label {label} is not one of the model's 5 classes; map your classes"
+        ):
             score(ImageClassifier(str(folder)), images, torch.tensor([0, label, 1]))
     by_name = ImageClassifier(str(folder), label_map="names")
     with pytest.raises(ValueError, match=r"0 classes of the model are called 'tenhc'; did you mean tench\?"):
         score(by_name, images, names=["tench", "tenhc", "tabby"])
-    with pytest.raises(ValueError, match=r"2 classes of the model are called 'crane' \(1, 4\); say by a mapping"):
+    with pytest.raises(
+        ValueError, match=r"2 classes of the model are called 'crane' \(1, 4\); give its index by a mapping"
+    ):
         score(by_name, images, names=["tench", "crane", "tabby"])
-    with pytest.raises(ValueError, match=r"label_map lacks the class 'cat'; did you mean cats\?"):
+    with pytest.raises(ValueError, match=r"label_map does not contain the class 'cat'; did you mean cats\?"):
         score(ImageClassifier(str(folder), label_map={"fish": 0, "cats": 2}), images)
 
 
@@ -197,8 +201,8 @@ def test_a_class_that_is_none_of_the_models_is_named(folder):
     [
         ({"score": "probability"}, "unknown score 'probability'; known: log_probability, margin, accuracy"),
         ({"label_map": "name"}, "label_map must be 'names', a mapping .*, not 'name'"),
-        ({"label_map": {"fish": 5}}, "the class label 5 is none of the model's 5 classes"),
-        ({"label_map": {"fish": 0.5}}, "the class label 0.5 is none of the model's 5 classes"),
+        ({"label_map": {"fish": 5}}, "the class label 5 is not one of the model's 5 classes"),
+        ({"label_map": {"fish": 0.5}}, "the class label 0.5 is not one of the model's 5 classes"),
         ({"label_map": {"fish": "crane"}}, r"2 classes of the model are called 'crane' \(1, 4\)"),
         ({"label_map": {"fish": []}}, "gives 'fish' 0 of the model's 5 classes"),
         ({"label_map": {"fish": [0, 1, 2, 3, 4]}}, "gives 'fish' 5 of the model's 5 classes: it must be one or more"),
@@ -282,7 +286,7 @@ def test_a_preprocessing_that_is_not_handled_is_refused(folder, tmp_path, proces
         ImageClassifier(str(tmp_path / "model"))
 
 
-def test_without_timm_the_error_says_how_to_get_it(monkeypatch):
+def test_without_timm_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(RewardError, match=r"pip install 'marval-rl\[rewards\]'"):
         ImageClassifier("timm:resnet18", "weights.pt")

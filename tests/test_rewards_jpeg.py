@@ -30,7 +30,7 @@ def test_a_picture_has_the_bytes_of_its_own_file(tmp_path):
         assert float(Jpeg()(images=to_tensor(picture))) == pytest.approx(-(tmp_path / "image.jpg").stat().st_size / 1e3)
 
 
-def test_what_is_seen_to_be_smoother_scores_higher():
+def test_smoother_images_score_higher():
     flat, smooth = torch.full((1, 3, 64, 64), 0.5), noise_images(1, 64, 64)
     rough = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     images = torch.cat([flat, smooth, rough])

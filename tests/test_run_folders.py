@@ -199,7 +199,7 @@ def test_parity_measures_mode_coverage_and_the_same_recipe_twice_gives_the_same_
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny_runs, tmp_path, capsys, recipe):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_runs, tmp_path, capsys, recipe):
     assert run_recipe(recipe, tmp_path / "run", "--dry_run", **tiny_runs.models_of(recipe)) == 0
     assert not (tmp_path / "run").exists()
     output = capsys.readouterr().out

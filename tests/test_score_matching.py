@@ -136,7 +136,7 @@ def test_what_the_networks_are_asked(networks, teacher, contexts, monkeypatch, g
     torch.testing.assert_close(seen["teacher"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_restores_only_what_it_froze():
+def test_frozen_restores_only_the_parameters_it_froze():
     module = torch.nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     with pytest.raises(RuntimeError), frozen(module):

@@ -258,7 +258,7 @@ def source_of(place: Any) -> str:
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)
-def test_what_leaves_no_trace_here_is_read_by_the_code_that_is_named(recipe):
+def test_settings_without_a_visible_trace_are_read_by_the_named_code(recipe):
     for name in set(fields_of(recipe)) & set(READ_BY):
         places = READ_BY[name] if isinstance(READ_BY[name], tuple) else (READ_BY[name],)
         sources = [source_of(place) for place in places]
@@ -277,7 +277,7 @@ def another_value(name: str, default: Any) -> Any:
     return not default if isinstance(default, bool) else default + 1 if isinstance(default, float | int) else "other"
 
 
-def test_what_transformers_offers_and_these_trainers_do_not_do_is_refused(tmp_path):
+def test_settings_of_transformers_that_these_trainers_do_not_support_are_refused(tmp_path):
     defaults = defaults_of([DistillConfig])
     for name in REFUSED.keys() & defaults.keys():
         value = another_value(name, defaults[name])
@@ -372,7 +372,7 @@ def test_settings_that_need_the_same_are_named_at_once():
         check_written(CONFIGS["grpo"], {"gsim_guidance_scale": 2, "gsim_batch_size": 8}, ())
 
 
-def test_python_is_told_too_and_a_copy_of_arguments_is_not(tmp_path):
+def test_settings_without_effect_are_refused_in_python_and_a_copy_of_arguments_is_not(tmp_path):
     for settings in ({"gsim_batch_size": 8}, {"num_train_epochs": 4}, {"lr_scheduler_kwargs": {"power": 2}}):
         with pytest.raises(ValueError, match="counts only with"):
             MARGRPOConfig(str(tmp_path), **{**QUIET, "num_generations": 4, **settings})
@@ -477,10 +477,10 @@ def test_every_other_field_changes_what_is_made_of_it(monkeypatch):
 
 def test_warnings_that_matter_are_shown_and_noise_is_not(monkeypatch):
     quiet_libraries()
-    told = io.StringIO()
+    log = io.StringIO()
     streams = [h for h in logging.getLogger("transformers").handlers if isinstance(h, logging.StreamHandler)]
     for handler in streams:
-        monkeypatch.setattr(handler, "stream", told)
+        monkeypatch.setattr(handler, "stream", log)
     logger = transformers_logging.get_logger("transformers.modeling_utils")
     logger.warning("Some weights of CLIPModel were not initialized from the model checkpoint")
     logger.warning("MARModel does not expose input embeddings.")
@@ -489,5 +489,5 @@ def test_warnings_that_matter_are_shown_and_noise_is_not(monkeypatch):
         for category in (UserWarning, FutureWarning):
             warnings.warn_explicit("text", category, "file.py", 1, module="transformers.modeling_utils")
     assert [warning.category for warning in caught] == [UserWarning]
-    assert "Some weights of CLIPModel were not initialized" in told.getvalue()
-    assert "input embeddings" not in told.getvalue()
+    assert "Some weights of CLIPModel were not initialized" in log.getvalue()
+    assert "input embeddings" not in log.getvalue()

@@ -166,7 +166,7 @@ def test_lists_of_text_on_the_command_line(words):
         (["--vae", "$MARVAL_UNSET/vae"], "--vae: the path .* names the variable MARVAL_UNSET, which is not set"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_its_remedy(words, message):
+def test_values_that_cannot_be_meant_are_refused_with_a_remedy(words, message):
     with pytest.raises(RecipeError, match=message):
         read_settings(None, words, TRAINING)
 
@@ -188,7 +188,7 @@ def test_paths_are_expanded_as_a_shell_does(home):
         assert expand_path(unchanged) == unchanged
 
 
-def test_the_arguments_of_a_reward_expand_what_can_only_be_a_path(home):
+def test_the_arguments_of_a_reward_are_expanded_only_where_they_must_be_paths(home):
     kwargs = {"weights": "~/a.pt", "model": "local-dir:$MARVAL_SCRATCH/clip", "more": [{"x": "${HOME}/b"}], "n": 1}
     expected = {
         "weights": f"{home}/a.pt",
@@ -216,7 +216,7 @@ def test_a_path_means_the_same_in_a_recipe_and_on_the_command_line(home, tmp_pat
         assert settings == [{key: expected}] * 2
 
 
-# Text settings that are no paths. A new setting of type text must be named here or in PATH_SETTINGS.
+# Text settings that are not paths. A new setting of type text must be named here or in PATH_SETTINGS.
 NO_PATHS = {
     *("class_groups", "image_column", "label_column", "judges"),  # names
     *("eval_features", "distribution_features"),  # paths in them: `load_extractor`

@@ -230,7 +230,7 @@ def test_a_student_that_generates_differently_in_training_is_refused(tmp_path):
         grpo_trainer(tmp_path, student, max_steps=1).train()
 
 
-def test_a_mean_log_prob_brings_a_clip_range_of_its_own(tmp_path):
+def test_a_mean_log_prob_has_its_own_default_clip_range(tmp_path):
     summed = grpo_trainer(tmp_path, tiny_student(1), num_unmasking_steps=4)
     mean = grpo_trainer(tmp_path, tiny_student(1), num_unmasking_steps=4, log_prob_reduction="mean")
     given = grpo_trainer(tmp_path, tiny_student(1), num_unmasking_steps=4, epsilon=0.1, epsilon_high=0.3)

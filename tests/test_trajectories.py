@@ -1,6 +1,6 @@
 """The metrics of short runs of each trainer, as they were when they were stored: a change of the algorithms shows.
 
-`python tests/test_trajectories.py` stores them anew, after a change that is meant; say in the commit what it was.
+`python tests/test_trajectories.py` stores them again, after an intended change; name it in the commit.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def test_tokens_appear_from_the_end_of_the_order():
     assert revealed_positions(order, 3, 1).tolist() == [[0, 3]]
 
 
-def test_scatter_puts_back_what_gather_took():
+def test_scatter_is_the_inverse_of_gather():
     tokens, positions = torch.randn(2, 5, 3), torch.tensor([[0, 4], [2, 3]])
     taken = gather_tokens(tokens, positions)
     assert torch.equal(taken[1], tokens[1, [2, 3]])

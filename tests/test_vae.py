@@ -209,7 +209,7 @@ def test_pickled_weights_are_not_read(folder):
         ({"block_out_channels": [8, 8, 15]}, "must be divisible by"),
     ],
 )
-def test_configurations_that_are_no_vae(folder, changes, message):
+def test_configurations_that_are_not_a_vae(folder, changes, message):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(CheckpointError, match=message):

@@ -20,7 +20,7 @@ INPUT_SIZE = 75  # the least that Inception's layers leave anything of; its own 
 
 
 def colour_student(seed: int = 0) -> MARModel:
-    """Paints 3 x 4 x 4 pixels of three classes with names."""
+    """Generates 3 x 4 x 4 pixels of three classes with names."""
     return tiny_student(seed, image_channels=3, latent_channels=3, class_names=NAMES)
 
 
@@ -40,7 +40,7 @@ def random_images(folder: Path, count: int, seed: int, size: int = 16) -> Path:
 
 
 def brightness(*, images: torch.Tensor, prompts: list[str], class_names: list[str], **columns) -> torch.Tensor:
-    """A reward that checks what it is told."""
+    """A reward that checks its arguments."""
     assert prompts == [f"a {name}" for name in class_names]
     assert class_names == [NAMES[label] for label in columns["class_labels"].tolist()]
     return images.mean(dim=(1, 2, 3))

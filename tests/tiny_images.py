@@ -60,7 +60,7 @@ def tiny_codec(seed: int = 0) -> VAECodec:
 
 
 def write_partly_corrupt_folder(root: Path) -> Path:
-    """60 images of 3 classes; the 6th of the second (index 25) is cut off, the last one is no image."""
+    """60 images of 3 classes; the 6th of the second (index 25) is truncated, the last one is not an image."""
     write_folder(root, {"ant": 20, "bee": 20, "cow": 20})
     cut = root / "bee" / "0005.png"
     cut.write_bytes(cut.read_bytes()[:100])

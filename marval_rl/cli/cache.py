@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} RECIPE [--dry_run] [--verify] [--num_processes N] [--key value ...]"
     add_recipe_argument(parser)
     parser.add_argument("--dry_run", action="store_true", help="print what would be encoded, and encode nothing")
-    parser.add_argument("--verify", action="store_true", help="hash what is there again; bad shards are to be rebuilt")
+    parser.add_argument("--verify", action="store_true", help="hash all shards again; the next run rebuilds bad ones")
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
@@ -147,7 +147,7 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
 
 
 def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> None:
-    """Encode in several processes, after what would go wrong in each of them was tried once."""
+    """Encode in several processes, after errors that would occur in each of them were looked for once."""
     settings = job.settings()
     begin(job.folder, settings)
     report_changes(drop_changed_shards(job.folder, settings, job.source))
@@ -177,7 +177,7 @@ def choose_device(place: Place, use_cpu: bool) -> torch.device:
 
 
 def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> None:
-    """`--dry_run`: settings, images, shards, room on the disk, and what is missing."""
+    """`--dry_run`: settings, images, shards, disk space, and what is missing."""
     print(dump_yaml({**asdict(data), **asdict(source), **asdict(cache)}).rstrip() + "\n")
     try:
         job = prepare(data, source, cache)

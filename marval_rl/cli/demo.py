@@ -25,7 +25,8 @@ FIGURES = {  # measure -> its name in the table, and the figure of real images: 
     "images_per_second": ("images per second", None),
 }
 EXPLANATION = """\
-Frechet distance: of 1000 images to held-out ones, in a classifier's features and in pixels; lower is better. accuracy,
+Frechet distance: of {num_images} images to held-out ones, in a classifier's features and in pixels; lower is better. \
+accuracy,
 log-probability: of a classifier that RL never saw. diversity, coverage, edges: 1 is as in real images. K: unmasking
 steps."""
 
@@ -98,7 +99,7 @@ def call(command: str, *arguments: object, silent: bool = False) -> None:
 
 
 def quick_settings(recipe: str) -> list[str]:
-    """Settings under which a recipe ends in seconds."""
+    """Settings that make a recipe short."""
     settings: dict[str, Any] = {"max_steps": 8, "logging_steps": 2, "save_steps": 8}
     settings |= {"per_device_train_batch_size": 24, "warmup_steps": 0, "lr_scheduler_type": "constant"}
     settings |= {"distill": {"auxiliary_warmup_steps": 4}}.get(recipe, {})
@@ -142,7 +143,7 @@ def print_table(evaluations: dict[str, dict[str, Any]], before: str, after: str)
         if None not in (one, other, std):
             effect = "stayed" if abs(other - one) <= 2 * std else ("rose" if other > one else "fell")
         print(f"{name:17s}{columns}   {effect}")
-    print(EXPLANATION)
+    print(EXPLANATION.format(num_images=evaluations[after]["settings"]["num_images"]))
 
 
 def save_picture(grids: dict[str, Path], row_names: list[str], path: Path) -> Path:

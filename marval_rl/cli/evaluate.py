@@ -111,7 +111,7 @@ def read_data(args: argparse.Namespace) -> DataArguments:
 
 
 def evaluate_folder(args: argparse.Namespace, data: DataArguments) -> None:
-    """Measures the images of a folder, whoever generated them."""
+    """Measures the images of a folder."""
     if launched_processes() > 1:
         raise ValueError("a folder of images is evaluated by one process: leave out --num_processes, or the launcher")
     if args.model is not None:
@@ -146,7 +146,7 @@ class World:
     size: int = 1
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes are here."""
         if self.size > 1:
             PartialState().wait_for_everyone()
 
@@ -222,7 +222,7 @@ def make_evaluator(
     template, names = args.prompt_template or PROMPT_TEMPLATE, class_names(args, config)
     kwargs = parse_reward_kwargs(args.reward_kwargs)
     if args.rewards and "{name}" not in template:
-        raise ValueError(f'prompt_template "{template}" lacks {{name}}, the place of the class\'s name')
+        raise ValueError(f'prompt_template "{template}" does not contain {{name}}, the place of the class\'s name')
     if args.rewards and names is None:
         raise ValueError(
             "rewards need prompts, but the model's config.json has no class_names: add them there, one per class"
@@ -290,7 +290,7 @@ def described(data: DataArguments) -> dict[str, Any]:
 
 
 def notes_on(evaluator: ImageEvaluator, count: int) -> list[str]:
-    """What the figures cannot tell, known before any image is generated."""
+    """Limitations of the figures, known before any image is generated."""
     notes = []
     reference = evaluator.reference
     for name, extractor in evaluator.extractors.items():

@@ -54,7 +54,7 @@ class Launch:
         return [*arguments, *(word for pair in added for word in pair)]
 
     def describe(self, arguments: Sequence[str]) -> str:
-        """What would be launched, for a dry run."""
+        """The processes that would be launched, for a dry run."""
         last = self.first_rank + self.local_processes - 1
         return (
             f"would launch {self.local_processes} processes here, ranks {self.first_rank} to {last} of "

@@ -38,7 +38,9 @@ THUMBNAIL_SIZE = 32  # images are compared pixel by pixel at most at this size
 IMAGES_A_CLUSTER, MAX_CLUSTERS = 25, 50  # of real features, where the modes are not known
 
 Figures = dict[str, float | None]
-Measure = tuple[list[str], Callable[[Rows], Sequence[float | None]]]  # names, and what makes their values of rows
+Measure = tuple[
+    list[str], Callable[[Rows], Sequence[float | None]]
+]  # names, and the function of the rows that gives their values
 
 
 class Judge(Protocol):
@@ -90,7 +92,7 @@ class ImageEvaluator:
     def add_rewards(
         self, rewards: RewardSet, prompts: Callable[[list[str]], list[str]], class_names: Sequence[str]
     ) -> None:
-        """Score generated images by rewards that are only looked at.
+        """Score generated images by rewards that are not trained on.
 
         Args:
             rewards: The rewards.
@@ -133,7 +135,7 @@ class ImageEvaluator:
 
     @property
     def _parts(self) -> dict[str, Callable[[Tensor], Rows]]:
-        """What is measured of generated and of real images [B, 3, H, W] in 0..1 alike."""
+        """The measurements of generated and real images alike; images [B, 3, H, W] in 0..1."""
         features = {name: partial(_feature_rows, name, extractor) for name, extractor in self.extractors.items()}
         return {"pixels of the image": _image_rows, **features}
 
@@ -177,7 +179,7 @@ class ImageEvaluator:
         return figures
 
     def evaluate(self, images: Tensor, class_labels: Tensor | None = None) -> Figures:
-        """The figures of generated images [N, 1 or 3, H, W] in 0..1. Raises ValueError for what is none."""
+        """The figures of generated images [N, 1 or 3, H, W] in 0..1. Raises ValueError for invalid ones."""
         if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
             raise ValueError(f"images must have the shape [N, 1 or 3, H, W], not {list(images.shape)}")
         low, high = (float(bound) for bound in images.aminmax())
@@ -290,7 +292,7 @@ class ImageEvaluator:
 
     @property
     def _has_judged_modes(self) -> bool:
-        """Whether a class has several modes, and a judge tells them apart, and real images show their shares."""
+        """Whether a class has several modes, a judge distinguishes them, and real images show their shares."""
         real = self.reference.images
         if not self.judges or real is None or real.modes is None:
             return False

@@ -62,7 +62,7 @@ def extractor_name(spec: str | FeatureExtractor) -> str:
 
 
 def load_extractor(spec: str, offers: Offers | None = None) -> FeatureExtractor:
-    """The feature extractor that a text means.
+    """The feature extractor of this name.
 
         inception[:FILE]          torch-fidelity's Inception, the space of FID; FILE holds its published weights
         clip:MODEL[:PRETRAINED]   the image embedding of open_clip's MODEL, such as clip:ViT-B-32:openai or
@@ -112,7 +112,7 @@ def features_of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
 
 
 class Pixels:
-    """The image itself, averaged to at most `size` x `size` pixels: needs no weights, and sees no meaning."""
+    """The image itself, averaged to at most `size` x `size` pixels: needs no weights, and knows nothing of content."""
 
     def __init__(self, size: str = ""):
         if size and not (size.isdigit() and int(size) > 0):
@@ -234,6 +234,6 @@ class Inception(_NetworkFeatures):
 
 @torch.no_grad()
 def fingerprint(function: Callable[[Tensor], Tensor], size: int) -> str:
-    """Tells networks from each other by what they make of four fixed images; other weights have another one."""
+    """Identifies a network by its features of four fixed images; other weights give another value."""
     images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     return hashlib.sha256(function(images).float().cpu().numpy().tobytes()).hexdigest()

@@ -80,7 +80,7 @@ class ImageRun:
         world_size: int,
         progress: bool = False,
     ) -> None:
-        """Does what is missing of a process's batches."""
+        """Generates and measures the missing batches of a process."""
         was_training = model.training
         model.eval()
         for batch in tqdm(self.plan.share(rank, world_size), desc="batches", leave=False, disable=not progress):

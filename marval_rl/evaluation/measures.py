@@ -168,7 +168,7 @@ def mode_entropy(modes: Tensor, class_labels: Tensor, num_modes: int, class_mode
         modes, class_labels: int64 [N].
         num_modes: Modes lie in 0..num_modes - 1.
         class_modes: bool [classes, num_modes], which modes belong to a class. Others are not counted, because a wrong
-            image is no coverage (a class with wrong images only has 0). None counts all.
+            image does not count as coverage (a class with wrong images only has 0). None counts all.
 
     Raises:
         ValueError: For mismatched lengths, no images, or modes out of range.

@@ -38,7 +38,7 @@ class RealImages:
         read: Indices -> uint8 [B, 3, H, W].
         count: How many there are.
         identity: Changes with the images.
-        class_labels: int64 [count], the class that each shows; None where nobody knows.
+        class_labels: int64 [count], the class that each shows; None where it is unknown.
         modes: int64 [count], the finer class inside it.
     """
 
@@ -171,7 +171,7 @@ def _read_npz(path: Path, image_size: int | None) -> Reference:
             names = archive.files
     except Exception as error:  # a damaged archive fails anywhere inside NumPy, in any way
         raise DataError(
-            f"cannot read the reference {path}, damaged or no .npz of arrays: {first_line(error)}"
+            f"cannot read the reference {path}, damaged, or not an .npz of arrays: {first_line(error)}"
         ) from error
     images = arrays.pop("arr_0", None)
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):

@@ -20,7 +20,7 @@ STANDARD_KEYS = ("prompt", "class_name", "class_label")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one image should show. class_label is UNKNOWN_LABEL where the file does not tell."""
+    """What one image should show. class_label is UNKNOWN_LABEL where the file has none."""
 
     prompt: str
     class_name: str
@@ -47,7 +47,7 @@ def read_image(file: Path) -> Tensor:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Returns one Prompt a line: plain text (prompt and class name alike), or JSON objects.
+    """Returns one Prompt per line: plain text (prompt and class name alike), or JSON objects.
 
     A JSON line has "prompt", "class_name" or both (each stands in for the other) and may have "class_label" (an
     integer); other keys go to the reward as columns, so that every line needs the same ones. Raises ValueError with the

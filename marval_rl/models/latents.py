@@ -53,7 +53,7 @@ def codec_for(config: MARConfig) -> LatentCodec:
 
     Raises:
         CheckpointError: If the VAE that the configuration names cannot be loaded or has other latents.
-        ValueError: If the latents are no pixels and the configuration names no VAE.
+        ValueError: If the latents are not pixels and the configuration names no VAE.
     """
     if config.vae is not None:
         from marval_rl.models.vae import VAECodec  # diffusers is slow to import, and pixels do without

@@ -76,7 +76,7 @@ class IndexedNoise:
         return ((-2 * radius_share.log()).sqrt() * (2 * math.pi * angle_share).cos()).float()
 
     def _bits(self, num_rows: int, num_columns: int) -> Tensor:
-        """The next draw: 64 random bits an element, int64 [num_rows, num_columns]."""
+        """The next draw: 64 random bits per element, int64 [num_rows, num_columns]."""
         batch_size = len(self._image_keys)
         if batch_size == 0 or num_rows % batch_size:
             raise ValueError(f"{num_rows} rows of noise cannot be shared by the {batch_size} images that have indices")
@@ -87,7 +87,7 @@ class IndexedNoise:
 
 
 def as_noise(generator: torch.Generator | Noise | None, device: torch.device | str) -> Noise:
-    """The source of noise that a caller's generator, or its absence, means."""
+    """The source of noise for a caller's generator, or for None."""
     if generator is None or isinstance(generator, torch.Generator):
         return GeneratorNoise(generator, device)
     return generator

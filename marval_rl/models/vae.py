@@ -20,7 +20,7 @@ from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models.config import MARConfig
 from marval_rl.models.official.reading import check_finite
 
-IMAGES_AT_ONCE = 16  # the feature maps of one image take a hundred times the room of its latents, and more
+IMAGES_AT_ONCE = 16  # the feature maps of one image take more than a hundred times the memory of its latents
 
 
 class VAECodec:

@@ -1,4 +1,4 @@
-"""What a recipe says of its data: the images, their latents, and the networks that judge them."""
+"""The data of a recipe: the images, their latents, and the networks that judge them."""
 
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
@@ -39,7 +39,7 @@ class DataArguments(EvaluationArguments):
         default=None,
         metadata={
             "help": "Classes to merge: new name -> the names of its classes, which become its modes; or the name of "
-            "such groups that a bundled set brings (parity)."
+            "groups that a bundled set defines (parity)."
         },
     )
     eval_dataset: str | None = field(
@@ -59,7 +59,9 @@ class DataArguments(EvaluationArguments):
     )
     image_channels: int | None = field(
         default=None,
-        metadata={"help": "1 turns images grey, 3 makes grey ones RGB (default: the model's; new ones ask the data)."},
+        metadata={
+            "help": "1 turns images grey, 3 makes grey ones RGB (default: the model's; of a new one the data's)."
+        },
     )
     flip: bool | None = field(
         default=None, metadata={"help": "Mirror half of the images (default: true; false for bundled digits)."}
@@ -99,7 +101,7 @@ class DataArguments(EvaluationArguments):
 
     @property
     def flips(self) -> bool:
-        """Whether half of the images are mirrored: a mirrored digit is none."""
+        """Whether half of the images are mirrored: a mirrored digit is not a digit."""
         return self.flip if self.flip is not None else not self.is_bundled
 
     def load_training(self, image_size: int | None, seed: int) -> TrainingData:
@@ -239,7 +241,7 @@ class DataArguments(EvaluationArguments):
             ValueError, MarvalError: For feature extractors, judges or images that cannot be loaded.
         """
         judges = list(BUNDLED[self.dataset].judges) if self.dataset in BUNDLED else []
-        # Who trains on cached latents need not have the images; who names held-out ones has them.
+        # A run on cached latents may not have the images; one that names held-out images has them.
         has_images = self.dataset is not None and (self.cache_dir is None or self.names_held_out)
         load_real = (lambda: (self.load_held_out(), self.load_images())) if has_images else None
         return self.make_evaluator(config, judges, load_real, self.offers(lambda: config))

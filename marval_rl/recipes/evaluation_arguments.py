@@ -1,4 +1,4 @@
-"""What a recipe says of evaluation: what generated images are compared with, in which features, and who judges."""
+"""The evaluation of a recipe: what generated images are compared with, in which features, and by which judges."""
 
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
@@ -41,7 +41,7 @@ class EvaluationArguments:
         },
     )
     eval_reference_images: int = field(
-        default=5000, metadata={"help": "Real images of the data that are compared with, at most."}
+        default=5000, metadata={"help": "Real images of the data to compare with, at most."}
     )
     judges: list[str] | None = field(
         default=None,
@@ -55,7 +55,7 @@ class EvaluationArguments:
     }
 
     def check_evaluation(self) -> None:
-        """Raises ValueError for settings that mean nothing."""
+        """Raises ValueError for invalid settings."""
         if self.eval_reference_images < 2:
             raise ValueError(f"eval_reference_images must be at least 2, not {self.eval_reference_images}")
 

@@ -1,4 +1,4 @@
-"""What a recipe says of its networks: sizes of a new one, where the teacher and the student are, what rewards them."""
+"""The networks of a recipe: sizes of a new one, teacher and student, and their rewards."""
 
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
@@ -34,7 +34,7 @@ class ModelArguments:
     dropout: float = field(default=0.0, metadata={"help": "Dropout of attention and projections, in 0..1."})
 
     counts_if: ClassVar[Conditions] = {
-        Needs("no model_size, which stands for all sizes", ("model_size",), lambda size: size is None): (
+        Needs("no model_size, which sets all sizes", ("model_size",), lambda size: size is None): (
             *("patch_size", "hidden_size", "encoder_num_layers", "decoder_num_layers", "num_heads", "buffer_size"),
             *("head_hidden_size", "head_num_layers", "dropout"),
         ),
@@ -42,7 +42,7 @@ class ModelArguments:
 
     def config(self, latents: dict) -> MARConfig:
         """The configuration of a model of these latents, which `DataArguments.latents` describes. A published size
-        stands for all the sizes here."""
+        sets all the sizes here."""
         if self.model_size is not None:
             return PUBLISHED_SIZES[self.model_size](**latents)
         return MARConfig(
@@ -64,7 +64,7 @@ class ModelArguments:
 
 @dataclass
 class TeacherArguments:
-    """Where the teacher is."""
+    """Which teacher."""
 
     teacher: str | None = field(
         default=None, metadata={"help": "Teacher: model folder, run folder, hub id or official .pth file."}
@@ -106,7 +106,7 @@ class RewardArguments:
         default=None, metadata={"help": "Reward name -> keyword arguments of its class."}
     )
     eval_reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Held-out rewards: looked at in evaluation, never trained on."}
+        default_factory=list, metadata={"help": "Held-out rewards: measured in evaluation, never trained on."}
     )
     eval_reward_kwargs: dict | None = field(default=None, metadata={"help": "As reward_kwargs, for eval_reward_funcs."})
 
@@ -122,7 +122,9 @@ class LoraArguments:
 
     use_peft: bool = field(
         default=False,
-        metadata={"help": "Train LoRA adapters, the student's own weights stay; 10 x the learning rate suits them."},
+        metadata={
+            "help": "Train LoRA adapters in place of the student's weights; they need about 10 x the learning rate."
+        },
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
@@ -146,7 +148,7 @@ class LoraArguments:
     }
 
     def config(self) -> LoraConfig | None:
-        """peft's configuration; None to train the student whole.
+        """peft's configuration; None to train all of the student.
 
         Raises:
             RecipeError: For a rank or a dropout out of range.

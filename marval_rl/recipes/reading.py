@@ -51,7 +51,7 @@ def read_settings(
 ) -> dict[str, Any]:
     """Returns what the recipe and the command line set, by key, checked and converted; defaults are not in it.
 
-    Paths have ~ and $VARIABLE replaced; relative ones are seen from the current folder. Also sets the environment
+    Paths have ~ and $VARIABLE replaced; relative ones start at the current folder. Also sets the environment
     variables of the recipe's `env:` block, whose values are the text that is written there.
 
     Args:
@@ -112,10 +112,10 @@ def peek_setting(path: str | Path | None, overrides: Sequence[str], key: str) ->
 def resolved_recipe(configs: Sequence[Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the recipe of a run: `settings` first, then every other field of our own at its default.
 
-    "Our own" are the fields that `transformers.TrainingArguments` lacks or has with another default; its hundred
-    others are left out where untouched. The values are those the constructors were given, not what `__post_init__`
-    derived from them, so that reading the recipe again builds the same configuration. The `env:` block and access
-    tokens are left out.
+    "Our own" are the fields that `transformers.TrainingArguments` does not have, or has with another default; its
+    hundred others are left out where untouched. The values are those the constructors were given, not what
+    `__post_init__` derived from them, so that reading the recipe again builds the same configuration. The `env:` block
+    and access tokens are left out.
     """
     from transformers import TrainingArguments
 
@@ -153,7 +153,7 @@ def shipped_recipes() -> list[str]:
 def resolve_recipe(name: str) -> str:
     """The path of the recipe that is meant: a local file, or else one that ships (digits/teacher.yaml).
 
-    A name that is neither is returned as it is: reading it says what there is.
+    A name that is neither is returned as it is: reading it raises an error that lists the recipes.
     """
     try:
         path = expand_path(name)
@@ -213,7 +213,7 @@ def _load_yaml(path: str | Path) -> dict[Any, Any]:
 
 
 def _recipes_near(path: Path) -> str:
-    """The recipes that a wrong path may have meant: those of like name, or else all here and all that ship."""
+    """The recipes that a wrong path may stand for: those of like name, or else all here and all that ship."""
     here = [str(file) for folder in (path.parent, Path(".")) for file in find_recipes(folder)]
     known = list(dict.fromkeys([*here, *shipped_recipes()]))
     alike = difflib.get_close_matches(str(path), known, n=3, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""What a setting that recipes do not have was called before, is called here, or why there is none like TRL's."""
+"""Answers to unknown settings: the present name of a former or TRL setting, or why it does not exist here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks one value of a recipe, or of the command line, against the type that its dataclass field declares.
 
-The parser of transformers takes YAML values over unchecked, so that `max_steps: many` would surface as an error deep
+The parser of transformers accepts YAML values unchecked, so that `max_steps: many` would surface as an error deep
 in training. Strings are read as the command line reads them: `--max_steps 3` and `max_steps: "3"` are the number.
 """
 

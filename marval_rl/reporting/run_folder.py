@@ -84,7 +84,7 @@ class Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Read run folders, under names that tell them apart (the shortest unique ends of their paths).
+    """Read run folders, under distinct names (the shortest unique ends of their paths).
 
     Raises:
         ValueError: For an empty list, a folder given twice, a folder that is not a run, and files that cannot be read.

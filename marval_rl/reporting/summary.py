@@ -60,7 +60,7 @@ def change_of(metric: Metric, run: Run) -> Change | None:
 
 
 def step_time(run: Run) -> Change | None:
-    """Seconds per step; None where no two lines of training tell them."""
+    """Seconds per step; None where no two lines of training give them."""
     return change_of(catalogue(["seconds_per_step"], set())[0], run)
 
 

@@ -1,4 +1,4 @@
-"""The report of runs that still go, as a page on this machine that refreshes itself."""
+"""The report of runs that are still training, as a page on this machine that refreshes itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from threading import Lock
 from marval_rl.reporting.page import render_page
 from marval_rl.reporting.run_folder import load_runs
 
-HOST = "127.0.0.1"  # nobody else on the network reads along
+HOST = "127.0.0.1"  # not reachable from the network
 
 
 def make_server(runs: list[Path], port: int) -> ThreadingHTTPServer:
@@ -59,7 +59,7 @@ def make_server(runs: list[Path], port: int) -> ThreadingHTTPServer:
                 self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
-            """Requests are not news."""
+            """Requests are not logged."""
 
     try:
         return ThreadingHTTPServer((HOST, port), Handler)

@@ -51,7 +51,7 @@ def check_contract(rewards: RewardSet, captions: Captions, image_size: int, devi
     for name, check in CHECKS.items():
         try:
             status, detail = check(probe)
-        except Exception as error:  # a reward may raise anything, and the other checks still tell something
+        except Exception as error:  # a reward may raise anything, and the other checks are still useful
             status, detail = FAILS, str(error) if isinstance(error, MarvalError) else describe(error)
         yield Finding(name, status, detail)
         if name == "scores" and status == FAILS:

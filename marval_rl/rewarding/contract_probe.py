@@ -22,7 +22,7 @@ NUM_IMAGES = 8
 
 @dataclass(frozen=True)
 class Captions:
-    """What the images are said to show; lists of equal length, repeated as often as needed."""
+    """What the images are supposed to show; lists of equal length, repeated as often as needed."""
 
     prompts: Sequence[str]
     class_labels: Sequence[int]

@@ -31,7 +31,7 @@ Offers = Mapping[str, Callable[[], Any]]  # parameter of a reward's class -> wha
 
 
 def load_reward(spec: str | Reward, offers: Offers | None = None, /, **kwargs: Any) -> Reward:
-    """Return the reward that `spec` means, ready to be called.
+    """Return the reward that `spec` names, ready to be called.
 
     Args:
         spec: The name of an entry point of the group `marval_rl.rewards`, `path/file.py:attribute`,
@@ -193,9 +193,7 @@ def _check_arguments(name: str, reward: Reward) -> None:
     try:
         signature = inspect.signature(reward)
     except ValueError as error:  # a function written in C
-        raise ValueError(
-            f"reward {name!r} does not tell which arguments it takes: {error}; wrap it in a def"
-        ) from error
+        raise ValueError(f"reward {name!r} does not say which arguments it takes: {error}; wrap it in a def") from error
     # A parameter of another name is a column of the data set, as in TRL; one more stands for columns it does not know.
     columns = [
         parameter.name

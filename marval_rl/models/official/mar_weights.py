@@ -50,7 +50,7 @@ def read_mar(path: str | Path, weights: str = "ema", num_heads: int | None = Non
         num_heads: Attention heads, for a model of unpublished width whose file does not tell them.
 
     Raises:
-        CheckpointError: If the file cannot be read, is no MAR, or contradicts itself.
+        CheckpointError: If the file cannot be read, is not a MAR, or is inconsistent.
     """
     path = Path(path)
     content = read_checkpoint(path)
@@ -69,7 +69,7 @@ def load_official_mar(path: str | Path) -> OfficialMAR:
 def mar_config(
     weights: Mapping[str, Tensor], args: Mapping[str, Any], path: Path, num_heads: int | None = None
 ) -> MARConfig:
-    """The configuration that weights have. They tell every size; the rest is the official command line's.
+    """The configuration that weights have. They give every size; the rest comes from the official command line.
 
     Where `args` is silent, the published models' settings hold: KL-16 latents without patches, and the heads of the
     published model of that width.
@@ -212,7 +212,7 @@ def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
 def _heads(
     width: int, decoder_width: int, args: Mapping[str, Any], path: Path, num_heads: int | None
 ) -> tuple[int, int]:
-    """Attention heads of encoder and decoder; no shape tells them."""
+    """Attention heads of encoder and decoder; no weight's shape gives them."""
     if num_heads is not None and num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, not {num_heads}")
     known = {config.encoder_hidden_size: config.encoder_num_heads for config in PUBLISHED.values()}

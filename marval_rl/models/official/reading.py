@@ -1,4 +1,4 @@
-"""Reading a file that torch.save wrote, without running anything it says.
+"""Reading a file that torch.save wrote, without running any code that it names.
 
 Such a file is a pickle, and unpickling may call any function the file names. So `torch.load` gets `weights_only=True`:
 it knows tensors and plain values, and refuses every other name. The official checkpoints hold one more thing, their
@@ -87,7 +87,9 @@ def _check_format(path: Path) -> bool:
     if not start:
         raise CheckpointError(f"{path} is empty: its writing or download was cut off")
     if path.suffix == ".safetensors" or start[8:10] == b'{"':
-        raise CheckpointError(f"{path} is a safetensors file, no official checkpoint: give the model folder it lies in")
+        raise CheckpointError(
+            f"{path} is a safetensors file, not an official checkpoint: give the model folder it lies in"
+        )
     if start.startswith(ZIP_START):
         _check_zip(path)
         return True
@@ -96,7 +98,7 @@ def _check_format(path: Path) -> bool:
     if start.startswith(PICKLE_START):
         raise CheckpointError(f"{path} is a bare pickle, not a file of torch.save, and was not opened{_code_in(path)}")
     if start.lstrip().startswith(b"<"):
-        raise CheckpointError(f"{path} is a web page, no checkpoint: a download that failed")
+        raise CheckpointError(f"{path} is a web page, not a checkpoint: the download failed")
     raise CheckpointError(f"{path} is not a checkpoint: it begins with {start[:8]!r}")
 
 
@@ -119,13 +121,15 @@ def _check_zip(path: Path) -> None:
 
 def _plain_tensor(name: Any, value: Any, path: Path) -> Tensor:
     """A contiguous float32 tensor without gradient. Raises CheckpointError for anything else."""
-    if type(name) is not str or not name.isprintable():  # it will stand in messages, on a terminal
+    if type(name) is not str or not name.isprintable():  # it will appear in messages, on a terminal
         raise CheckpointError(f"{path} has a weight without a proper name: {name!r:.40}")
     if type(value) not in (Tensor, nn.Parameter):
-        raise CheckpointError(f"{name} of {path} is no tensor but a {type(value).__name__}")
+        raise CheckpointError(f"{name} of {path} is not a tensor but a {type(value).__name__}")
     tensor = value.detach()
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise CheckpointError(f"{name} of {path} is a sparse, quantised or empty-handed tensor, not plain numbers")
+        raise CheckpointError(
+            f"{name} of {path} is a sparse or quantised tensor, or one without data, not plain numbers"
+        )
     if tensor.dtype != torch.float32:
         raise CheckpointError(f"{name} of {path} holds {tensor.dtype}; official weights are torch.float32")
     if tensor.numel() == 0:
@@ -136,18 +140,18 @@ def _plain_tensor(name: Any, value: Any, path: Path) -> Tensor:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    """One line about a file that torch.load refused; its own texts advise to switch the safety off."""
+    """One line about a file that torch.load refused; its own messages suggest switching the safety off."""
     forbidden = re.search(r"GLOBAL (\S+)", str(error))
     if forbidden is not None:
         name = forbidden[1] if forbidden[1].isprintable() else ascii(forbidden[1])
-        return f"{path} names {name}, which is no part of weights: loading it could run code, so it was refused"
+        return f"{path} names {name}, which does not belong to weights: loading it could run code, so it was refused"
     if isinstance(error, EOFError | RuntimeError):
         return f"{path} is truncated or damaged (download or copy it again)"
     return f"{path} is damaged, or was not pickled by torch.save: it was not opened further{_code_in(path)}"
 
 
 def _code_in(path: Path) -> str:
-    """ " (it names os.system)": the first functions or classes of a file's pickle that are no weights', if any.
+    """ " (it names os.system)": the first functions or classes that a file's pickle names besides weights, if any.
 
     Only its opcodes are read; nothing is unpickled.
     """

@@ -118,7 +118,7 @@ def footprint_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, teach
 def activations_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, teacher: MARConfig | None) -> int:
     """Bytes that autograd keeps for the backward pass of a micro-batch; arguments as `footprint_of`'s.
 
-    Blocks of a kind keep equally much, so that networks with one block of each kind, and with one more, tell all.
+    Blocks of a kind keep equally much, so that networks with one block of each kind, and with one more, suffice.
     """
 
     def count_bytes(depths: dict[str, int]) -> int:

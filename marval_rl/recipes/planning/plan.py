@@ -28,8 +28,8 @@ GET_TEACHER = (
 GET_STUDENT = "a student comes from `marval-rl distill`"
 GET_VAE = "official VAE: download kl16.ckpt (link in LTH14/mar's README) and run `marval-rl convert kl16.ckpt FOLDER`"
 GET_REWARD = "docs/rewards.md says where its weights come from; a run downloads what is on the hub, a dry run does not"
-GET_DATA = "ImageNet: put its class folders (n01440764, ...) there, or point --dataset at your copy"
-GET_CACHE = "caching reads the images once: ImageNet's class folders (n01440764, ...) at --dataset"
+GET_DATA = "put the images there, a folder for each class (ImageNet: n01440764, ...), or point --dataset at your copy"
+GET_CACHE = "caching reads the images once, from a folder for each class at --dataset (ImageNet: n01440764, ...)"
 
 
 @dataclass
