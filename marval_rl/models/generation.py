@@ -67,8 +67,11 @@ def balanced_labels(num_images: int, num_classes: int) -> Tensor:
 
 
 def check_class_labels(class_labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError for a label outside 0..num_classes-1 (an embedding lookup would fail obscurely on a GPU)."""
-    if class_labels.numel() and not (int(class_labels.min()) >= 0 and int(class_labels.max()) < num_classes):
+    """Raises ValueError for a label outside 0..num_classes-1 (an embedding lookup would fail obscurely on a GPU).
+
+    Waits for the device.
+    """
+    if class_labels.numel() and not ((class_labels >= 0) & (class_labels < num_classes)).all():
         bad = class_labels[(class_labels < 0) | (class_labels >= num_classes)][0].item()
         raise ValueError(f"class label {bad} is outside 0..{num_classes - 1}, the classes this model knows")
 

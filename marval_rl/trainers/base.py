@@ -227,7 +227,7 @@ class MARTrainer(ResumableTrainer):
         return rows["images"].to(self.args.device)
 
     def names_of(self, class_labels: Tensor) -> list[str]:
-        """The class name of each label [B]."""
+        """The class name of each label [B]; waits for the device."""
         return [self.class_names[label] for label in class_labels.tolist()]
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:

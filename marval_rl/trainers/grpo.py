@@ -103,6 +103,7 @@ class MARGRPOTrainer(RewardTrainer):
         noise = draw_rollout_noise(
             len(rows), args.num_generations, self.mar.config, generator, args.share_order, args.share_noise
         )
+        # Reading which images are ours waits for the device.
         labels, columns = self.labels_and_columns([rows[image // args.num_generations] for image in mine.tolist()])
 
         parts = []
@@ -220,8 +221,8 @@ class MARGRPOTrainer(RewardTrainer):
         if not args.starts_rollout(self.state.global_step, self.micro_batch):
             return
         with failing_together(args.device, PolicyMismatchError):
-            worst = (log_prob - old_log_prob).detach().abs().max().item()
-            if worst > RATIO_TOLERANCE:
+            worst = (log_prob - old_log_prob).detach().abs().max()
+            if not ~(worst > RATIO_TOLERANCE):  # waits for the device; NaN is the guard's to report
                 raise PolicyMismatchError(
                     f"before the first update on a rollout a log-probability differs by {worst:.3g} from the rollout's "
                     f"(at most {RATIO_TOLERANCE:g} is allowed), so ratios would not be 1: the student must generate "
