@@ -132,7 +132,8 @@ def test_an_image_does_not_depend_on_its_batch(build, batch_size):
         generate(model, labels, generator=IndexedNoise(1, indices), **settings).latents
         for labels, indices in zip(LABELS.split(batch_size), INDICES.split(batch_size), strict=True)
     ]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+    # The first steps of a chain multiply an error of the predicted noise by hundreds, that of rounding too.
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-3, atol=1e-5)
     other_seed = generate(model, LABELS, generator=IndexedNoise(2, INDICES), **settings).latents
     assert (other_seed - whole).abs().amax(dim=(1, 2, 3)).min() > 0.01
 

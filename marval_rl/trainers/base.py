@@ -20,6 +20,7 @@ from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.image_set import GeneratedBatch, ImagePlan, generate_batch, grid_of
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, save_image_grid
+from marval_rl.models.matmul import quick_products
 from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.callbacks import (
@@ -197,7 +198,10 @@ class MARTrainer(ResumableTrainer):
                 forget_gradients(self.mar.parameters())
         place = self.micro_batch * self.args.world_size + self.args.process_index
         torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
-        return super().training_step(model, inputs, num_items_in_batch)
+        config = self.mar.config
+        rows = self.args.per_device_train_batch_size * (config.buffer_size + config.num_tokens)
+        with quick_products(self.args.device, rows, config.encoder_hidden_size):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _forget_step(self) -> None:
         """Drop the metrics of a step that was skipped."""

@@ -297,7 +297,7 @@ def _batch(trainer: MARTrainer, config: Any, rollout: dict[str, Tensor]) -> Any:
         trainer.buffer = {**rollout, "log_prob": log_prob, "advantages": log_prob[:, 0], "weights": log_prob[:, 0]}
 
     def one_step(*args: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(args[-1]), None  # of the noise's shape, which is the last argument
+        return torch.zeros_like(args[5]), None  # of the noise's shape
 
     # On this one trainer, which is thrown away.
     trainer.score = score  # type: ignore[method-assign]
