@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class ChainHead:
     """
 
     def __init__(self, head: DiffusionHead, timesteps: Tensor):
-        net = head.net
+        net: Any = head.net
         for layer in (*(block.adaLN_modulation[1] for block in net.res_blocks), net.final_layer.adaLN_modulation[1]):
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"a modulation of the head is a {type(layer).__name__}: merge its adapters first")
@@ -69,7 +71,8 @@ class ChainHead:
 
 def _folded_block(block: ResidualBlock) -> list[tuple[Tensor, Tensor]]:
     """Weights and biases of the modulation's factor, shift and gate; see `ChainHead`."""
-    modulation, norm = block.adaLN_modulation[1], block.in_ln
+    modulation: Any = block.adaLN_modulation[1]
+    norm = block.in_ln
     (shift, scale, gate), (shift_bias, scale_bias, gate_bias) = modulation.weight.chunk(3), modulation.bias.chunk(3)
     g, b = norm.weight, norm.bias
     return [

@@ -144,7 +144,7 @@ def generate(
     pairs = unmasking_steps(config.num_tokens, num_unmasking_steps)
     scales = guidance_scales(config.num_tokens, num_unmasking_steps, guidance_scale, guidance_schedule)
     scale_of = dict(zip(pairs, scales, strict=True))
-    conditions = []
+    conditions: list[Tensor] = []
     rows = batch * (1 + guided) * (config.buffer_size + config.num_tokens)
     backbone = (device, rows, config.encoder_hidden_size)
 
