@@ -157,6 +157,7 @@ def test_a_batch_with_other_indices_is_refused():
         generate(tiny_student(), LABELS[:4], num_unmasking_steps=2, generator=IndexedNoise(1, INDICES))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_what_the_cpu_draws():
     host, device = IndexedNoise(5, INDICES), IndexedNoise(5, INDICES.cuda())

@@ -39,6 +39,7 @@ from marval_rl.runtime.distributed import (
     mean_over_processes,
 )
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
+from marval_rl.runtime.profiling import EVALUATION, ProfileCallback, phase
 from marval_rl.runtime.resumable import ResumableTrainer
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.batches import EpochBatches, epoch_loader
@@ -111,6 +112,10 @@ class MARTrainer(ResumableTrainer):
         skip_step = partial(pause, networks=NETWORKS)
         self.add_callback(GuardCallback(self.guard, skip_step, self._forget_step))
         self.add_callback(AverageCallback(self.update_average))
+        if args.profile < 0:
+            raise ValueError(f"profile must not be negative, but is {args.profile}")
+        if args.profile > 0:
+            self.add_callback(ProfileCallback(args.profile, Path(args.output_dir)))
 
     # ---- What a subclass says ----
 
@@ -246,6 +251,7 @@ class MARTrainer(ResumableTrainer):
         """The figures that an evaluation measures, without "eval_"."""
         return self.evaluator.names(self.eval_plan.num_images, self.eval_plan.num_classes)
 
+    @phase(EVALUATION)
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Generate `eval_num_images` images from fixed seeds with the averaged weights, and measure them.
 

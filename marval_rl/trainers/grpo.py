@@ -45,6 +45,7 @@ from marval_rl.models.sampling import draw_rollout_noise, student_mean, unmask
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, unmasking_steps
 from marval_rl.randomness import derive_generator
 from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_weights
+from marval_rl.runtime.profiling import ROLLOUT, phase
 from marval_rl.trainers.grpo_config import MARGRPOConfig
 from marval_rl.trainers.reward_trainer import RewardTrainer
 
@@ -108,7 +109,7 @@ class MARGRPOTrainer(RewardTrainer):
 
         parts = []
         self.mar.eval()
-        with gathered_weights(self.mar), self.accelerator.autocast():
+        with phase(ROLLOUT), gathered_weights(self.mar), self.accelerator.autocast():
             # In the precision and the portions of training, so that the same kernels find the same log-probabilities.
             for images, part_labels in zip(mine.split(size), labels.split(size), strict=True):
                 inputs = {"class_labels": part_labels, "order": noise["order"][images], "noise": noise["noise"][images]}
