@@ -34,7 +34,7 @@ test: .venv
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # two processes: a file stays in one
 
 test-gpu: .venv
-	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py tests/test_noise.py
+	$(BIN)/python -m pytest -q -m gpu tests/parity/test_gpu.py tests/test_noise.py
 
 bench-gpu: .venv
 	mkdir -p build
