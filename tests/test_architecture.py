@@ -21,7 +21,8 @@ ALLOWED = {
     "trainers": {"runtime", "losses", "models", "rewarding", "evaluation", "data"},
     "reporting": {"runtime"},
     "recipes": {"trainers", "runtime", "losses", "models", "rewarding", "evaluation", "data"},
-    "cli": {"recipes", "trainers", "runtime", "models", "rewarding", "evaluation", "data", "reporting"},
+    "benchmarks": {"models"},
+    "cli": {"benchmarks", "recipes", "trainers", "runtime", "models", "rewarding", "evaluation", "data", "reporting"},
     "rewards": {"rewarding", "data"},
 }
 STARTED = {"__main__", "rewarding.serving.server"}  # by `python -m`

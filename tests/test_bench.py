@@ -14,16 +14,32 @@ from marval_rl.recipes import network_arguments as networks
 FAST = ["--steps", "2", "--diffusion_steps", "3", "--repeats", "1"]
 
 
-def test_teacher_and_student_are_timed_and_their_ratio_is_given(tmp_path, capsys):
+def test_all_are_timed_and_their_ratios_are_given(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "teacher")
     tiny_student().save_pretrained(tmp_path / "student")
     models = [str(tmp_path / "teacher"), str(tmp_path / "student")]
-    assert main(["bench", *models, *FAST, "--batch_sizes", "1", "3", "--output", str(tmp_path / "bench.json")]) == 0
-    rows = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["batch_size"] for row in rows] == [1, 3]
-    for row in rows:
+    options = ["--batch_sizes", "1", "3", "--growth", "--output", str(tmp_path / "bench.json")]
+    assert main(["bench", *models, *FAST, *options]) == 0
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["batch_size"] for row in figures["sampling"]] == [1, 3]
+    for row in figures["sampling"]:
         assert row["speedup"] == pytest.approx(row["teacher_seconds"] / row["student_seconds"])
-    assert "teacher with 3 guided diffusion steps, float32, latents only, cpu" in capsys.readouterr().out
+        assert row["teacher_over_baseline"] == pytest.approx(row["baseline_seconds"] / row["teacher_seconds"])
+        assert row["flops_share"] * row["student_seconds"] * figures["matrix_rate"] == pytest.approx(row["flops"])
+        assert row["student_spread"] == 0  # of one run
+    one, three = (row["flops"] for row in figures["sampling"])
+    assert 2 * one < three < 3 * one  # the timestep is embedded once
+    grown = [(row["steps"], row["tokens"], row["batch_size"]) for row in figures["growth"]]
+    assert grown == [(1, 4, 1), (2, 4, 1), (4, 4, 1), (2, 16, 1), (2, 4, 2), (2, 4, 4)]
+    printed = capsys.readouterr().out
+    assert "teacher with 3 guided diffusion steps, float32, latents only, cpu" in printed
+    assert "times as the official sampler" in printed and "of the matrix rate" in printed
+
+
+def test_json_alone_is_printed_and_the_baseline_can_be_left_out(capsys):
+    assert main(["bench", "--model_size", "digits", *FAST, "--batch_sizes", "1", "--no_baseline", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert "baseline_seconds" not in figures["sampling"][0] and figures["settings"]["model_size"] == "digits"
 
 
 def test_a_published_size_needs_no_weights(monkeypatch, capsys):
@@ -38,4 +54,4 @@ def test_a_published_size_needs_no_weights(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [[], ["teacher"], ["teacher", "student", "--model_size", "base"]])
 def test_either_two_models_or_a_size(words, capsys):
     assert main(["bench", *words, *FAST]) == 2
-    assert "give TEACHER and STUDENT, or --model_size base, large or huge" in capsys.readouterr().err
+    assert "give TEACHER and STUDENT, or --model_size digits, mnist, base, large or huge" in capsys.readouterr().err

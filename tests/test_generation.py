@@ -93,7 +93,7 @@ def test_a_teacher_denoises_and_a_student_does_not():
     """The same weights under either configuration: the head runs once per token, or once per diffusion step."""
     for build, calls in ((tiny_model, 3 * 5), (tiny_student, 3)):
         model, count = build(), []
-        model.diffloss.register_forward_hook(lambda *_, count=count: count.append(1))
+        model.diffloss.net.input_proj.register_forward_hook(lambda *_, count=count: count.append(1))
         sample(model, num_diffusion_steps=5)
         assert len(count) == calls
 

@@ -132,7 +132,8 @@ def test_an_image_does_not_depend_on_its_batch(build, batch_size):
         generate(model, labels, generator=IndexedNoise(1, indices), **settings).latents
         for labels, indices in zip(LABELS.split(batch_size), INDICES.split(batch_size), strict=True)
     ]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+    # The first steps of a chain multiply an error of the predicted noise by hundreds, that of rounding too.
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-3, atol=1e-5)
     other_seed = generate(model, LABELS, generator=IndexedNoise(2, INDICES), **settings).latents
     assert (other_seed - whole).abs().amax(dim=(1, 2, 3)).min() > 0.01
 
@@ -156,6 +157,7 @@ def test_a_batch_with_other_indices_is_refused():
         generate(tiny_student(), LABELS[:4], num_unmasking_steps=2, generator=IndexedNoise(1, INDICES))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same_noise_as_the_cpu():
     host, device = IndexedNoise(5, INDICES), IndexedNoise(5, INDICES.cuda())

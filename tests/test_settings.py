@@ -135,7 +135,7 @@ READ_BY: dict[str, Any] = {
     **dict.fromkeys(
         ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), "marval_rl.trainers.base"
     ),
-    **dict.fromkeys(("eval_batch_size", "max_skipped_steps"), "marval_rl.trainers.base"),
+    **dict.fromkeys(("eval_batch_size", "max_skipped_steps", "profile"), "marval_rl.trainers.base"),
     "overwrite_output_dir": "marval_rl.cli.training",
 }
 

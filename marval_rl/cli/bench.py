@@ -1,23 +1,44 @@
-"""`marval-rl bench`: how much faster a student generates than its teacher, as ratios measured in one process."""
+"""`marval-rl bench`: ratios of sampling times, measured in turn in one process, and shares of the machine's best."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import statistics
-import time
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from marval_rl.benchmarks.sampling import Settings, compare, compare_students, efficiency, growth
+from marval_rl.benchmarks.timing import bandwidth, matrix_rate
 from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device, quiet_libraries
 from marval_rl.errors import check_output
-from marval_rl.models import MARModel, generate
+from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.checkpoints import load_model
+from marval_rl.models.compiling import compile_blocks
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
 from marval_rl.recipes.values import WrongType, convert, rejoin_list
 from marval_rl.trainers.distill import student_from_teacher
+
+# As the demo's recipes have them.
+_SMALL: dict[str, Any] = {
+    "image_channels": 1,
+    "latent_stride": 1,
+    "latent_channels": 1,
+    "num_classes": 10,
+    "buffer_size": 4,
+}
+_SMALL |= {f"{part}_hidden_size": 128 for part in ("encoder", "decoder")}
+_SMALL |= {f"{part}_num_layers": 2 for part in ("encoder", "decoder")}
+_SMALL |= {f"{part}_num_heads": 4 for part in ("encoder", "decoder")} | {"head_num_layers": 3, "clip_sample_range": 1.0}
+SMALL_SIZES = {
+    "digits": {**_SMALL, "image_size": 8, "patch_size": 2, "head_hidden_size": 128},
+    "mnist": {**_SMALL, "image_size": 28, "patch_size": 7, "head_hidden_size": 256},
+}
+SIZES = [*SMALL_SIZES, *PUBLISHED_SIZES]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,48 +50,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model_size",
-        choices=PUBLISHED_SIZES,
-        help="instead of TEACHER and STUDENT: MAR-B, -L or -H with random weights, as fast as trained ones",
+        choices=SIZES,
+        help="instead of TEACHER and STUDENT: a model of this size with random weights, as fast as trained ones",
     )
     parser.add_argument("--steps", type=int, default=16, metavar="K", help="unmasking steps of both (default: 16)")
     parser.add_argument("--guidance_scale", type=float, default=1.2, help="of the teacher (default: 1.2)")
     parser.add_argument("--diffusion_steps", type=int, default=100, metavar="N", help="of the teacher (default: 100)")
     parser.add_argument("--batch_sizes", nargs="+", default=[1, 64], metavar="B", help="default: 1 64")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: 5)")
+    parser.add_argument("--no_baseline", action="store_true", help="leave out the official sampler, which is slow")
+    parser.add_argument("--growth", action="store_true", help="also the student's time by K, tokens and batch")
+    parser.add_argument("--compile", action="store_true", help="also the student with its blocks compiled")
     add_device_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON in place of tables")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON too")
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
-    """Prints a table, and writes it as JSON where --output says."""
+    """Prints tables or JSON, and writes JSON where --output says."""
     quiet_libraries()
     if args.output is not None:
         check_output(args.output)
-    device = chosen_device(args)
-    teacher, student = models(args)
-    rows = compare(
-        teacher.to(device),
-        student.to(device),
-        dtype=autocast_dtype(args),
-        num_unmasking_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        num_diffusion_steps=args.diffusion_steps,
-        batch_sizes=batch_sizes(args.batch_sizes),
-        repeats=args.repeats,
-    )
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    print(
-        f"K = {args.steps}, teacher with {args.diffusion_steps} guided diffusion steps, {args.dtype}, latents only, "
-        f"{name}{threads}, torch {torch.__version__}"
-    )
-    for row in rows:
-        print(
-            f"batch {row['batch_size']:4d}: teacher {row['teacher_seconds']:8.4f} s, student "
-            f"{row['student_seconds']:8.4f} s, {row['speedup']:6.1f} times as fast (median of {args.repeats})"
-        )
+    device, dtype = chosen_device(args), autocast_dtype(args)
+    teacher, student = (model.to(device) for model in models(args))
+    settings = Settings(args.steps, args.guidance_scale, args.diffusion_steps, dtype, args.repeats)
+    sizes = batch_sizes(args.batch_sizes)
+    figures = measure(teacher, student, settings, sizes, with_baseline=not args.no_baseline)
+    if args.growth:
+        figures["growth"] = growth(student, settings, sizes)
+    if args.compile:
+        compiled = copy.deepcopy(student)
+        compile_blocks(compiled)
+        for row in figures["sampling"]:
+            row["compiled_speedup"] = compare_students(compiled, student, settings, row["batch_size"])
+    figures = {"machine": machine(device, args.dtype), "settings": described(args), **figures}
+    if args.json:
+        json.dump(figures, sys.stdout, indent=2)
+        print()
+    else:
+        print("\n".join(tables(figures)))
     if args.output is not None:
-        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+        args.output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def batch_sizes(given: list) -> list[int]:
@@ -82,62 +102,73 @@ def batch_sizes(given: list) -> list[int]:
 
 
 def models(args: argparse.Namespace) -> tuple[MARModel, MARModel]:
-    """Teacher and student, loaded or of a published size with random weights. Raises ValueError if neither is given."""
+    """Teacher and student, loaded or of a size with random weights. Raises ValueError if neither is given."""
     given = (args.teacher, args.student)
     if args.model_size is not None and given == (None, None):
         torch.manual_seed(0)
-        teacher = MARModel(PUBLISHED_SIZES[args.model_size]()).eval()
+        small = args.model_size in SMALL_SIZES
+        config = MARConfig(**SMALL_SIZES[args.model_size]) if small else PUBLISHED_SIZES[args.model_size]()
+        teacher = MARModel(config).eval()
         return teacher, student_from_teacher(teacher, student_timestep=700).eval()
     if args.model_size is not None or None in given:
-        raise ValueError("give TEACHER and STUDENT, or --model_size base, large or huge")
+        raise ValueError(f"give TEACHER and STUDENT, or --model_size {', '.join(SIZES[:-1])} or {SIZES[-1]}")
     return load_model(args.teacher, one_step=False), load_model(args.student, one_step=True)
 
 
-def compare(
-    teacher: MARModel,
-    student: MARModel,
-    *,
-    dtype: torch.dtype | None,
-    num_unmasking_steps: int,
-    guidance_scale: float,
-    num_diffusion_steps: int,
-    batch_sizes: list[int],
-    repeats: int,
-) -> list[dict[str, float]]:
-    """Median seconds to generate a batch, teacher and student in turn after a warm-up of each, and their ratio."""
+def measure(
+    teacher: MARModel, student: MARModel, settings: Settings, batch_sizes: list[int], with_baseline: bool
+) -> dict[str, Any]:
+    """The rows of "sampling", and the machine's own rates, measured in the same run."""
+    device = teacher.device
+    rate, speed = matrix_rate(device, settings.dtype or torch.float32), bandwidth(device)
     rows = []
     for batch_size in batch_sizes:
-        labels = torch.arange(batch_size, device=teacher.device) % teacher.config.num_classes
+        row = compare(teacher, student, settings, batch_size, with_baseline)
+        rows.append({**row, **efficiency(student, settings, row, rate, speed)})
+    return {"matrix_rate": rate, "bandwidth": speed, "sampling": rows}
 
-        def run_teacher(labels: torch.Tensor = labels) -> None:
-            generate(
-                teacher,
-                labels,
-                num_unmasking_steps=num_unmasking_steps,
-                guidance_scale=guidance_scale,
-                num_diffusion_steps=num_diffusion_steps,
-            )
 
-        def run_student(labels: torch.Tensor = labels) -> None:
-            generate(student, labels, num_unmasking_steps=num_unmasking_steps)
+def machine(device: torch.device, dtype: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": dtype, "torch": torch.__version__}
 
-        with torch.autocast(teacher.device.type, dtype, enabled=dtype is not None):
-            run_teacher()
-            run_student()
-            # In turn, so that a slow phase of the machine affects both.
-            pairs = [(_seconds(run_teacher), _seconds(run_student)) for _ in range(repeats)]
-        slow, fast = (statistics.median(times) for times in zip(*pairs, strict=True))
-        rows.append(
-            {"batch_size": batch_size, "teacher_seconds": slow, "student_seconds": fast, "speedup": slow / fast}
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("model_size", "steps", "guidance_scale", "diffusion_steps", "repeats")
+    models = {"teacher": args.teacher, "student": args.student} if args.model_size is None else {}
+    return {**{name: vars(args)[name] for name in names}, **{name: str(path) for name, path in models.items()}}
+
+
+def tables(figures: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    settings, on = figures["settings"], figures["machine"]
+    threads = f", {on['threads']} threads" if on["device"] == "cpu" else ""
+    lines = [
+        f"K = {settings['steps']}, teacher with {settings['diffusion_steps']} guided diffusion steps, {on['dtype']}, "
+        f"latents only, {on['device']}{threads}, torch {on['torch']}",
+        f"a matrix product: {figures['matrix_rate'] / 1e9:.0f} GFLOP/s; a copy: {figures['bandwidth'] / 1e9:.1f} GB/s",
+        f"median of {settings['repeats']} runs in turn, +- half the spread",
+    ]
+    for row in figures["sampling"]:
+        parts = [f"batch {row['batch_size']:4d}:"]
+        for name in ("baseline", "teacher", "student"):
+            if f"{name}_seconds" in row:
+                parts.append(f"{name} {row[f'{name}_seconds']:.4f} s +-{50 * row[f'{name}_spread']:.0f}%,")
+        lines.append(" ".join(parts))
+        ratios = [f"student {row['speedup']:.1f} times as fast as the teacher"]
+        if "teacher_over_baseline" in row:
+            ratios += [f"{row['student_over_baseline']:.1f} times as the official sampler"]
+            ratios += [f"teacher {row['teacher_over_baseline']:.2f} times as the official sampler"]
+        if "compiled_speedup" in row:
+            ratios.append(f"compiled student {row['compiled_speedup']:.2f} times as eager")
+        lines.append("            " + ", ".join(ratios))
+        lines.append(
+            f"            student at {100 * row['flops_share']:.0f}% of the matrix rate; reading its weights takes "
+            f"{100 * row['read_share']:.0f}% of its time"
         )
-    return rows
-
-
-def _seconds(function) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    for row in figures.get("growth", []):
+        lines.append(
+            f"student, K {row['steps']:3d}, {row['tokens']:4d} tokens, batch {row['batch_size']:4d}: "
+            f"{row['seconds']:.4f} s"
+        )
+    return lines

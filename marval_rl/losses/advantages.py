@@ -54,11 +54,10 @@ def group_advantages(
         centered = centered / (_std(groups.view(1, -1)) + STD_EPSILON)
     elif scale_rewards != "none":
         raise ValueError(f'scale_rewards must be one of {", ".join(REWARD_SCALES)}, not "{scale_rewards}"')
-    known_std = std[~std.isnan()]
     metrics = {
         "reward": groups.nanmean(),
-        "reward_std": known_std.mean(),
-        "frac_reward_zero_std": (known_std < STD_EPSILON).float().mean(),
+        "reward_std": std.nanmean(),
+        "frac_reward_zero_std": (std < STD_EPSILON).sum() / (~std.isnan()).sum(),  # of the groups with a score
     }
     return torch.where(groups.isnan(), 0, centered).flatten(), metrics
 

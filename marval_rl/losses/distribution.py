@@ -105,6 +105,14 @@ class RealFeatures:
         return cls(by_class, k, constants)
 
 
+def rows_by_label(class_labels: Tensor) -> dict[int, Tensor]:
+    """label -> the indices of its rows, ascending; waits for the device once, where masks would for each class."""
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(class_labels.tolist()):
+        rows.setdefault(label, []).append(row)
+    return {label: torch.tensor(found, device=class_labels.device) for label, found in rows.items()}
+
+
 def distribution_loss(
     generated: Tensor,
     class_labels: Tensor,
@@ -129,9 +137,11 @@ def distribution_loss(
         recent_labels: [Q].
     """
     losses = [0 * generated.sum(dim=1)[:0]]
-    for label in class_labels.unique().tolist():
-        images = generated[class_labels == label]
-        others = images[:0] if recent is None else recent[recent_labels == label]
+    rows_of = rows_by_label(class_labels)
+    recent_rows_of = {} if recent_labels is None else rows_by_label(recent_labels)
+    for label, rows in sorted(rows_of.items()):
+        images = generated[rows]
+        others = recent[recent_rows_of[label]] if recent is not None and label in recent_rows_of else images[:0]
         count = len(images) - 1 + len(others)
         if count == 0:
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -196,9 +197,46 @@ def reverse_step(
     temperature: float = 1.0,
     clip_range: float | None = None,
 ) -> Tensor:
-    """One ancestral step x_t -> x_{t-1} at respaced `index`; no noise is added at index 0. x_t, noise [N, C]."""
-    t = torch.full((1,), index, dtype=torch.int64, device=x_t.device)
-    mean, log_variance, _ = posterior(schedule, model_output, x_t, t, clip_range)
+    """One ancestral step x_t -> x_{t-1} at respaced `index`; no noise is added at index 0. x_t, noise [N, C].
+
+    As `posterior` has it, with what depends on the index alone computed once, in float64.
+    """
+    c = reverse_constants(schedule)[index]
+    eps, fraction = model_output.chunk(2, dim=-1)
+    if clip_range is None:
+        mean = torch.add(x_t * c.mean_of_x, eps, alpha=-c.mean_of_noise)
+    else:
+        x_start = torch.add(x_t * c.start_of_x, eps, alpha=-c.start_of_noise).clamp_(-clip_range, clip_range)
+        mean = torch.add(x_t * c.mean_of_x_t, x_start, alpha=c.mean_of_start)
     if index == 0:
         return mean
-    return mean + (0.5 * log_variance).exp() * noise * temperature
+    std = (fraction * c.half_log_range).add_(c.log_middle).exp_()
+    return torch.addcmul(mean, std, noise, value=temperature)
+
+
+class ReverseConstants(NamedTuple):
+    """The numbers of a reverse step; e is the noise prediction and v the variance value of the network.
+
+    x_0 = start_of_x x_t - start_of_noise e, and mean = mean_of_start x_0 + mean_of_x_t x_t, which is mean_of_x x_t -
+    mean_of_noise e where nothing is clipped; log std = log_middle + half_log_range v.
+    """
+
+    start_of_x: float
+    start_of_noise: float
+    mean_of_start: float
+    mean_of_x_t: float
+    mean_of_x: float
+    mean_of_noise: float
+    log_middle: float
+    half_log_range: float
+
+
+@lru_cache(maxsize=32)
+def reverse_constants(schedule: DiffusionSchedule) -> list[ReverseConstants]:
+    """Of each step of the chain."""
+    alpha, sigma = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    of_start, of_x_t = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+    low, high = schedule.posterior_log_variance_clipped, schedule.log_betas
+    columns = [1 / alpha, sigma / alpha, of_start, of_x_t, of_start / alpha + of_x_t, of_start * sigma / alpha]
+    columns += [(low + high) / 4, (high - low) / 4]  # of the deviation, half of the variance's logarithm
+    return [ReverseConstants(*row) for row in np.stack(columns, axis=1).tolist()]

@@ -15,10 +15,11 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from marval_rl.models.chain import chain_head, sample_chain
 from marval_rl.models.diffusion import make_schedule
-from marval_rl.models.head import sample_chain
 from marval_rl.models.latents import LatentCodec, unpatchify
 from marval_rl.models.mar import MARModel
+from marval_rl.models.matmul import quick_products
 from marval_rl.models.noise import GeneratorNoise, Noise, as_noise
 from marval_rl.models.sampling import unmask
 from marval_rl.models.unmasking import check_order, gather_tokens, guidance_scales, revealed_positions, unmasking_steps
@@ -67,8 +68,11 @@ def balanced_labels(num_images: int, num_classes: int) -> Tensor:
 
 
 def check_class_labels(class_labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError for a label outside 0..num_classes-1 (an embedding lookup would fail obscurely on a GPU)."""
-    if class_labels.numel() and not (int(class_labels.min()) >= 0 and int(class_labels.max()) < num_classes):
+    """Raises ValueError for a label outside 0..num_classes-1 (an embedding lookup would fail obscurely on a GPU).
+
+    Waits for the device.
+    """
+    if class_labels.numel() and not ((class_labels >= 0) & (class_labels < num_classes)).all():
         bad = class_labels[(class_labels < 0) | (class_labels >= num_classes)][0].item()
         raise ValueError(f"class label {bad} is outside 0..{num_classes - 1}, the classes this model knows")
 
@@ -140,19 +144,29 @@ def generate(
     pairs = unmasking_steps(config.num_tokens, num_unmasking_steps)
     scales = guidance_scales(config.num_tokens, num_unmasking_steps, guidance_scale, guidance_schedule)
     scale_of = dict(zip(pairs, scales, strict=True))
-    conditions = []
+    conditions: list[Tensor] = []
+    rows = batch * (1 + guided) * (config.buffer_size + config.num_tokens)
+    backbone = (device, rows, config.encoder_hidden_size)
 
     def predict(tokens: Tensor, num_masked: int, num_kept: int) -> Tensor:
+        asked = revealed_positions(order, num_masked, num_kept)
         if config.is_one_step:
-            step_noise = gather_tokens(token_noise, revealed_positions(order, num_masked, num_kept))
-            revealed, condition = model.one_step(tokens, class_labels, order, num_masked, num_kept, step_noise)
+            step_noise = gather_tokens(token_noise, asked)
+            with quick_products(*backbone):
+                revealed, condition = model.one_step(
+                    tokens, class_labels, order, num_masked, num_kept, step_noise, asked
+                )
         else:
             # As in MAR, the null class is run whenever guidance is asked for, also while its scale is still 1.
-            condition = model(tokens, class_labels, order, num_masked, num_kept, guidance_pass=guided).condition
+            with quick_products(*backbone):
+                condition = model(
+                    tokens, class_labels, order, num_masked, num_kept, guidance_pass=guided, asked=asked
+                ).condition
             scale = scale_of[num_masked, num_kept] if guided else None
-            revealed = sample_chain(
-                model.diffloss, schedule, condition.flatten(0, 1), noise, scale, temperature, config.clip_sample_range
-            ).view(batch, -1, config.token_channels)
+            asked_rows = condition.flatten(0, 1)
+            with quick_products(device, len(asked_rows), config.head_hidden_size):
+                revealed = sample_chain(head, schedule, asked_rows, noise, scale, temperature, config.clip_sample_range)
+            revealed = revealed.view(batch, -1, config.token_channels)
         if return_steps:
             conditions.append(condition)
         return revealed
@@ -161,6 +175,8 @@ def generate(
     kept_steps = []
     precision = nullcontext() if autocast_dtype is None else torch.autocast(device.type, autocast_dtype)
     with precision:  # once around all steps, so that the weights are cast once
+        if not config.is_one_step:
+            head = chain_head(model.diffloss, schedule, device)
         for step in tqdm(steps, desc="unmasking", total=len(pairs), leave=False, disable=not progress):
             if return_steps:
                 scale = scale_of[step.num_masked, step.num_kept]

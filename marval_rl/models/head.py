@@ -1,5 +1,4 @@
-"""The diffusion head of MAR: a small MLP with adaptive layer norm that denoises one token given its condition, and the
-reverse chain that samples tokens from it."""
+"""The diffusion head of MAR: a small MLP with adaptive layer norm that denoises one token given its condition."""
 
 from __future__ import annotations
 
@@ -8,9 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from marval_rl.models.diffusion import DiffusionSchedule, reverse_step
-from marval_rl.models.noise import Noise
 
 TIMESTEP_FREQUENCIES = 256
 
@@ -116,45 +112,3 @@ def guide(model_output: Tensor, scale: float) -> Tensor:
     channels = labelled.shape[-1] // 2
     eps = null[..., :channels] + scale * (labelled[..., :channels] - null[..., :channels])
     return torch.cat([eps, labelled[..., channels:]], dim=-1)
-
-
-def sample_chain(
-    head: DiffusionHead,
-    schedule: DiffusionSchedule,
-    condition: Tensor,
-    noise: Noise,
-    guidance_scale: float | None = None,
-    temperature: float = 1.0,
-    clip_range: float | None = None,
-    return_trajectory: bool = False,
-) -> Tensor:
-    """The reverse diffusion chain for N tokens.
-
-    Args:
-        head: The teacher's head.
-        schedule: The process, respaced to as many steps as the chain is to have.
-        condition: [N, D]; with guidance [2N, D], the null class in the second half.
-        noise: Source of the noise; with an `IndexedNoise` the tokens stand image by image, equally many each.
-        guidance_scale: None for no guidance.
-        temperature: Scales the noise added in each step.
-        clip_range: Predicted clean tokens are clamped to +- this; None for no limit.
-        return_trajectory: Return every state, [steps, N, C], instead of the last.
-
-    Returns:
-        Tokens [N, C], float32.
-    """
-    rows = condition.shape[0] // (1 if guidance_scale is None else 2)
-    channels = head.net.input_proj.in_features
-    x = noise.normal(rows, channels)  # [N, C]
-    states = []
-    for index in reversed(range(len(schedule))):
-        t = torch.full((1,), int(schedule.timesteps[index]), device=condition.device)
-        if guidance_scale is None:
-            output = head(x, t, condition).float()  # [N, 2C]
-        else:
-            output = guide(head(x.repeat(2, 1), t, condition).float(), guidance_scale)
-        # MAR draws noise for both halves and for index 0 too; drawing alike keeps a seed's images the same.
-        step_noise = noise.normal(rows, channels, num_unused_rows=condition.shape[0] - rows)
-        x = reverse_step(schedule, output, x, index, step_noise, temperature, clip_range)
-        states.append(x)
-    return torch.stack(states) if return_trajectory else x

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from marval_rl.models.config import MARConfig, is_official_path
 from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, predict_start
 from marval_rl.models.head import DiffusionHead, SmallLinear, ZeroLinear
+from marval_rl.models.matmul import attention
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, scatter_tokens, visible_positions
 
 
@@ -31,12 +32,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(projection_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D], or [B, M, D] of the positions [B, M] alone, which look at all others."""
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, L, D / H]
+        if positions is not None:
+            q = q.gather(2, positions[:, None, :, None].expand(-1, self.num_heads, -1, q.shape[-1]))
         dropout = self.attention_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, length, width)))
+        x = attention(q, k, v, dropout)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, -1, width)))
 
 
 class FeedForward(nn.Module):
@@ -60,8 +64,10 @@ class Block(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = FeedForward(width, int(width * config.mlp_ratio), config.projection_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D], or [B, M, D] of the positions [B, M] alone."""
+        attended = self.attn(self.norm1(x), positions)
+        x = (x if positions is None else gather_tokens(x, positions)) + attended
         return x + self.mlp(self.norm2(x))
 
 
@@ -172,13 +178,12 @@ class MARModel(PreTrainedModel):
             return embedding
         return torch.where(drop_mask.unsqueeze(1), self.fake_latent.to(embedding.dtype), embedding)
 
-    def encode(self, tokens: Tensor, class_embedding: Tensor, order: Tensor, num_masked: int) -> Tensor:
-        """Encoder output [B, buffer + L - num_masked, D]: class tokens first, then visible tokens, positions ascending.
+    def encode(self, tokens: Tensor, class_embedding: Tensor, visible: Tensor) -> Tensor:
+        """Encoder output [B, buffer + V, D]: class tokens first, then the V visible tokens.
 
-        tokens [B, L, C] (masked ones are never read), class_embedding [B, D], order [B, L].
+        tokens [B, L, C] (masked ones are never read), class_embedding [B, D], visible [B, V], positions ascending.
         """
         batch, buffer = tokens.shape[0], self.config.buffer_size
-        visible = visible_positions(order, num_masked)
         positions = self.encoder_pos_embed_learned.expand(batch, -1, -1)
         x = self.z_proj(gather_tokens(tokens, visible).to(self.z_proj.weight.dtype)) + gather_tokens(
             positions[:, buffer:], visible
@@ -189,16 +194,24 @@ class MARModel(PreTrainedModel):
             x = block(x)
         return self.encoder_norm(x)
 
-    def decode(self, encoded: Tensor, order: Tensor, num_masked: int) -> Tensor:
-        """Conditions of all tokens [B, L, D] from the encoder's output."""
+    def decode(self, encoded: Tensor, visible: Tensor, asked: Tensor) -> Tensor:
+        """Conditions [B, M, D] of the tokens that are asked for, from the encoder's output.
+
+        The last block computes their rows alone; their queries look at the keys and values of all tokens.
+
+        encoded [B, buffer + V, D], visible [B, V], asked [B, M].
+        """
         buffer = self.config.buffer_size
         encoded = self.decoder_embed(encoded)
         grid = self.mask_token.to(encoded.dtype).expand(encoded.shape[0], self.config.num_tokens, -1)
-        grid = scatter_tokens(grid, visible_positions(order, num_masked), encoded[:, buffer:])
+        grid = scatter_tokens(grid, visible, encoded[:, buffer:])
         x = torch.cat([encoded[:, :buffer], grid], dim=1) + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks:
+        rows = asked + buffer
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
+        x = self.decoder_blocks[-1](x, rows) if len(self.decoder_blocks) else gather_tokens(x, rows)
+        position_embedding = self.diffusion_pos_embed_learned.expand(len(asked), -1, -1)
+        return self.decoder_norm(x) + gather_tokens(position_embedding, asked)
 
     def forward(
         self,
@@ -211,6 +224,7 @@ class MARModel(PreTrainedModel):
         timesteps: Tensor | None = None,
         drop_mask: Tensor | None = None,
         guidance_pass: bool = False,
+        asked: Tensor | None = None,
     ) -> MAROutput:
         """Conditions, and optionally noise predictions, of the tokens revealed between two counts of masked tokens.
 
@@ -225,27 +239,38 @@ class MARModel(PreTrainedModel):
             timesteps: int64, broadcastable to noisy_tokens without its channels.
             drop_mask: bool [B], True where the null class replaces the label (label dropout in pretraining).
             guidance_pass: Run the null class beside the labels; both outputs then hold [2B, ...], labels first.
+            asked: Those M positions, int64 [B, M], where the caller has sorted them already.
         """
+        visible = visible_positions(order, num_masked)
+        if asked is None:
+            asked = revealed_positions(order, num_masked, num_kept)
         class_embedding = self.embed_classes(class_labels, tokens.shape[0], drop_mask)
         if guidance_pass:
             class_embedding = torch.cat([class_embedding, self.embed_classes(None, tokens.shape[0])])
-            tokens, order = tokens.repeat(2, 1, 1), order.repeat(2, 1)
-        encoded = self.encode(tokens, class_embedding, order, num_masked)
-        condition = self.decode(encoded, order, num_masked)
-        condition = gather_tokens(condition, revealed_positions(order, num_masked, num_kept))
+            tokens, visible, asked = tokens.repeat(2, 1, 1), visible.repeat(2, 1), asked.repeat(2, 1)
+        encoded = self.encode(tokens, class_embedding, visible)
+        condition = self.decode(encoded, visible, asked)
         if noisy_tokens is None:
             return MAROutput(condition=condition)
         return MAROutput(condition=condition, model_output=self.diffloss(noisy_tokens, timesteps, condition))
 
     def one_step(
-        self, tokens: Tensor, class_labels: Tensor | None, order: Tensor, num_masked: int, num_kept: int, noise: Tensor
+        self,
+        tokens: Tensor,
+        class_labels: Tensor | None,
+        order: Tensor,
+        num_masked: int,
+        num_kept: int,
+        noise: Tensor,
+        asked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The student's map x0 = (z - sigma_t* eps(z, t*, c)) / alpha_t*, and the condition c it used.
 
-        noise z [B, M, C] ~ N(0, I) for the tokens revealed. Returns ([B, M, C] in float32, [B, M, D]).
+        noise z [B, M, C] ~ N(0, I) for the tokens revealed; asked as in `forward`. Returns ([B, M, C] in float32,
+        [B, M, D]).
         """
         t = torch.full((1,), self.config.one_step_timestep, device=noise.device)
-        output = self(tokens, class_labels, order, num_masked, num_kept, noisy_tokens=noise, timesteps=t)
+        output = self(tokens, class_labels, order, num_masked, num_kept, noisy_tokens=noise, timesteps=t, asked=asked)
         eps = output.model_output[..., : noise.shape[-1]].float()
         return predict_start(self.schedule, noise, eps, t), output.condition
 

@@ -92,8 +92,9 @@ def student_mean(
         num_masked: Tokens masked before the step.
         num_kept: Tokens still masked after it.
     """
-    noise = gather_tokens(inputs["noise"], revealed_positions(inputs["order"], num_masked, num_kept))
-    return student.one_step(tokens, inputs["class_labels"], inputs["order"], num_masked, num_kept, noise)[0]
+    asked = revealed_positions(inputs["order"], num_masked, num_kept)
+    noise = gather_tokens(inputs["noise"], asked)
+    return student.one_step(tokens, inputs["class_labels"], inputs["order"], num_masked, num_kept, noise, asked)[0]
 
 
 def draw_rollout_noise(

@@ -22,7 +22,7 @@ def random_order(
 
 
 def check_order(order: Tensor, batch_size: int, num_tokens: int) -> None:
-    """Raises ValueError unless each row of order [B, L] is a permutation of the tokens."""
+    """Raises ValueError unless each row of order [B, L] is a permutation of the tokens; waits for the device."""
     everything = torch.arange(num_tokens, device=order.device).expand(batch_size, -1)
     if order.shape != everything.shape or not torch.equal(order.sort(dim=1).values, everything):
         raise ValueError(f"order must hold a permutation of 0..{num_tokens - 1} for each of the {batch_size} images")

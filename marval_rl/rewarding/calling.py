@@ -80,6 +80,8 @@ def _copies_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
     try:
         return copy.deepcopy(value)
     except Exception:  # an open file, a lock: a column may hold anything, and these cannot be copied
@@ -130,7 +132,7 @@ def _raised(name: str, error: BaseException) -> RewardError:
 
 def _check_unchanged(name: str, given: Tensor, images: Tensor) -> None:
     """Compares the values: NumPy, and `.data`, change memory without a trace in the tensor."""
-    if not torch.equal(given, images):
+    if not torch.equal(given, images):  # waits for the device
         raise RewardError(f"reward {name!r} changed the images in place; it must work on a copy (images.clone())")
 
 
@@ -187,9 +189,9 @@ def _to_scores(name: str, returned: Any, images: Tensor) -> Tensor:
             f"reward {name!r} returned a {kind}; it must be a list of numbers (or None) or a tensor [{count}]"
         )
 
-    broken = ~scores.detach().isfinite().cpu() & ~left_out
-    if broken.any():
-        index = int(broken.nonzero()[0])
+    sound = scores.detach().isfinite().cpu() | left_out  # waits for the device, so that an error names its reward
+    if not sound.all():
+        index = int((~sound).nonzero()[0])
         value = float(scores.detach()[index])
         raise RewardError(
             f"reward {name!r}: the score of sample {index} is {value:g} in float32; "

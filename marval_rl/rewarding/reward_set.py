@@ -136,7 +136,7 @@ def _check_images(images: Tensor) -> Tensor:
     """Refuses invalid images, so that no reward is blamed for them; repeats a grey channel."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images must have the shape [B, 1 or 3, H, W], not {list(images.shape)}")
-    low, high = (float(bound) for bound in images.detach().aminmax())
+    low, high = torch.stack(images.detach().aminmax()).tolist()  # waits for the device
     if not (low >= 0 and high <= 1):  # also refuses NaN
         raise ValueError(f"pixels must lie in 0..1, but they lie in {low:g}..{high:g}")
     images = images.float()

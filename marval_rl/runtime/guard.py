@@ -61,6 +61,7 @@ class NonFiniteGuard:
             self.step_is_bad = optimizer.step_was_skipped
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # Waits for the device, once per step: the optimizer must not step on what is not finite.
         self.step_is_bad = bool(gradients) and not torch.stack(torch._foreach_norm(gradients)).isfinite().all().item()
 
     def count(self, step: int) -> None:

@@ -28,7 +28,7 @@ SCHEDULER_FILE = "scheduler.pt"  # every checkpoint that can be resumed has it, 
 # Any other change makes it a different run.
 FREE_ON_RESUME = frozenset(
     {
-        *("max_steps", "num_train_epochs", "max_skipped_steps"),
+        *("max_steps", "num_train_epochs", "max_skipped_steps", "profile"),
         *("max_frechet_ratio", "min_diversity", "min_mode_coverage", "min_recall", "max_kl", "best_metric"),
         *("logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
         *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),

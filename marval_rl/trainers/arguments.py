@@ -89,6 +89,10 @@ class MARTrainingArguments(TrainingArguments):
         default=10,
         metadata={"help": "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."},
     )
+    profile: int = field(
+        default=0,
+        metadata={"help": "Trace so many steps after the first, and print what their time went into; 0 for none."},
+    )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the weight average that is sampled and saved."})
     eval_num_images: int = field(default=500, metadata={"help": "Images generated at each evaluation."})
     eval_batch_size: int = field(default=250, metadata={"help": "Images generated at once in evaluation."})

@@ -20,6 +20,7 @@ from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.image_set import GeneratedBatch, ImagePlan, generate_batch, grid_of
 from marval_rl.models import MARModel, codec_for, patchify, unpatchify
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, save_image_grid
+from marval_rl.models.matmul import quick_products
 from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.callbacks import (
@@ -38,6 +39,7 @@ from marval_rl.runtime.distributed import (
     mean_over_processes,
 )
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
+from marval_rl.runtime.profiling import EVALUATION, ProfileCallback, phase
 from marval_rl.runtime.resumable import ResumableTrainer
 from marval_rl.runtime.trackers import SampleGridCallback
 from marval_rl.trainers.arguments import MARTrainingArguments
@@ -113,6 +115,10 @@ class MARTrainer(ResumableTrainer):
         skip_step = partial(pause, networks=NETWORKS)
         self.add_callback(GuardCallback(self.guard, skip_step, self._forget_step))
         self.add_callback(AverageCallback(self.update_average))
+        if args.profile < 0:
+            raise ValueError(f"profile must not be negative, but is {args.profile}")
+        if args.profile > 0:
+            self.add_callback(ProfileCallback(args.profile, Path(args.output_dir)))
 
     # ---- What a subclass says ----
 
@@ -200,7 +206,10 @@ class MARTrainer(ResumableTrainer):
                 forget_gradients(self.mar.parameters())
         place = self.micro_batch * self.args.world_size + self.args.process_index
         torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
-        return super().training_step(model, inputs, num_items_in_batch)
+        config = self.mar.config
+        rows = self.args.per_device_train_batch_size * (config.buffer_size + config.num_tokens)
+        with quick_products(self.args.device, rows, config.encoder_hidden_size):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _forget_step(self) -> None:
         """Drop the metrics of a step that was skipped."""
@@ -230,7 +239,7 @@ class MARTrainer(ResumableTrainer):
         return rows["images"].to(self.args.device)
 
     def names_of(self, class_labels: Tensor) -> list[str]:
-        """The class name of each label [B]."""
+        """The class name of each label [B]; waits for the device."""
         return [self.class_names[label] for label in class_labels.tolist()]
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
@@ -245,6 +254,7 @@ class MARTrainer(ResumableTrainer):
         """The figures that an evaluation measures, without "eval_"."""
         return self.evaluator.names(self.eval_plan.num_images, self.eval_plan.num_classes)
 
+    @phase(EVALUATION)
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Generate `eval_num_images` images from fixed seeds with the averaged weights, and measure them.
 

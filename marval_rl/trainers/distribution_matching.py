@@ -68,7 +68,7 @@ class DistributionMatching:
         labels = gather_rows(class_labels)
         features, num_processes = with_those_of_others(own)
         loss = distribution_loss(features, labels, self.real, buffer.get(FEATURES), buffer.get(LABELS))
-        if (size := self.args.distribution_queue) > 0 and bool(features.isfinite().all()):
+        if (size := self.args.distribution_queue) > 0 and bool(features.isfinite().all()):  # waits for the device
             for name, rows in ((FEATURES, features.detach()), (LABELS, labels)):
                 buffer[name] = torch.cat([buffer.get(name, rows[:0]), rows])[-size:].contiguous()
         return loss.detach() + num_processes * (loss - loss.detach())

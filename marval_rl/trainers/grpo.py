@@ -45,6 +45,7 @@ from marval_rl.models.sampling import draw_rollout_noise, student_mean, unmask
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, unmasking_steps
 from marval_rl.randomness import derive_generator
 from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_weights
+from marval_rl.runtime.profiling import ROLLOUT, phase
 from marval_rl.trainers.grpo_config import MARGRPOConfig
 from marval_rl.trainers.reward_trainer import RewardTrainer
 
@@ -103,11 +104,12 @@ class MARGRPOTrainer(RewardTrainer):
         noise = draw_rollout_noise(
             len(rows), args.num_generations, self.mar.config, generator, args.share_order, args.share_noise
         )
+        # Reading which images are ours waits for the device.
         labels, columns = self.labels_and_columns([rows[image // args.num_generations] for image in mine.tolist()])
 
         parts = []
         self.mar.eval()
-        with gathered_weights(self.mar), self.accelerator.autocast():
+        with phase(ROLLOUT), gathered_weights(self.mar), self.accelerator.autocast():
             # In the precision and the portions of training, so that the same kernels find the same log-probabilities.
             for images, part_labels in zip(mine.split(size), labels.split(size), strict=True):
                 inputs = {"class_labels": part_labels, "order": noise["order"][images], "noise": noise["noise"][images]}
@@ -220,8 +222,8 @@ class MARGRPOTrainer(RewardTrainer):
         if not args.starts_rollout(self.state.global_step, self.micro_batch):
             return
         with failing_together(args.device, PolicyMismatchError):
-            worst = (log_prob - old_log_prob).detach().abs().max().item()
-            if worst > RATIO_TOLERANCE:
+            worst = (log_prob - old_log_prob).detach().abs().max()
+            if not ~(worst > RATIO_TOLERANCE):  # waits for the device; NaN is the guard's to report
                 raise PolicyMismatchError(
                     f"before the first update on a rollout a log-probability differs by {worst:.3g} from the rollout's "
                     f"(at most {RATIO_TOLERANCE:g} is allowed), so ratios would not be 1: the student must generate "

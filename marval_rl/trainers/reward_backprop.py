@@ -19,6 +19,7 @@ from marval_rl.models import MARModel
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import random_order, unmasking_steps
 from marval_rl.randomness import derive_generator
+from marval_rl.runtime.profiling import ROLLOUT, phase
 from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.reward_trainer import RewardTrainer, RewardTrainingArguments
 
@@ -80,7 +81,7 @@ class RewardBackpropTrainer(RewardTrainer):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         labels, columns = self.labels_and_columns(rows)
         moves_student = self.args.moves_model(self.state.global_step)
-        with torch.set_grad_enabled(moves_student):
+        with phase(ROLLOUT), torch.set_grad_enabled(moves_student):
             rollout, divergences = self.generate(student, labels)
         if not moves_student:
             return torch.zeros((), device=labels.device), rollout, None

@@ -25,6 +25,7 @@ from marval_rl.randomness import kept_random_state
 from marval_rl.rewarding import Reward, RewardScores, RewardSet
 from marval_rl.runtime.distributed import failing_together
 from marval_rl.runtime.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
+from marval_rl.runtime.profiling import REWARD, phase
 from marval_rl.trainers.anchors import AnchorArguments, Anchors
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer
@@ -187,7 +188,7 @@ class RewardTrainer(MARTrainer):
         """Rewards of images [B, C, H, W]."""
         assert self.rewards is not None
         names = self.names_of(class_labels)
-        with failing_together(self.args.device), kept_random_state(self.args.device):
+        with phase(REWARD), failing_together(self.args.device), kept_random_state(self.args.device):
             return self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
 
     def record_scores(self, scores: Tensor, num_generations: int) -> None:

@@ -193,8 +193,8 @@ class ScoreMatching:
         channels = x_t.shape[-1]
         if not guided:
             return self.teacher.diffloss(x_t, t, condition)[..., :channels].float()
-        labelled, null = condition.chunk(2)
-        outputs = torch.stack([self.teacher.diffloss(x_t, t, labelled), self.teacher.diffloss(x_t, t, null)])
+        pair = condition.unflatten(0, (2, 1, -1))  # [2, 1, B, M, D], for the R draws alike
+        outputs = self.teacher.diffloss(x_t, t, pair)  # [2, R, B, M, 2C]
         return guide(outputs.float(), self.args.guidance_scale)[0, ..., :channels]
 
 

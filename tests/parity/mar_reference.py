@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marval_rl.models import MARConfig, MARModel
+from marval_rl.models.unmasking import visible_positions
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = ("crc", "stable")
@@ -93,3 +94,14 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| / |expected| over the whole array."""
     assert actual.shape == expected.shape
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def encode(model: MARModel, tokens: Tensor, class_embedding: Tensor, order: Tensor, num_masked: int) -> Tensor:
+    """The encoder's output while the first num_masked tokens of the order are masked."""
+    return model.encode(tokens, class_embedding, visible_positions(order, num_masked))
+
+
+def decode_all(model: MARModel, encoded: Tensor, order: Tensor, num_masked: int) -> Tensor:
+    """The conditions of all tokens, also of those that are known."""
+    everything = torch.arange(order.shape[1]).expand(len(order), -1)
+    return model.decode(encoded, visible_positions(order, num_masked), everything)

@@ -18,8 +18,8 @@ from mar_reference import (
 from torch import Tensor
 
 from marval_rl.models import GenerationOutput, MARModel, diffusion, generate, generation
+from marval_rl.models.chain import sample_chain
 from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, respaced_timesteps
-from marval_rl.models.head import sample_chain
 from marval_rl.models.noise import GeneratorNoise
 
 CHAIN_SEED, GENERATION_SEED = 111, 131

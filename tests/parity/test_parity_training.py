@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from mar_reference import WEIGHTS, assert_parity, golden, golden_facts, meets_parity, reference_model
+from mar_reference import (
+    WEIGHTS,
+    assert_parity,
+    decode_all,
+    encode,
+    golden,
+    golden_facts,
+    meets_parity,
+    reference_model,
+)
 from torch import Tensor
 
 from marval_rl.models import MARModel, patchify
@@ -64,8 +73,8 @@ def loss_of(model: MARModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def elementwise_losses(model: MARModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """mse and vb of all rows, [R, B, L], also of the visible tokens."""
     classes = model.embed_classes(batch.class_labels, BATCH)
-    encoded = model.encode(batch.tokens, classes, batch.order, batch.num_masked)
-    condition = model.decode(encoded, batch.order, batch.num_masked)
+    encoded = encode(model, batch.tokens, classes, batch.order, batch.num_masked)
+    condition = decode_all(model, encoded, batch.order, batch.num_masked)
     x_t = add_noise(model.schedule, batch.tokens, batch.noise, batch.timesteps)
     output = model.diffloss(x_t, batch.timesteps, condition)
     return diffusion_losses(model.schedule, output, batch.tokens.expand_as(x_t), x_t, batch.noise, batch.timesteps)

@@ -18,10 +18,8 @@ from itertools import count
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
@@ -29,6 +27,7 @@ from marval_rl.models import MARConfig, MARModel
 from marval_rl.models.diffusion import forget_tensors, make_schedule
 from marval_rl.models.sampling import student_mean
 from marval_rl.models.unmasking import random_order, unmasking_steps
+from marval_rl.recipes.planning.fake_device import FusedAttention, autocast_to
 from marval_rl.rewarding import RewardScores
 from marval_rl.runtime.limits import LimitArguments
 from marval_rl.trainers.arguments import planned_for
@@ -173,7 +172,13 @@ def saved_bytes(trainer: MARTrainer, config: Any, frozen: Iterable[nn.Module] = 
         )
     kept: dict[int, torch.UntypedStorage] = {}
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _NoValues(), _FusedAttention(), _autocast(device, config):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            _NoValues(),
+            FusedAttention(),
+            autocast_to(dtype, device.type),
+        ):
             type(trainer.args).device = device
             networks = [trainer.model, *frozen]
             for network in networks:
@@ -292,7 +297,7 @@ def _batch(trainer: MARTrainer, config: Any, rollout: dict[str, Tensor]) -> Any:
         trainer.buffer = {**rollout, "log_prob": log_prob, "advantages": log_prob[:, 0], "weights": log_prob[:, 0]}
 
     def one_step(*args: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(args[-1]), None  # of the noise's shape, which is the last argument
+        return torch.zeros_like(args[5]), None  # of the noise's shape
 
     # On this one trainer, which is thrown away.
     trainer.score = score  # type: ignore[method-assign]
@@ -313,34 +318,6 @@ class _NoValues(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 0  # True: checks such as isfinite().all() pass
         return func(*args, **(kwargs or {}))
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention as on a GPU; on a machine without one PyTorch would keep the attention weights of all pairs."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].device.type == "cuda":
-            dropout = (kwargs or {}).get("dropout_p", 0.0)
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True, dropout)[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _autocast(device: torch.device, config: Any) -> Iterator[None]:
-    """`torch.autocast`, which for "cuda" does nothing without a GPU."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    if dtype is None:
-        yield
-        return
-    torch.set_autocast_dtype(device.type, dtype)
-    torch.set_autocast_enabled(device.type, True)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device.type, False)
 
 
 def _size(network: nn.Module) -> int:

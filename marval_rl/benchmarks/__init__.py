@@ -1,0 +1,1 @@
+"""What `marval-rl bench` measures: ratios of times taken in turn, in one process."""

@@ -1,0 +1,27 @@
+"""Compiling a model's transformer blocks, each kind once, for any number of tokens and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from marval_rl.models.mar import MARModel
+
+
+def compile_blocks(model: MARModel, compiler: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles the blocks in place by `torch.compile`.
+
+    The networks around them stay as they are: a generation meets as many lengths as it has unmasking steps, and a
+    compiler that makes a version for each gives up after eight (torch's recompile_limit) and runs without it, silently.
+    Here the lengths are dynamic from the start, and blocks of a kind share what was compiled. A compiled function that
+    would be made anew too often raises an error.
+
+    Args:
+        model: Teacher or student, for inference.
+        compiler: torch.compile's `backend`.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in [*model.encoder_blocks, *model.decoder_blocks]:
+        block.compile(dynamic=True, backend=compiler)

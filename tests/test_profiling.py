@@ -1,0 +1,40 @@
+"""--profile: the shares of a run's time, and the trace."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_models import tiny_student
+from tiny_trainers import backprop_trainer, grpo_trainer
+
+from marval_rl.runtime.profiling import LABEL, shares
+
+
+def test_what_is_in_no_phase_is_the_update():
+    events = {LABEL + "rollout": 2.0, LABEL + "reward": 1.0, "gloo:all_reduce": 0.5, "aten::mm": 3.0}
+    events["enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"] = 0.5
+    found = shares(events, seconds=8.0)
+    assert found["rollout"] == 0.25 and found["reward"] == 0.125 and found["evaluation"] == 0
+    assert found["communication"] == found["data"] == 0.0625 and found["update"] == 0.5
+
+
+@pytest.mark.parametrize("make", [grpo_trainer, backprop_trainer])
+def test_steps_after_the_first_are_traced(make, tmp_path, capsys):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_num_images": 3, "eval_batch_size": 3}
+    make(tmp_path, tiny_student(), max_steps=5, profile=2, **evaluated).train()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("profile: "))
+    assert line.startswith("profile: 2 steps took ") and str(tmp_path / "trace.json") in line
+    events = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert events.count(LABEL + "rollout") == events.count(LABEL + "reward") == 2
+    assert events.count(LABEL + "evaluation") == 1
+
+
+def test_without_it_nothing_is_traced(tmp_path, capsys):
+    grpo_trainer(tmp_path, tiny_student(), max_steps=1).train()
+    assert "profile" not in capsys.readouterr().out and not (tmp_path / "trace.json").exists()
+
+
+def test_a_negative_number_of_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="profile must not be negative, but is -1"):
+        grpo_trainer(tmp_path, tiny_student(), profile=-1)
