@@ -165,7 +165,7 @@ def generate(
             if return_steps:
                 scale = scale_of[step.num_masked, step.num_kept]
                 kept_steps.append(GenerationStep(scale, conditions[step.number], step.revealed, step.tokens))
-    return GenerationOutput(unpatchify(step.tokens, config.patch_size, config.grid_size), kept_steps)
+    return GenerationOutput(unpatchify(step.tokens, config.patch_size, config.grid), kept_steps)
 
 
 def generate_images(
@@ -226,7 +226,7 @@ def unmasking_frames(
         )
         frames = []
         for step, (_, num_masked) in zip(output.steps, pairs, strict=True):
-            images = codec.decode(unpatchify(step.tokens, config.patch_size, config.grid_size)).float()
+            images = codec.decode(unpatchify(step.tokens, config.patch_size, config.grid)).float()
             masked = torch.zeros(order.shape, device=device).scatter(1, order[:, :num_masked], 1.0)
             masked = masked.view(-1, 1, config.grid_size, config.grid_size)
             is_masked = interpolate(masked, size=images.shape[-2:], mode="nearest") > 0

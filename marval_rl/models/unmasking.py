@@ -69,6 +69,14 @@ def draw_num_masked(
     return min(num_tokens, max(1, math.ceil(num_tokens * min(1.0, max(ratio_min, ratio)))))
 
 
+def arccos_num_masked(num_tokens: int, uniform: float) -> int:
+    """ceil(L r) with r = (2 / pi) arccos(u), at least 1: MaskGen's law for u uniform in [0, 1) (arXiv 2501.07730).
+
+    Its mean is that of the sampler's cosine schedule, its distribution is not.
+    """
+    return min(num_tokens, max(1, math.ceil(num_tokens * 2 / math.pi * math.acos(uniform))))
+
+
 def guidance_scales(num_tokens: int, num_unmasking_steps: int, scale: float, schedule: str) -> list[float]:
     """Guidance scale of each step of `unmasking_steps`. 1.0 is no guidance (MAR's convention).
 

@@ -233,7 +233,7 @@ class MARTrainer(ResumableTrainer):
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L, C] -> images [B, C, H, W] in 0..1."""
         config = self.mar.config
-        return self.codec.decode(unpatchify(tokens, config.patch_size, config.grid_size))
+        return self.codec.decode(unpatchify(tokens, config.patch_size, config.grid))
 
     # ---- Evaluation on generated images ----
 
