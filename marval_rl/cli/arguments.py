@@ -14,7 +14,7 @@ from marval_rl.paths import path_or_id
 if TYPE_CHECKING:
     import torch
 
-    from marval_rl.models import LatentCodec, MARModel
+    from marval_rl.models import LatentCodec, MaskedModel
     from marval_rl.models.generation import SamplingSettings
 
 DTYPES = ("float32", "bfloat16")
@@ -110,7 +110,7 @@ def autocast_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return torch.bfloat16 if args.dtype == "bfloat16" else None
 
 
-def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, torch.device]:
+def load_for_sampling(args: argparse.Namespace) -> tuple[MaskedModel, LatentCodec, torch.device]:
     """The model on its device, and its codec; sets `args.progress`, whether to draw progress bars."""
     from marval_rl.models import codec_for
     from marval_rl.models.checkpoints import load_model

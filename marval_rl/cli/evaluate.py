@@ -26,7 +26,7 @@ from marval_rl.evaluation.image_set import ImagePlan, weights_digest
 from marval_rl.evaluation.references import images_of_files, list_images
 from marval_rl.evaluation.speed import generation_speed
 from marval_rl.launched import check_company, launched_processes
-from marval_rl.models import MARConfig
+from marval_rl.models import MARConfig, MaskedConfig
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.reading import build_configs, read_settings
@@ -216,7 +216,7 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
 
 
 def make_evaluator(
-    args: argparse.Namespace, data: DataArguments, config: MARConfig, device: torch.device
+    args: argparse.Namespace, data: DataArguments, config: MaskedConfig, device: torch.device
 ) -> ImageEvaluator:
     """What measures the images that the command line asks for."""
     template, names = args.prompt_template or PROMPT_TEMPLATE, class_names(args, config)
@@ -235,7 +235,7 @@ def make_evaluator(
     return evaluator
 
 
-def make_runs(args: argparse.Namespace, data: DataArguments, config: MARConfig) -> list[ImageRun]:
+def make_runs(args: argparse.Namespace, data: DataArguments, config: MaskedConfig) -> list[ImageRun]:
     """The sets of images that the command line asks for, one per redraw."""
     folder = args.images_dir or output_file(args).with_suffix(".partial")
     measured = {
@@ -258,7 +258,7 @@ def make_runs(args: argparse.Namespace, data: DataArguments, config: MARConfig) 
     ]
 
 
-def class_names(args: argparse.Namespace, config: MARConfig) -> list[str] | None:
+def class_names(args: argparse.Namespace, config: MaskedConfig) -> list[str] | None:
     """Those of --class_names, else the model's."""
     if args.class_names is None:
         return config.class_names

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from huggingface_hub import ModelCardData
 
 from marval_rl import __version__
-from marval_rl.models import MARConfig
+from marval_rl.models import MaskedConfig
 from marval_rl.text import dump_yaml
 
 KINDS = {  # method -> tags, and what was done
@@ -68,7 +68,7 @@ or `marval-rl sample {path} --steps {steps}`.{vae}
 
 
 def write_model_card(
-    output_dir: Path, kind: str, settings: dict[str, Any], config: MARConfig, history: list[dict[str, Any]]
+    output_dir: Path, kind: str, settings: dict[str, Any], config: MaskedConfig, history: list[dict[str, Any]]
 ) -> None:
     """Writes README.md to the folder `final` of a run, with its first and last sample grid beside it.
 

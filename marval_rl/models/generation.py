@@ -18,7 +18,7 @@ from tqdm import tqdm
 from marval_rl.models.diffusion import make_schedule
 from marval_rl.models.head import sample_chain
 from marval_rl.models.latents import LatentCodec, unpatchify
-from marval_rl.models.mar import MARModel
+from marval_rl.models.masked import MaskedModel
 from marval_rl.models.noise import GeneratorNoise, Noise, as_noise
 from marval_rl.models.sampling import unmask
 from marval_rl.models.unmasking import check_order, gather_tokens, guidance_scales, revealed_positions, unmasking_steps
@@ -75,7 +75,7 @@ def check_class_labels(class_labels: Tensor, num_classes: int) -> None:
 
 @torch.no_grad()
 def generate(
-    model: MARModel,
+    model: MaskedModel,
     class_labels: Tensor | None,
     *,
     num_unmasking_steps: int,
@@ -169,7 +169,7 @@ def generate(
 
 
 def generate_images(
-    model: MARModel,
+    model: MaskedModel,
     codec: LatentCodec,
     num_images: int,
     settings: SamplingSettings,
@@ -193,14 +193,14 @@ def generate_images(
     for index, batch in enumerate(tqdm(batches, desc="sampling", disable=not progress, leave=False)):
         output = generate(model, batch, generator=derive_generator(device, seed, "sample", index), **vars(settings))
         with torch.no_grad():
-            images.append(codec.decode(output.latents).float())
+            images.append(codec.decode(output.latents, model.decoder_text(batch)).float())
     model.train(was_training)
     return torch.cat(images), labels.to(device)
 
 
 @torch.no_grad()
 def unmasking_frames(
-    model: MARModel,
+    model: MaskedModel,
     codec: LatentCodec,
     class_labels: Tensor,
     settings: SamplingSettings,

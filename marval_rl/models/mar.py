@@ -67,7 +67,6 @@ class MARModel(MaskedModel):
     config_class = MARConfig
     base_model_prefix = "mar"
     _no_split_modules = ("Block",)
-    lora_backbone = r"(encoder|decoder)_blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 
     def __init__(self, config: MARConfig):
         super().__init__(config)

@@ -7,7 +7,7 @@ a class (`MARModel`), or of a prompt (`MaskGenModel`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,6 @@ class MaskedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    # Modules that low-rank adapters may sit on: a regular expression of their names.
-    lora_backbone: ClassVar[str]
-
     diffloss: DiffusionHead
 
     def conditions_of(
@@ -65,6 +62,12 @@ class MaskedModel(PreTrainedModel):
 
     def freeze_null(self) -> None:
         """Takes the gradient of what only the null condition uses: a student is never asked for it."""
+
+    def share_conditions(self, other: MaskedModel) -> None:
+        """Knows the conditions that another model of the same backbone knows; a class table is among the weights."""
+
+    def set_blank_conditions(self) -> None:
+        """Conditions that say nothing, where the weights bring none: enough to plan memory with."""
 
     def decoder_text(self, class_labels: Tensor) -> Tensor | None:
         """What the codec's decoder reads beside the latents of these labels; None for nothing."""

@@ -15,7 +15,7 @@ from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.sources import load_held_out
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
-from marval_rl.models import MARConfig
+from marval_rl.models import MaskedConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
 from marval_rl.rewarding.loading import Offers
 from marval_rl.runtime.settings import Conditions, Needs
@@ -146,7 +146,7 @@ class DataArguments(EvaluationArguments):
         columns = {"image_column": self.image_column, "label_column": self.label_column}
         return self._merge(load_held_out(self.dataset, self.eval_dataset, self.class_names, names, **columns))
 
-    def crop(self, source: LabelledImages, config: MARConfig) -> CroppedImages:
+    def crop(self, source: LabelledImages, config: MaskedConfig) -> CroppedImages:
         """Images as a model generates them, never mirrored: to compare with."""
         return CroppedImages(source, config.image_size, flip=False, channels=config.image_channels)
 
@@ -168,7 +168,7 @@ class DataArguments(EvaluationArguments):
             data.merge_classes(find_groups(self.dataset, self.class_groups))
         return data
 
-    def fit(self, config: MARConfig, model: str, dataset: TrainingData | None = None) -> None:
+    def fit(self, config: MaskedConfig, model: str, dataset: TrainingData | None = None) -> None:
         """Gives a model's configuration the recipe's VAE, and the names of its classes where it has none.
 
         Raises ValueError if the model was trained on other classes or another image size than this data's. dataset:
@@ -193,7 +193,7 @@ class DataArguments(EvaluationArguments):
                 dataset.channels, dataset.refuse_colour = config.image_channels, config.image_channels == 1
         self._check_shape(config, model, dataset[0])
 
-    def _check_shape(self, config: MARConfig, model: str, row: dict[str, Any]) -> None:
+    def _check_shape(self, config: MaskedConfig, model: str, row: dict[str, Any]) -> None:
         side = config.image_size
         if "moments" in row:
             expected = (2 * config.latent_channels, side // config.latent_stride, side // config.latent_stride)
@@ -209,7 +209,7 @@ class DataArguments(EvaluationArguments):
             )
 
     def latents(self, dataset: TrainingData) -> dict[str, Any]:
-        """The fields of a MARConfig that follow from data to pretrain on: image size, latents, classes."""
+        """The fields of a MaskedConfig that follow from data to pretrain on: image size, latents, classes."""
         classes = {"num_classes": len(dataset.class_names), "class_names": list(dataset.class_names)}
         if self.vae is None:
             if self.image_channels is None and isinstance(dataset, CroppedImages) and dataset.looks_grey():
@@ -232,7 +232,7 @@ class DataArguments(EvaluationArguments):
             **classes,
         }
 
-    def evaluator(self, config: MARConfig) -> ImageEvaluator:
+    def evaluator(self, config: MaskedConfig) -> ImageEvaluator:
         """Measures the images of a model, against these data where they are there.
 
         Raises:
@@ -244,7 +244,7 @@ class DataArguments(EvaluationArguments):
         load_real = (lambda: (self.load_held_out(), self.load_images())) if has_images else None
         return self.make_evaluator(config, judges, load_real, self.offers(lambda: config))
 
-    def offers(self, load_config: Callable[[], MARConfig | None]) -> Offers:
+    def offers(self, load_config: Callable[[], MaskedConfig | None]) -> Offers:
         """What rewards may learn from: the images that a model is trained on, as it generates them.
 
         load_config: Loads the model's configuration, when a reward asks for the images; None where there is no model.

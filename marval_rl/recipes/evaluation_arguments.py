@@ -14,7 +14,7 @@ from marval_rl.errors import DataError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.evaluation.features import KINDS, load_extractors
 from marval_rl.evaluation.references import RealImages, Reference, images_of_data, open_reference
-from marval_rl.models import MARConfig
+from marval_rl.models import MaskedConfig
 from marval_rl.rewarding import load_reward
 from marval_rl.rewarding.loading import Offers
 from marval_rl.runtime.settings import EVALUATED, Conditions
@@ -61,7 +61,7 @@ class EvaluationArguments:
 
     def make_evaluator(
         self,
-        config: MARConfig,
+        config: MaskedConfig,
         judges: list[str],
         load_real: Callable[[], tuple[LabelledImages | None, LabelledImages]] | None,
         offers: Offers,
@@ -93,7 +93,7 @@ class EvaluationArguments:
 
     def _load_reference(
         self,
-        config: MARConfig,
+        config: MaskedConfig,
         load_real: Callable[[], tuple[LabelledImages | None, LabelledImages]] | None,
         needs_classes: bool,
     ) -> tuple[Reference | None, RealImages | None, LabelledImages | None]:

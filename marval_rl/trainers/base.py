@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from marval_rl.errors import MarvalError
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.image_set import GeneratedBatch, ImagePlan, generate_batch, grid_of
-from marval_rl.models import MARModel, codec_for, patchify, unpatchify
+from marval_rl.models import MaskedModel, codec_for, patchify, unpatchify
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, save_image_grid
 from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.rewarding import RewardSet
@@ -65,7 +65,7 @@ class MARTrainer(ResumableTrainer):
     def __init__(
         self,
         network: nn.Module,
-        model: MARModel,
+        model: MaskedModel,
         args: MARTrainingArguments,
         train_dataset: Dataset,
         evaluator: ImageEvaluator | None = None,
@@ -223,17 +223,19 @@ class MARTrainer(ResumableTrainer):
     def images_of(self, rows: dict[str, Tensor]) -> Tensor:
         """Images [B, C, H, W] in 0..1 of such a batch; moments are decoded."""
         if "moments" in rows:
-            return self.codec.decode(self.codec.from_moments(rows["moments"].to(self.args.device)))
+            latents = self.codec.from_moments(rows["moments"].to(self.args.device))
+            return self.codec.decode(latents, self.mar.decoder_text(rows["class_labels"].to(self.args.device)))
         return rows["images"].to(self.args.device)
 
     def names_of(self, class_labels: Tensor) -> list[str]:
         """The class name of each label [B]."""
         return [self.class_names[label] for label in class_labels.tolist()]
 
-    def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L, C] -> images [B, C, H, W] in 0..1."""
+    def decode_tokens(self, tokens: Tensor, class_labels: Tensor) -> Tensor:
+        """Tokens [B, L, C] of images of these classes or prompts [B] -> images [B, C, H, W] in 0..1."""
         config = self.mar.config
-        return self.codec.decode(unpatchify(tokens, config.patch_size, config.grid))
+        latents = unpatchify(tokens, config.patch_size, config.grid)
+        return self.codec.decode(latents, self.mar.decoder_text(class_labels))
 
     # ---- Evaluation on generated images ----
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.diffusion import add_noise, diffusion_losses
 from marval_rl.models.generation import SamplingSettings
 from marval_rl.models.unmasking import draw_num_masked, gather_tokens, random_order, revealed_positions
@@ -63,7 +63,7 @@ def pretraining_loss(
         noise: [R, B, M, C].
         drop_mask: bool [B], True where the null class takes the label's place.
     """
-    mar: Any = model if isinstance(model, MARModel) else model.module  # in the wrapper of DDP or DeepSpeed
+    mar: Any = model if isinstance(model, MaskedModel) else model.module  # in the wrapper of DDP or DeepSpeed
     schedule = mar.schedule
     x_start = gather_tokens(tokens, revealed_positions(order, num_masked))
     x_t = add_noise(schedule, x_start, noise, timesteps)
@@ -78,7 +78,7 @@ class PretrainTrainer(MARTrainer):
 
     args: PretrainConfig
 
-    def __init__(self, model: MARModel, args: PretrainConfig, **kwargs: Any):
+    def __init__(self, model: MaskedModel, args: PretrainConfig, **kwargs: Any):
         super().__init__(model, model, args, **kwargs)
 
     def sampling_settings(self) -> SamplingSettings:

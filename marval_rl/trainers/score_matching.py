@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from marval_rl.losses.gsim import denoising_loss, gsim_loss
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.diffusion import add_noise, predict_start
 from marval_rl.models.head import guide
 from marval_rl.models.unmasking import draw_num_masked, random_order
@@ -89,7 +89,7 @@ class ScoreMatching:
         loss_name: Its name among the metrics.
     """
 
-    def __init__(self, teacher: MARModel, args: GSIMArguments, weight: float = 1.0, loss_name: str = "student_loss"):
+    def __init__(self, teacher: MaskedModel, args: GSIMArguments, weight: float = 1.0, loss_name: str = "student_loss"):
         if not 0 <= args.min_timestep <= args.max_timestep < teacher.config.num_train_timesteps:
             raise ValueError(
                 f"the timesteps {args.min_timestep}..{args.max_timestep} do not lie in "

@@ -53,9 +53,9 @@ def test_text_tower(captions, activation, context):
     assert_close(outputs.penultimate, figures[f"{activation}.penultimate{context}"])
     assert_close(outputs.pooled, figures[f"{activation}.pooled{context}"].squeeze(1))
     assert_close(outputs.final, figures[f"{activation}.final{context}"])
-    if f"{activation}.clip_text.final" in figures and context == "77":
-        assert_close(ours.outputs(ids[:2]).final, figures[f"{activation}.clip_text.final"])
-        assert_close(ours.outputs(ids[:2]).pooled, figures[f"{activation}.clip_text.pooled"].squeeze(1))
+    if activation == "gelu" and context == "77":  # made apart: a batch of two
+        assert_close(ours.outputs(ids[[0, 3]]).final, figures[f"{activation}.clip_text.final"])
+        assert_close(ours.outputs(ids[[0, 3]]).pooled, figures[f"{activation}.clip_text.pooled"].squeeze(1))
 
 
 def test_control_the_other_activation_fails(captions):

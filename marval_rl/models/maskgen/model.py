@@ -47,9 +47,6 @@ class MaskGenModel(MaskedModel):
     config_class = MaskGenConfig
     base_model_prefix = "maskgen"
     _no_split_modules = ("JointBlock",)
-    lora_backbone = (
-        r"decoder_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[kv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
-    )
 
     def __init__(self, config: MaskGenConfig):
         super().__init__(config)
@@ -98,8 +95,12 @@ class MaskGenModel(MaskedModel):
         self.prompts = prompts
         self.config.num_classes, self.config.class_names = len(prompts), list(prompts.prompts)
 
+    def share_conditions(self, other: MaskedModel) -> None:
+        assert isinstance(other, MaskGenModel)
+        if other.prompts is not None:
+            self.set_prompts(other.prompts)
+
     def set_blank_conditions(self) -> None:
-        """Features of one prompt that say nothing: enough to plan memory with."""
         self.set_prompts(blank_prompts(1, self.config.text_length, self.config.text_width))
 
     def embed_text(self, class_labels: Tensor | None, batch_size: int, drop_mask: Tensor | None = None) -> Any:

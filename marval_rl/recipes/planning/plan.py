@@ -11,13 +11,13 @@ from peft import LoraConfig
 from torch.utils.data import Dataset
 
 from marval_rl.errors import MarvalError
-from marval_rl.models import MARConfig, MARModel
+from marval_rl.models import MaskedConfig, MaskedModel
 from marval_rl.models.checkpoints import load_config
 from marval_rl.recipes.data_arguments import DataArguments, TrainingData, describe_data
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning.memory import Footprint, MakeTrainer, StandInReward, footprint_of
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.distill import DistillTrainer, student_config
+from marval_rl.trainers.distill import DistillTrainer
 from marval_rl.trainers.pretrain import PretrainTrainer
 from marval_rl.trainers.reward_trainer import RewardTrainer
 
@@ -60,8 +60,8 @@ class TrainingPlan:
         self,
         make_trainer: MakeTrainer,
         config: Any,
-        model: MARConfig,
-        teacher: MARConfig | None = None,
+        model: MaskedConfig,
+        teacher: MaskedConfig | None = None,
         vae: int | None = None,
     ) -> TrainingPlan:
         """This plan with the memory of a step, arguments as `footprint_of`'s; vae: its parameters."""
@@ -78,7 +78,7 @@ def plan_pretraining(data: DataArguments, sizes: ModelArguments, config: Any) ->
     if dataset is None or (data.vae is not None and vae is None):
         return plan
 
-    def make(args: Any, model: MARModel, teacher: Any, rows: Dataset) -> PretrainTrainer:
+    def make(args: Any, model: MaskedModel, teacher: Any, rows: Dataset) -> PretrainTrainer:
         return PretrainTrainer(model, args, train_dataset=rows)
 
     return plan.with_step(make, config, sizes.config(data.latents(dataset)), vae=vae)
@@ -91,10 +91,10 @@ def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any
     if teacher is None:
         return plan
 
-    def make(args: Any, student: MARModel, teacher: Any, rows: Dataset) -> DistillTrainer:
+    def make(args: Any, student: MaskedModel, teacher: Any, rows: Dataset) -> DistillTrainer:
         return DistillTrainer(teacher, args, student, train_dataset=rows)
 
-    student = student_config(teacher, config.student_timestep)
+    student = teacher.as_student(config.student_timestep)
     return plan.with_step(make, config, student, teacher, _vae(plan, teacher.vae))
 
 
@@ -122,12 +122,12 @@ def plan_reward_training(
         return plan
     plan.rows = student.num_classes * rewarded.prompts_per_class
 
-    def make(args: Any, student: MARModel, teacher: MARModel | None, rows: Dataset) -> RewardTrainer:
+    def make(args: Any, student: MaskedModel, teacher: MaskedModel | None, rows: Dataset) -> RewardTrainer:
         anchor: dict[str, Any] = {"teacher": teacher, "anchor_dataset": rows if anchored else None}
         reward = RewardSet([StandInReward()])
         return trainer_class(student, reward, args, train_dataset=rows, peft_config=peft_config, **anchor)
 
-    student = student_config(student, student.one_step_timestep or 0)
+    student = student.as_student(student.one_step_timestep or 0)
     return plan.with_step(make, config, student, teacher, _vae(plan, student.vae))
 
 
@@ -147,7 +147,7 @@ def _model_config(
     source: TeacherArguments,
     data: DataArguments,
     dataset: TrainingData | None,
-) -> MARConfig | None:
+) -> MaskedConfig | None:
     """The configuration on disk; else that of the published size which the recipe is for."""
     config = PUBLISHED_SIZES[source.model_size]() if source.model_size is not None else None
     assert name is not None  # the commands refuse it
