@@ -115,7 +115,9 @@ class MARGRPOTrainer(RewardTrainer):
         self.mar.train()
         rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-        own_scores = self.score(self.decode_tokens(rollout["tokens"], labels), labels, columns).by_reward()  # [N / P, R]
+        own_scores = self.score(
+            self.decode_tokens(rollout["tokens"], labels), labels, columns
+        ).by_reward()  # [N / P, R]
         scores = torch.empty(args.generation_batch_size, own_scores.shape[1], device=args.device)
         scores[dealt.flatten()] = gather_rows(own_scores)  # [N, R], groups in a row
         self.record_scores(scores, args.num_generations)

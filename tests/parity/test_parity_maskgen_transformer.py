@@ -234,7 +234,9 @@ CONTROLS = {
         if getattr(module, "approximate", "") == "tanh"
     ],
     "z: last three text positions masked out": lambda patch, model: patch.setattr(
-        model, "project_text", lambda t, p, s: (MaskGenModel.project_text(model, t, p, s)[0][:, :7], modulation_of(model))
+        model,
+        "project_text",
+        lambda t, p, s: (MaskGenModel.project_text(model, t, p, s)[0][:, :7], modulation_of(model)),
     ),
 }
 

@@ -108,7 +108,8 @@ def read_features(file: Path) -> PromptFeatures:
     prompts = json.loads(metadata["prompts"])
     if checksum(tensors, prompts) != metadata["checksum"]:
         raise DataError(f"the features {file} are damaged: their checksum is another; delete the file")
-    return PromptFeatures(prompts, **tensors)
+    names = ("tokens", "pooled", "decoder", "scores")
+    return PromptFeatures(prompts, *map(tensors.get, names))  # type: ignore[arg-type]  # the first two are there
 
 
 def checksum(tensors: Mapping[str, Tensor], prompts: Sequence[str]) -> str:
@@ -116,5 +117,5 @@ def checksum(tensors: Mapping[str, Tensor], prompts: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps(list(prompts)).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

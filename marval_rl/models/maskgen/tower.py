@@ -121,9 +121,7 @@ def load_tower(model: str, pretrained: str | None) -> TextTower:
     if not isinstance(clip, open_clip.CLIP):
         raise ValueError(f"{model!r} is a {type(clip).__name__}; MaskGen reads the text tower of a CLIP")
     del clip.visual
-    tower = TextTower(
-        clip, lambda texts, length: tokenizer(list(texts), length), tower_identity(model, pretrained)
-    )
+    tower = TextTower(clip, lambda texts, length: tokenizer(list(texts), length), tower_identity(model, pretrained))
     if tower.activation == "exact GELU" and pretrained == "openai":
         warnings.warn(
             f"OpenAI's weights were trained with quick GELU, and {model!r} has the exact one: write "

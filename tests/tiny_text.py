@@ -1,0 +1,51 @@
+"""A tiny MaskGen, its prompts and its tokenizer, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from marval_rl.models.maskgen.config import MaskGenConfig
+from marval_rl.models.maskgen.model import MaskGenModel
+from marval_rl.models.maskgen.prompts import PromptFeatures
+from marval_rl.models.maskgen.tatitok import TATiTokConfig, TATiTokModel
+
+PROMPTS = ("a red square", "a blue square", "two squares")
+SIZES = {
+    "image_size": 16,
+    "num_tokens": 8,
+    "latent_channels": 4,
+    "text_width": 16,
+    "text_length": 6,
+    "micro_condition_size": 8,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "head_hidden_size": 32,
+    "head_num_layers": 2,
+    "num_diffusion_steps": 5,
+}
+
+
+def tiny_prompts(prompts: tuple[str, ...] = PROMPTS, seed: int = 0) -> PromptFeatures:
+    """Random features of a few prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, (length, width) = len(prompts) + 1, (SIZES["text_length"], SIZES["text_width"])
+    tokens, decoder = (torch.randn(rows, length, width, generator=generator) for _ in range(2))
+    return PromptFeatures(list(prompts), tokens, torch.randn(rows, width, generator=generator), decoder)
+
+
+def tiny_maskgen(seed: int = 0, **overrides: Any) -> MaskGenModel:
+    torch.manual_seed(seed)
+    model = MaskGenModel(MaskGenConfig(**{**SIZES, "num_diffusion_steps": 100, **overrides}))
+    model.set_prompts(tiny_prompts())
+    return model.eval()
+
+
+def tiny_tatitok(seed: int = 0) -> TATiTokModel:
+    torch.manual_seed(seed)
+    sizes = {"image_size": 16, "patch_size": 4, "num_tokens": 8, "latent_channels": 4, "text_width": 16}
+    encoder = {"encoder_hidden_size": 16, "encoder_num_layers": 1, "encoder_num_heads": 2}
+    decoder = {"decoder_hidden_size": 32, "decoder_num_layers": 1, "decoder_num_heads": 4}
+    return TATiTokModel(TATiTokConfig(**sizes, text_length=6, **encoder, **decoder)).eval()
