@@ -181,7 +181,7 @@ def test_activations_of_deep_networks_follow_from_those_of_shallow_ones(
     depths = {"encoder_num_layers": 3, "decoder_num_layers": 4, "head_num_layers": 3}
     sizes = [tiny_config(one_step_timestep=700, **depths), tiny_config(**depths)]
     extrapolated = activations_of(rewarding(trainer_class), config, *sizes)
-    monkeypatch.setattr(memory, "DEPTHS", ())
+    monkeypatch.setattr(MARConfig, "depths", ())
     assert extrapolated == activations_of(rewarding(trainer_class), config, *sizes) > 0
 
 

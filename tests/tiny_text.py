@@ -49,3 +49,20 @@ def tiny_tatitok(seed: int = 0) -> TATiTokModel:
     encoder = {"encoder_hidden_size": 16, "encoder_num_layers": 1, "encoder_num_heads": 2}
     decoder = {"decoder_hidden_size": 32, "decoder_num_layers": 1, "decoder_num_heads": 4}
     return TATiTokModel(TATiTokConfig(**sizes, text_length=6, **encoder, **decoder)).eval()
+
+
+def text_model(seed: int = 0, **overrides: Any) -> MaskGenModel:
+    """As `tiny_model` of tiny_models: images of 1 x 4 x 4 pixels, 4 tokens of 4 channels, here for 3 prompts."""
+    pixels = {"image_size": 4, "image_channels": 1, "num_tokens": 4, "latent_channels": 4, "hidden_size": 16}
+    heads = {"num_heads": 2, "head_hidden_size": 16, "num_diffusion_steps": 4}
+    with torch.random.fork_rng():
+        return tiny_maskgen(seed, **{**pixels, **heads, **overrides})
+
+
+def text_student(seed: int = 0, **overrides: Any) -> MaskGenModel:
+    """A one-step student, whose pixels are of all greys."""
+    student = text_model(seed, **{"one_step_timestep": 400, **overrides})
+    with torch.no_grad():
+        for parameter in student.diffloss.net.final_layer.linear.parameters():
+            parameter *= 0.3
+    return student

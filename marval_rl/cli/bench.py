@@ -12,8 +12,8 @@ import torch
 
 from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device, quiet_libraries
 from marval_rl.errors import check_output
-from marval_rl.models import MARModel, generate
-from marval_rl.models.checkpoints import load_model
+from marval_rl.models import MaskedModel, generate
+from marval_rl.models.checkpoints import load_model, new_model
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
 from marval_rl.recipes.values import WrongType, convert, rejoin_list
@@ -81,21 +81,25 @@ def batch_sizes(given: list) -> list[int]:
         raise ValueError(f"--batch_sizes: expected {expected}, got {' '.join(given)!r}") from None
 
 
-def models(args: argparse.Namespace) -> tuple[MARModel, MARModel]:
+def models(args: argparse.Namespace) -> tuple[MaskedModel, MaskedModel]:
     """Teacher and student, loaded or of a published size with random weights. Raises ValueError if neither is given."""
     given = (args.teacher, args.student)
     if args.model_size is not None and given == (None, None):
         torch.manual_seed(0)
-        teacher = MARModel(PUBLISHED_SIZES[args.model_size]()).eval()
+        teacher = new_model(PUBLISHED_SIZES[args.model_size]()).eval()
+        teacher.set_blank_conditions()
         return teacher, student_from_teacher(teacher, student_timestep=700).eval()
     if args.model_size is not None or None in given:
         raise ValueError("give TEACHER and STUDENT, or --model_size base, large or huge")
-    return load_model(args.teacher, one_step=False), load_model(args.student, one_step=True)
+    teacher, student = load_model(args.teacher, one_step=False), load_model(args.student, one_step=True)
+    teacher.set_blank_conditions()
+    student.share_conditions(teacher)
+    return teacher, student
 
 
 def compare(
-    teacher: MARModel,
-    student: MARModel,
+    teacher: MaskedModel,
+    student: MaskedModel,
     *,
     dtype: torch.dtype | None,
     num_unmasking_steps: int,

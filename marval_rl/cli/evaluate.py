@@ -18,6 +18,7 @@ from marval_rl import __version__
 from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, quiet_libraries, sampling_settings
 from marval_rl.cli.launch import add_launch_arguments
 from marval_rl.data.class_names import check_number, label_classes, read_class_names
+from marval_rl.data.prompts import load_prompts
 from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.features import Inception
@@ -27,6 +28,7 @@ from marval_rl.evaluation.references import images_of_files, list_images
 from marval_rl.evaluation.speed import generation_speed
 from marval_rl.launched import check_company, launched_processes
 from marval_rl.models import MARConfig, MaskedConfig
+from marval_rl.models.checkpoints import load_config
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.reading import build_configs, read_settings
@@ -42,7 +44,7 @@ FEW_FOR_FID = 2048  # as many as Inception has features
 GENERATION = ("images_dir", "rewards", "reward_kwargs", "prompt_template", "class_names", "redraws")
 DATA_SETTINGS = (
     *("dataset", "class_groups", "eval_dataset", "eval_holdout", "image_column", "label_column"),
-    *("eval_features", "eval_reference", "eval_reference_images", "judges"),
+    *("eval_features", "eval_reference", "eval_reference_images", "judges", "caption_column", "eval_prompts"),
 )
 VERSIONS = ("torch", "torch-fidelity", "open_clip_torch", "diffusers", "transformers", "numpy", "pillow")
 
@@ -168,7 +170,7 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     if args.redraws is not None and args.redraws < 1:
         raise ValueError(f"--redraws must be at least 1, not {args.redraws}")
     check_output(output_file(args))
-    model, codec, device = load_for_sampling(args)
+    model, codec, device = load_for_sampling(args, evaluated_prompts(args, data))
     evaluator = make_evaluator(args, data, model.config, device)
     runs = make_runs(args, data, model.config)
     notes = notes_on(evaluator, args.num_images)
@@ -213,6 +215,16 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     write_results(results, output_file(args))
     for image_run in runs:
         image_run.finish()
+
+
+def evaluated_prompts(args: argparse.Namespace, data: DataArguments) -> list[str] | None:
+    """The prompts that a model of text is evaluated on: eval_prompts, else the captions of the data's images."""
+    assert args.model is not None
+    if data.eval_prompts is not None:
+        return list(dict.fromkeys(load_prompts(data.eval_prompts)["prompt"]))
+    if load_config(args.model).takes_prompts and data.dataset is not None:
+        return list(data.load_images().class_names)
+    return None
 
 
 def make_evaluator(

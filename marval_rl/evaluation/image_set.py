@@ -38,16 +38,17 @@ IO_THREADS = 8  # Pillow packs and unpacks PNG without Python's lock
 class ImagePlan:
     """Which images there are: as in MAR sorted by class, equally many each (50 of 1000 classes: 50,000).
 
-    Raises ValueError for counts below 1.
+    Raises ValueError for counts below 1. Labels count from first_class.
     """
 
     num_images: int
     num_classes: int
     batch_size: int
+    first_class: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
+        for name in ("num_images", "num_classes", "batch_size"):
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
     @property
@@ -65,7 +66,7 @@ class ImagePlan:
 
     def labels(self, batch: int) -> Tensor:
         """Their classes, int64 [B]."""
-        return balanced_labels(self.num_images, self.num_classes)[self.indices(batch)]
+        return self.first_class + balanced_labels(self.num_images, self.num_classes)[self.indices(batch)]
 
     def shown(self, columns: int) -> Tensor:
         """The images of a sample grid: the first `columns` of each class, or of many classes 100 evenly spaced ones."""

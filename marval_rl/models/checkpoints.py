@@ -51,6 +51,12 @@ def model_class(model_type: str | None) -> type[MaskedModel] | None:
     return MARModel if model_type == MARConfig.model_type else None
 
 
+def new_model(config: MaskedConfig) -> MaskedModel:
+    """A model of this configuration with fresh weights."""
+    kind: Any = model_class(config.model_type)
+    return kind(config)
+
+
 def load_config(name_or_path: str | Path) -> MaskedConfig:
     """The configuration of a model folder, run folder, official checkpoint or hub id. Raises CheckpointError."""
     resolved = resolve_model(name_or_path)

@@ -50,6 +50,39 @@ class MaskedConfig(PreTrainedConfig):
         raise NotImplementedError
 
     @property
+    def takes_prompts(self) -> bool:
+        """Whether conditions are prompts, which a run names, and not the classes that the model was trained on."""
+        return False
+
+    @property
+    def tokens_have_places(self) -> bool:
+        """Whether a token is a place in the image; in 1-D tokenizers each is about all of it."""
+        return True
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.image_channels, self.image_size, self.image_size
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """The fields that count equal layers."""
+        raise NotImplementedError
+
+    @property
+    def widths_and_depths(self) -> tuple[tuple[int, int], ...]:
+        """Of the networks, the head last."""
+        raise NotImplementedError
+
+    def on_latents(self) -> Self:
+        """The same networks with images that are their latents, so that no autoencoder is needed."""
+        raise NotImplementedError
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other fields."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    @property
     def mask_law(self) -> str:
         """How the share of masked tokens is drawn in training; see `draw_num_masked`."""
         raise NotImplementedError
@@ -61,7 +94,7 @@ class MaskedConfig(PreTrainedConfig):
 
     def as_student(self, student_timestep: int) -> Self:
         """The configuration of a one-step student of this teacher."""
-        return type(self).from_dict({**self.to_dict(), "one_step_timestep": student_timestep})
+        return self.changed(one_step_timestep=student_timestep)
 
     def _check_sizes(self, names: Sequence[str]) -> None:
         """Raises ValueError unless these fields are whole numbers of at least 1; of layers there may be none."""
@@ -203,3 +236,19 @@ class MARConfig(MaskedConfig):
     @property
     def mask_law(self) -> str:
         return "truncated_normal"
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        return "encoder_num_layers", "decoder_num_layers", "head_num_layers"
+
+    @property
+    def widths_and_depths(self) -> tuple[tuple[int, int], ...]:
+        return (
+            (self.encoder_hidden_size, self.encoder_num_layers),
+            (self.decoder_hidden_size, self.decoder_num_layers),
+            (self.head_hidden_size, self.head_num_layers),
+        )
+
+    def on_latents(self) -> Self:
+        latents = {"image_size": self.image_size // self.latent_stride, "image_channels": self.latent_channels}
+        return self.changed(**latents, latent_stride=1, vae=None)

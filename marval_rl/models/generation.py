@@ -214,8 +214,13 @@ def unmasking_frames(
 
     Tokens that are still masked are grey. The last frame has the images that `generate_images` makes of the same
     arguments.
+
+    Raises:
+        ValueError: For a model whose tokens have no place in the image.
     """
     config = model.config
+    if not config.tokens_have_places:
+        raise ValueError("the model's tokens have no place in the image, so its unmasking has no frames to show")
     pairs = unmasking_steps(config.num_tokens, settings.num_unmasking_steps)
     batches = []
     for index, labels in enumerate(class_labels.to(device).split(batch_size)):
@@ -228,7 +233,7 @@ def unmasking_frames(
         for step, (_, num_masked) in zip(output.steps, pairs, strict=True):
             images = codec.decode(unpatchify(step.tokens, config.patch_size, config.grid)).float()
             masked = torch.zeros(order.shape, device=device).scatter(1, order[:, :num_masked], 1.0)
-            masked = masked.view(-1, 1, config.grid_size, config.grid_size)
+            masked = masked.view(-1, 1, *config.grid)
             is_masked = interpolate(masked, size=images.shape[-2:], mode="nearest") > 0
             frames.append((torch.where(is_masked, MASKED_GREY, images) * 255).round().byte().cpu())
         batches.append(torch.stack([torch.full_like(frames[0], round(MASKED_GREY * 255)), *frames]))

@@ -6,6 +6,7 @@ a class (`MARModel`), or of a prompt (`MaskGenModel`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,9 @@ class MaskedModel(PreTrainedModel):
 
     def freeze_null(self) -> None:
         """Takes the gradient of what only the null condition uses: a student is never asked for it."""
+
+    def condition_on(self, names: Sequence[str]) -> None:
+        """Knows these conditions, in the order of their labels; classes are among the weights."""
 
     def share_conditions(self, other: MaskedModel) -> None:
         """Knows the conditions that another model of the same backbone knows; a class table is among the weights."""

@@ -60,6 +60,7 @@ class MARTrainer(ResumableTrainer):
         model: The MAR model that is sampled, averaged and saved.
         evaluator: Measures generated images at each evaluation; None looks at the images alone.
         eval_rewards: Rewards that are only looked at; None for none.
+        eval_classes: The classes or prompts that evaluation generates; None for all.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class MARTrainer(ResumableTrainer):
         train_dataset: Dataset,
         evaluator: ImageEvaluator | None = None,
         eval_rewards: RewardSet | None = None,
+        eval_classes: range | None = None,
         **kwargs: Any,
     ):
         if any(map(is_partitioned, network.parameters())):
@@ -93,7 +95,8 @@ class MARTrainer(ResumableTrainer):
         self.evaluator.device = args.device
         if eval_rewards is not None:
             self.evaluator.add_rewards(eval_rewards, self.prompts_for, self.class_names)
-        self.eval_plan = ImagePlan(args.eval_num_images, config.num_classes, args.eval_batch_size)
+        shown = range(config.num_classes) if eval_classes is None else eval_classes
+        self.eval_plan = ImagePlan(args.eval_num_images, len(shown), args.eval_batch_size, shown.start)
         self.ema = ExponentialMovingAverage(model, args.ema_decay)
         self.buffer: dict[str, Tensor] = {}
         self.recorded: defaultdict[str, list[Tensor]] = defaultdict(list)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from marval_rl.models import MaskedModel
 from marval_rl.models.diffusion import add_noise, diffusion_losses
 from marval_rl.models.generation import SamplingSettings
-from marval_rl.models.unmasking import draw_num_masked, gather_tokens, random_order, revealed_positions
+from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
 from marval_rl.trainers.arguments import MARTrainingArguments, MaskingArguments
 from marval_rl.trainers.base import MARTrainer
@@ -98,7 +98,7 @@ class PretrainTrainer(MARTrainer):
         tokens = self.tokens_of(inputs)
         batch, device = tokens.shape[0], tokens.device
         order = random_order(batch, config.num_tokens, device)
-        num_masked = draw_num_masked(config.num_tokens, args.mask_ratio_min, args.mask_ratio_std)
+        num_masked = args.draw_num_masked(config)
         shape = (args.timestep_draws, batch, num_masked)
         timesteps = torch.randint(config.num_train_timesteps, shape, device=device)
         noise = torch.randn(*shape, config.token_channels, device=device)

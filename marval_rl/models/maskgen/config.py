@@ -125,5 +125,29 @@ class MaskGenConfig(MaskedConfig):
         return self.latent_channels
 
     @property
+    def takes_prompts(self) -> bool:
+        return True
+
+    @property
+    def tokens_have_places(self) -> bool:
+        return False
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.image_channels, self.image_size, self.image_size * self.image_aspect
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        return "num_layers", "head_num_layers"
+
+    @property
+    def widths_and_depths(self) -> tuple[tuple[int, int], ...]:
+        return (self.hidden_size, self.num_layers), (self.head_hidden_size, self.head_num_layers)
+
+    def on_latents(self) -> Self:
+        latents = {"image_size": 1, "image_channels": self.latent_channels, "image_aspect": self.num_tokens}
+        return self.changed(**latents, vae=None)
+
+    @property
     def mask_law(self) -> str:
         return "arccos"

@@ -6,6 +6,7 @@ are diffusers' own, those of Stable Diffusion 3 (arXiv 2403.03206).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from marval_rl.models.head import DiffusionHead
 from marval_rl.models.masked import MaskedModel
 from marval_rl.models.maskgen.config import MaskGenConfig
+from marval_rl.models.maskgen.prompt_cache import features_of
 from marval_rl.models.maskgen.prompts import PromptFeatures, blank_prompts
 from marval_rl.models.unmasking import gather_tokens, scatter_tokens, visible_positions
 
@@ -94,6 +96,13 @@ class MaskGenModel(MaskedModel):
             )
         self.prompts = prompts
         self.config.num_classes, self.config.class_names = len(prompts), list(prompts.prompts)
+
+    def condition_on(self, names: Sequence[str]) -> None:
+        """Encodes these prompts by the text tower that the configuration names, or reads their features from the cache.
+
+        The tower runs where the model is, and is gone afterwards. Raises as `features_of`.
+        """
+        self.set_prompts(features_of(names, self.config, device=self.device, progress=True))
 
     def share_conditions(self, other: MaskedModel) -> None:
         assert isinstance(other, MaskGenModel)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
 from torch.utils.data import Dataset
 
+from marval_rl.data.class_names import shorten
 from marval_rl.errors import MarvalError
 from marval_rl.models import MaskedConfig, MaskedModel
 from marval_rl.models.checkpoints import load_config
+from marval_rl.recipes.conditions import find_conditions
 from marval_rl.recipes.data_arguments import DataArguments, TrainingData, describe_data
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning.memory import Footprint, MakeTrainer, StandInReward, footprint_of
@@ -28,6 +30,7 @@ GET_TEACHER = (
 GET_STUDENT = "a student comes from `marval-rl distill`"
 GET_VAE = "official VAE: download kl16.ckpt (link in LTH14/mar's README) and run `marval-rl convert kl16.ckpt FOLDER`"
 GET_REWARD = "docs/rewards.md says where its weights come from; a run downloads what is on the hub, a dry run does not"
+GET_PROMPTS = "a text file of one prompt a line will do (--prompts FILE)"
 GET_DATA = "ImageNet: put its class folders (n01440764, ...) there, or point --dataset at your copy"
 GET_CACHE = "caching reads the images once: ImageNet's class folders (n01440764, ...) at --dataset"
 
@@ -81,7 +84,14 @@ def plan_pretraining(data: DataArguments, sizes: ModelArguments, config: Any) ->
     def make(args: Any, model: MaskedModel, teacher: Any, rows: Dataset) -> PretrainTrainer:
         return PretrainTrainer(model, args, train_dataset=rows)
 
-    return plan.with_step(make, config, sizes.config(data.latents(dataset)), vae=vae)
+    return plan.with_step(make, config, pretrained_config(data, sizes, dataset), vae=vae)
+
+
+def pretrained_config(data: DataArguments, sizes: ModelArguments, dataset: TrainingData) -> MaskedConfig:
+    """The configuration of the model that pretraining begins with."""
+    if sizes.backbone == "maskgen":
+        return sizes.config(data.text_latents(dataset, sizes.patch_size))
+    return sizes.config(data.latents(dataset))
 
 
 def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any) -> TrainingPlan:
@@ -120,7 +130,21 @@ def plan_reward_training(
                 RewardSet(specs, None, kwargs, data.offers(lambda: student))
     if student is None or (anchored and teacher is None):
         return plan
-    plan.rows = student.num_classes * rewarded.prompts_per_class
+    names = None if dataset is None else dataset.class_names
+    with plan.needing(GET_PROMPTS) if student.takes_prompts else nullcontext():
+        conditions = find_conditions(
+            student,
+            str(rewarded.model),
+            names,
+            rewarded.prompts_per_class,
+            rewarded.prompts,
+            rewarded.prompt_column,
+            rewarded.prompt_split,
+            data.eval_prompts,
+        )
+        plan.rows = len(conditions.rows)
+        if conditions.names is not None:
+            plan.data = f"{len(conditions.names)} prompts: {shorten(conditions.names)}"
 
     def make(args: Any, student: MaskedModel, teacher: MaskedModel | None, rows: Dataset) -> RewardTrainer:
         anchor: dict[str, Any] = {"teacher": teacher, "anchor_dataset": rows if anchored else None}
