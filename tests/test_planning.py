@@ -30,7 +30,8 @@ from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackp
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
-ALL = [*REAL_SIZE.values(), *sorted((RECIPES / "digits").glob("*.yaml"))]
+TEXT = sorted((RECIPES / "text").glob("*.yaml"))
+ALL = [*REAL_SIZE.values(), *TEXT, *sorted((RECIPES / "digits").glob("*.yaml"))]
 
 
 # Parameters and bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,20 @@ class LatentCodec(Protocol):
 
         text: [B, T, W], what `MaskedModel.decoder_text` gives, for a decoder that reads it.
         """
+
+
+class Autoencoder(LatentCodec, Protocol):
+    """A codec with weights: a VAE, or TA-TiTok."""
+
+    scale: float
+
+    @property
+    def network(self) -> Any:
+        """The frozen network."""
+
+    @property
+    def stride(self) -> int:
+        """What height and width of an image must be a multiple of."""
 
 
 class PixelCodec:

@@ -58,6 +58,14 @@ class VAECodec:
             )
         return cls(autoencoder)
 
+    @property
+    def network(self) -> AutoencoderKL:
+        return self.autoencoder
+
+    @property
+    def stride(self) -> int:
+        return stride_of(self.autoencoder)
+
     def to(self, device: torch.device | str) -> Self:
         self.autoencoder.to(device)
         return self

@@ -50,6 +50,14 @@ class TATiTokCodec:
             raise CheckpointError(f"the tokenizer {name_or_path} does not fit the model: {differing} (--vae ...)")
         return cls(tokenizer, config.latent_scale)
 
+    @property
+    def network(self) -> TATiTokModel:
+        return self.tokenizer
+
+    @property
+    def stride(self) -> int:
+        return self.tokenizer.config.image_size
+
     def to(self, device: torch.device | str) -> Self:
         self.tokenizer.to(device)
         return self

@@ -27,10 +27,13 @@ GET_TEACHER = (
     "official weights: download checkpoint-last.pth of the size you want (links in LTH14/mar's README) and run "
     "`marval-rl convert checkpoint-last.pth FOLDER`"
 )
+GET_TEXT_TEACHER = "official weights: `marval-rl convert turkeyju/generator_maskgen_kl_l FOLDER --vae TOKENIZER`"
+GET_TOKENIZER = "official tokenizer: `marval-rl convert turkeyju/tokenizer_tatitok_bl32_vae FOLDER`"
 GET_STUDENT = "a student comes from `marval-rl distill`"
 GET_VAE = "official VAE: download kl16.ckpt (link in LTH14/mar's README) and run `marval-rl convert kl16.ckpt FOLDER`"
 GET_REWARD = "docs/rewards.md says where its weights come from; a run downloads what is on the hub, a dry run does not"
 GET_PROMPTS = "a text file of one prompt a line will do (--prompts FILE)"
+GET_CAPTIONS = "parquet files with an image column and a column of captions (caption_column)"
 GET_DATA = "ImageNet: put its class folders (n01440764, ...) there, or point --dataset at your copy"
 GET_CACHE = "caching reads the images once: ImageNet's class folders (n01440764, ...) at --dataset"
 
@@ -77,7 +80,7 @@ class TrainingPlan:
 def plan_pretraining(data: DataArguments, sizes: ModelArguments, config: Any) -> TrainingPlan:
     plan = TrainingPlan()
     dataset = _data(plan, data, config.seed)
-    vae = _vae(plan, data.vae)
+    vae = _vae(plan, data.vae, sizes.backbone == "maskgen")
     if dataset is None or (data.vae is not None and vae is None):
         return plan
 
@@ -105,7 +108,7 @@ def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any
         return DistillTrainer(teacher, args, student, train_dataset=rows)
 
     student = teacher.as_student(config.student_timestep)
-    return plan.with_step(make, config, student, teacher, _vae(plan, teacher.vae))
+    return plan.with_step(make, config, student, teacher, _vae(plan, teacher.vae, teacher.takes_prompts))
 
 
 def plan_reward_training(
@@ -152,11 +155,12 @@ def plan_reward_training(
         return trainer_class(student, reward, args, train_dataset=rows, peft_config=peft_config, **anchor)
 
     student = student.as_student(student.one_step_timestep or 0)
-    return plan.with_step(make, config, student, teacher, _vae(plan, student.vae))
+    return plan.with_step(make, config, student, teacher, _vae(plan, student.vae, student.takes_prompts))
 
 
 def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> TrainingData | None:
-    with plan.needing(GET_CACHE if data.cache_dir is not None else GET_DATA):
+    remedy = GET_CAPTIONS if data.caption_column is not None else GET_DATA
+    with plan.needing(GET_CACHE if data.cache_dir is not None else remedy):
         dataset = data.load_training(None if data.is_bundled else 256, seed)
         plan.rows = len(dataset)
         plan.data = describe_data(dataset)
@@ -175,6 +179,8 @@ def _model_config(
     """The configuration on disk; else that of the published size which the recipe is for."""
     config = PUBLISHED_SIZES[source.model_size]() if source.model_size is not None else None
     assert name is not None  # the commands refuse it
+    if remedy == GET_TEACHER and config is not None and config.takes_prompts:
+        remedy = GET_TEXT_TEACHER
     with plan.needing(remedy):
         found = load_config(name)
         source.check_size(found, name)
@@ -185,9 +191,15 @@ def _model_config(
     return config
 
 
-def _vae(plan: TrainingPlan, name: str | None) -> int | None:
-    """Parameters of the VAE; None without one, or where it is missing."""
+def _vae(plan: TrainingPlan, name: str | None, is_text: bool = False) -> int | None:
+    """Parameters of the VAE, or of a model of text's tokenizer; None without one, or where it is missing."""
     if name is None:
+        return None
+    if is_text:
+        from marval_rl.models.maskgen.codec import load_tokenizer
+
+        with plan.needing(GET_TOKENIZER):
+            return sum(parameter.numel() for parameter in load_tokenizer(name).parameters())
         return None
     from marval_rl.models.vae import load_autoencoder
 
