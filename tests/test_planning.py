@@ -31,7 +31,8 @@ from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackp
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
 TEXT = sorted((RECIPES / "text").glob("*.yaml"))
-ALL = [*REAL_SIZE.values(), *TEXT, *sorted((RECIPES / "digits").glob("*.yaml"))]
+PAIRS = sorted((RECIPES / "digit_pairs").glob("*.yaml"))
+ALL = [*REAL_SIZE.values(), *TEXT, *PAIRS, *sorted((RECIPES / "digits").glob("*.yaml"))]
 
 
 # Parameters and bytes

@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_student
-from tiny_text import PROMPTS, text_model, text_student, tiny_prompts
+from tiny_text import PROMPTS, text_model, text_student, tiny_clip, tiny_prompts
 from tiny_trainers import (
     ANCHOR,
     backprop_trainer,
@@ -339,26 +339,6 @@ def test_clips_tower_by_open_clip_and_its_cache(tmp_path, monkeypatch):
     half = text_model(1)
     half.set_prompts(features)
     assert generate(half, torch.tensor([0, 1]), num_unmasking_steps=2).latents.isfinite().all()
-
-
-def tiny_clip(folder: Path) -> Path:
-    """A CLIP of open_clip 16 wide, with random weights and quick GELU."""
-    import open_clip
-
-    folder.mkdir()
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    config = {
-        "embed_dim": 16,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 8, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
-        "text_cfg": text,
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    save_file(network.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
 
 
 @pytest.mark.parametrize(

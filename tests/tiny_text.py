@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from marval_rl.models.maskgen.config import MaskGenConfig
 from marval_rl.models.maskgen.model import MaskGenModel
@@ -43,12 +46,12 @@ def tiny_maskgen(seed: int = 0, **overrides: Any) -> MaskGenModel:
     return model.eval()
 
 
-def tiny_tatitok(seed: int = 0) -> TATiTokModel:
+def tiny_tatitok(seed: int = 0, text_length: int = 6) -> TATiTokModel:
     torch.manual_seed(seed)
     sizes = {"image_size": 16, "patch_size": 4, "num_tokens": 8, "latent_channels": 4, "text_width": 16}
     encoder = {"encoder_hidden_size": 16, "encoder_num_layers": 1, "encoder_num_heads": 2}
     decoder = {"decoder_hidden_size": 32, "decoder_num_layers": 1, "decoder_num_heads": 4}
-    return TATiTokModel(TATiTokConfig(**sizes, text_length=6, **encoder, **decoder)).eval()
+    return TATiTokModel(TATiTokConfig(**sizes, text_length=text_length, **encoder, **decoder)).eval()
 
 
 def text_model(seed: int = 0, **overrides: Any) -> MaskGenModel:
@@ -66,3 +69,23 @@ def text_student(seed: int = 0, **overrides: Any) -> MaskGenModel:
         for parameter in student.diffloss.net.final_layer.linear.parameters():
             parameter *= 0.3
     return student
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A CLIP of open_clip 16 wide, with random weights and quick GELU."""
+    import open_clip
+
+    folder.mkdir()
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    config = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 8, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+        "text_cfg": text,
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(network.state_dict(), folder / "open_clip_model.safetensors")
+    return folder

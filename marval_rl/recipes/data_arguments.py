@@ -88,7 +88,7 @@ class DataArguments(EvaluationArguments):
         ),
         EVALUATED: ("eval_prompts",),
         READS_IMAGES: (
-            *("image_column", "label_column", "caption_column", "class_names", "image_size", "image_channels", "flip"),
+            *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip"),
             "cache_dir",
         ),
     }
