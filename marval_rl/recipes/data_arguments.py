@@ -11,7 +11,6 @@ import torch
 from marval_rl.data import CroppedImages, LabelledImages, MomentsCache, hold_out, load_labelled_images, load_moments
 from marval_rl.data.bundled import BUNDLED, find_groups
 from marval_rl.data.class_names import describe_classes
-from marval_rl.data.hub_images import HubImages
 from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.sources import load_held_out
 from marval_rl.errors import RecipeError
@@ -178,7 +177,7 @@ class DataArguments(EvaluationArguments):
             class_names=self.class_names,
             caption_column=self.caption_column,
         )
-        if self.caption_column is not None and not isinstance(images, HubImages):
+        if self.caption_column is not None and isinstance(images, ImageFolder):
             raise RecipeError(
                 f"caption_column {self.caption_column} counts only for parquet and `datasets`, and {name} names its "
                 "classes otherwise: leave it out"
