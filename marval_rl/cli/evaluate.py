@@ -200,7 +200,7 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
         "redraws": len(runs),
         "batch_size": args.batch_size,
         "vae": model.config.vae,
-        "prompt_template": (prompt_template(args)) if args.rewards else None,
+        "prompt_template": prompt_template(args) if args.rewards else None,
         "processes": world.size,
         **described(data),
     }
@@ -267,7 +267,7 @@ def make_runs(args: argparse.Namespace, data: DataArguments, asked: range) -> li
     measured = {
         "rewards": args.rewards or [],
         "reward_kwargs": parse_reward_kwargs(args.reward_kwargs),
-        "prompt_template": (prompt_template(args)) if args.rewards else None,
+        "prompt_template": prompt_template(args) if args.rewards else None,
         **described(data),
     }
     plan, redraws = ImagePlan(args.num_images, len(asked), args.batch_size, asked.start), args.redraws or 1
