@@ -230,7 +230,8 @@ def planned(capsys, *words: str) -> str:
 def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
     recipe, num_processes, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.chdir(tmp_path)  # no teacher, no student, no data but the digits
+    # No teacher, no student, no data but the digits; the pairs' rewards are in examples/.
+    monkeypatch.chdir(RECIPES.parent if recipe in PAIRS else tmp_path)
     monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
     monkeypatch.setattr(memory, "activations_of", lambda *_: 0)  # takes seconds, and is counted below
     words = [] if num_processes is None else ["--num_processes", str(num_processes)]
