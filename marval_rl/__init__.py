@@ -18,6 +18,8 @@ _EXPORTS = {
     "MARGRPOConfig": "marval_rl.trainers.grpo_config",
     "MARGRPOTrainer": "marval_rl.trainers.grpo",
     "MARModel": "marval_rl.models",
+    "MaskGenConfig": "marval_rl.models.maskgen.config",
+    "MaskGenModel": "marval_rl.models.maskgen.model",
     "PretrainConfig": "marval_rl.trainers.pretrain",
     "PretrainTrainer": "marval_rl.trainers.pretrain",
     "RewardBackpropConfig": "marval_rl.trainers.reward_backprop",

@@ -54,4 +54,7 @@ def test_a_published_size_needs_no_weights(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [[], ["teacher"], ["teacher", "student", "--model_size", "base"]])
 def test_either_two_models_or_a_size(words, capsys):
     assert main(["bench", *words, *FAST]) == 2
-    assert "give TEACHER and STUDENT, or --model_size digits, mnist, base, large or huge" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        "give TEACHER and STUDENT, or --model_size digits, mnist, base, large, huge, maskgen_l or maskgen_xl" in error
+    )

@@ -9,6 +9,7 @@ import pytest
 import tiny_trainers
 import torch
 from tiny_images import tiny_codec
+from tiny_models import tiny_model
 from tiny_trainers import backprop_trainer, constant, grey_student, grpo_trainer, logged, tiny_images
 from torch import Tensor
 
@@ -45,9 +46,9 @@ def test_the_anchor_and_the_reward_share_one_decoded_image(tmp_path, monkeypatch
     decoded = []
     decode = trainer.codec.decode
 
-    def counting(latents: Tensor) -> Tensor:
+    def counting(latents: Tensor, text: None) -> Tensor:
         decoded.append(len(latents))
-        return decode(latents)
+        return decode(latents, text)
 
     monkeypatch.setattr(trainer.codec, "decode", counting)
     trainer.train()
@@ -83,7 +84,7 @@ def test_cached_moments_are_decoded():
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     rows = [{"moments": codec.moments(image[None])[0], "class_labels": 0} for image in images]
 
-    trainer = SimpleNamespace(codec=codec, args=SimpleNamespace(device=torch.device("cpu")))
+    trainer = SimpleNamespace(codec=codec, mar=tiny_model(), args=SimpleNamespace(device=torch.device("cpu")))
     matching = DistributionMatching(
         arguments(distribution_features="pixels:16"), rows, lambda batch: MARTrainer.images_of(trainer, batch), 1
     )

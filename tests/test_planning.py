@@ -30,7 +30,9 @@ from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackp
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
-ALL = [*REAL_SIZE.values(), *sorted((RECIPES / "digits").glob("*.yaml"))]
+TEXT = sorted((RECIPES / "text").glob("*.yaml"))
+PAIRS = sorted((RECIPES / "digit_pairs").glob("*.yaml"))
+ALL = [*REAL_SIZE.values(), *TEXT, *PAIRS, *sorted((RECIPES / "digits").glob("*.yaml"))]
 
 
 # Parameters and bytes
@@ -181,7 +183,7 @@ def test_activations_of_deep_networks_follow_from_those_of_shallow_ones(
     depths = {"encoder_num_layers": 3, "decoder_num_layers": 4, "head_num_layers": 3}
     sizes = [tiny_config(one_step_timestep=700, **depths), tiny_config(**depths)]
     extrapolated = activations_of(rewarding(trainer_class), config, *sizes)
-    monkeypatch.setattr(memory, "DEPTHS", ())
+    monkeypatch.setattr(MARConfig, "depths", ())
     assert extrapolated == activations_of(rewarding(trainer_class), config, *sizes) > 0
 
 
@@ -228,8 +230,9 @@ def planned(capsys, *words: str) -> str:
 def test_every_recipe_is_planned_without_a_gpu_for_one_number_of_processes(
     recipe, num_processes, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.chdir(tmp_path)  # no teacher, no student, no data but the digits
-    monkeypatch.setenv("MARVAL_RL_CACHE", str(tmp_path))  # no judge
+    # No teacher, no student, no data but the digits, no judge; the pairs' rewards are in examples/.
+    monkeypatch.chdir(RECIPES.parent if recipe in PAIRS else tmp_path)
+    monkeypatch.setenv("MARVAL_RL_CACHE", str(tmp_path))
     monkeypatch.setattr(arguments, "accelerator_here", lambda: None)
     monkeypatch.setattr(memory, "activations_of", lambda *_: 0)  # takes seconds, and is counted below
     words = [] if num_processes is None else ["--num_processes", str(num_processes)]

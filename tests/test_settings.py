@@ -97,7 +97,9 @@ CHANGES: dict[str, Any] = {
         "mask_ratio_min": 0.3,
         "mask_ratio_std": (3.0, {"mask_ratio_min": 0.05}),
         "timestep_draws": 3,
+        "mask_law": "arccos",
     },
+    **{"guidance_schedule": "linear", "gsim_guidance_schedule": "linear", "gsim_mask_law": "arccos"},
     **{"eval_guidance_scale": 1.5, "eval_guidance_schedule": "constant", "eval_diffusion_steps": 5},
     **{"auxiliary_learning_rate": 1e-2, "student_timestep": 300, "guidance_scale": 3.0, "min_timestep": 500},
     **{"max_timestep": 300, "huber_r": 1.0, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3},
@@ -332,12 +334,17 @@ OFF: dict[tuple[str, ...], dict[str, Any]] = {
     ("use_peft",): {"use_peft": False},
     ("lora_target_modules",): {"lora_target_modules": ["qkv"]},
     ("eval_reward_funcs",): {"eval_reward_funcs": []},
+    ("guidance_scale",): {"guidance_scale": 1.0},
+    ("gsim_guidance_scale",): {"gsim_guidance_scale": 1.0},
+    ("prompts",): {"prompts": None},
 }
 OFF_BY_SETTING: dict[str, dict[str, Any]] = {  # where one setting switches some off by one value, some by another
     **{name: {"optim": "sgd"} for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
     "optim_args": {"optim": "adamw_torch"},
-    **{name: {"dataset": "digits"} for name in ("image_column", "label_column", "class_names")},
+    **{name: {"dataset": "digits"} for name in ("image_column", "label_column", "caption_column", "class_names")},
     **{name: {"dataset": "digits"} for name in ("eval_dataset", "eval_holdout")},
+    **{name: {"backbone": "mar"} for name in ("text_tower", "text_pretrained")},
+    **{name: {"backbone": "maskgen"} for name in ("encoder_num_layers", "buffer_size", "dropout")},
 }
 # for settings that need two things
 ON = {
@@ -354,7 +361,9 @@ def test_a_setting_of_something_that_is_off_is_refused_with_both_names(recipe):
     for name, needs in conditions_of(kinds):
         if not set(needs.settings) <= set(defaults_of(kinds)) or name not in defaults_of(kinds):
             continue  # a teacher counts without an anchor where there is none to set
-        off = OFF_BY_SETTING[name] if needs.settings in (("optim",), ("dataset",)) else OFF[needs.settings]
+        off = (
+            OFF_BY_SETTING[name] if needs.settings in (("optim",), ("dataset",), ("backbone",)) else OFF[needs.settings]
+        )
         value = defaults_of(kinds)[name] or 1  # its default, written: that counts as little
         others = {key for other, needed in conditions_of(kinds) if other == name for key in needed.settings}
         met = {key: ON[key] for key in others & ON.keys() & defaults_of(kinds).keys()}
@@ -434,7 +443,10 @@ PARTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # field -> recipe, anothe
     "class_groups": ("distill", "parity", {}),
     "eval_dataset": ("distill", "val", OWN),
     "eval_holdout": ("distill", 0.2, OWN),
-    **{name: ("distill", "other", OWN) for name in ("image_column", "label_column", "class_names", "cache_dir")},
+    **{
+        name: ("distill", "other", OWN)
+        for name in ("image_column", "label_column", "caption_column", "class_names", "cache_dir")
+    },
     "image_size": ("distill", 9, OWN),
     "image_channels": ("distill", 1, OWN),
     "flip": ("distill", False, OWN),
@@ -448,6 +460,9 @@ PARTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # field -> recipe, anothe
     **{name: ("teacher", 8, {}) for name in ("patch_size", "hidden_size", "encoder_num_layers", "decoder_num_layers")},
     **{name: ("teacher", 8, {}) for name in ("num_heads", "buffer_size", "head_hidden_size", "head_num_layers")},
     "dropout": ("teacher", 0.5, {}),
+    "backbone": ("teacher", "maskgen", {}),
+    "text_tower": ("teacher", "local-dir:tower", {"backbone": "maskgen"}),
+    "text_pretrained": ("teacher", "weights.bin", {"backbone": "maskgen"}),
     "use_peft": ("grpo", True, {}),
     **{name: ("grpo", 3, {"use_peft": True}) for name in ("lora_r", "lora_alpha")},
     "lora_dropout": ("grpo", 0.5, {"use_peft": True}),
@@ -457,7 +472,7 @@ PARTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # field -> recipe, anothe
 # read by the command: what a run does with them is in the tests of rewards and of wrong input
 READ_BY_TRAIN = {
     *("method", "model", "prompts_per_class", "reward_funcs", "reward_kwargs", "eval_reward_funcs"),
-    "eval_reward_kwargs",
+    *("eval_reward_kwargs", "prompts", "prompt_column", "prompt_split", "eval_prompts"),
 }
 
 
@@ -469,7 +484,7 @@ def test_every_other_field_changes_what_is_made_of_it(monkeypatch):
         assert changed != uses_of(recipe, monkeypatch, **others), name
     source = inspect.getsource(train_command)
     for name in READ_BY_TRAIN:
-        assert f"rewarded.{name}" in source or f'"{name}"' in source, name
+        assert any(text in source for text in (f"rewarded.{name}", f"data.{name}", f'"{name}"')), name
 
 
 # ---- Warnings that users need come through ----

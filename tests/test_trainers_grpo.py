@@ -217,7 +217,7 @@ def test_advantages_belong_to_the_images_that_earned_them(tmp_path):
     trainer = grpo_trainer(tmp_path, tiny_student(1), max_steps=1, scale_rewards="none", share_noise=True)
     trainer.train()
     rollout = trainer.buffer
-    rewards = darkness(trainer.decode_tokens(rollout["tokens"]))
+    rewards = darkness(trainer.decode_tokens(rollout["tokens"], rollout["class_labels"]))
     for noise in rollout["noise"].unique(dim=0):  # a group
         members = (rollout["noise"] == noise).all(dim=(1, 2))
         expected = rewards[members] - rewards[members].mean()

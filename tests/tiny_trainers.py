@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from tiny_models import tiny_model, tiny_student
+from tiny_text import text_model
 from torch import Tensor, nn
 
 from marval_rl.data import class_rows
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.callbacks import AverageCallback
 from marval_rl.trainers.base import MARTrainer
@@ -32,7 +33,7 @@ MATCHED = {"distribution_weight": 10.0, "distribution_queue": 12}
 ANCHOR = {"gsim_weight": 1.0, "gsim_batch_size": 8, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3}
 
 
-def grey_student() -> MARModel:
+def grey_student() -> MaskedModel:
     """A student whose pixels are of all greys: few are black or white, where a reward has no slope."""
     student = tiny_student(1, one_step_timestep=400)
     with torch.no_grad():
@@ -58,30 +59,31 @@ def tiny_images(count: int = 24) -> list[dict[str, Tensor]]:
     return [{"images": image, "class_labels": torch.tensor(index % 3)} for index, image in enumerate(images)]
 
 
-def pretrainer(folder: Path, model: MARModel, **settings: Any) -> PretrainTrainer:
+def pretrainer(folder: Path, model: MaskedModel, **settings: Any) -> PretrainTrainer:
     return PretrainTrainer(model, PretrainConfig(str(folder), **{**QUIET, **settings}), train_dataset=tiny_images())
 
 
-def distiller(folder: Path, teacher: MARModel, **settings: Any) -> DistillTrainer:
+def distiller(folder: Path, teacher: MaskedModel, **settings: Any) -> DistillTrainer:
     settings = {**QUIET, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3, **settings}
     return DistillTrainer(teacher, DistillConfig(str(folder), **settings), train_dataset=tiny_images())
 
 
-def grpo_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any) -> MARGRPOTrainer:
+def grpo_trainer(folder: Path, student: MaskedModel, reward: Any = darkness, **settings: Any) -> MARGRPOTrainer:
     config = MARGRPOConfig(str(folder), **{**GRPO, **settings})
     rewards = RewardSet(reward if isinstance(reward, list) else [reward]) if reward else []
-    return MARGRPOTrainer(student, rewards, config, train_dataset=class_rows(3), **anchor_of(config))
+    return MARGRPOTrainer(student, rewards, config, train_dataset=class_rows(3), **anchor_of(config, student))
 
 
-def backprop_trainer(folder: Path, student: MARModel, reward: Any = darkness, **settings: Any):
+def backprop_trainer(folder: Path, student: MaskedModel, reward: Any = darkness, **settings: Any):
     config = RewardBackpropConfig(str(folder), **{**QUIET, "num_unmasking_steps": 2, **settings})
     rewards = [] if reward is None else RewardSet([reward])
-    return RewardBackpropTrainer(student, rewards, config, train_dataset=class_rows(3), **anchor_of(config))
+    return RewardBackpropTrainer(student, rewards, config, train_dataset=class_rows(3), **anchor_of(config, student))
 
 
-def anchor_of(config: Any) -> dict[str, Any]:
-    """Teacher and data, where an anchor needs them."""
-    teacher = {"teacher": tiny_model(3)} if config.gsim_weight > 0 else {}
+def anchor_of(config: Any, student: MaskedModel) -> dict[str, Any]:
+    """Teacher, of the student's backbone, and data, where an anchor needs them."""
+    make = text_model if student.config.takes_prompts else tiny_model
+    teacher = {"teacher": make(3)} if config.gsim_weight > 0 else {}
     return {**teacher, "anchor_dataset": tiny_images()} if config.reads_images else {}
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from marval_rl.benchmarks.plain_sampler import sample_plainly
 from marval_rl.benchmarks.timing import Times, in_turn
-from marval_rl.models import MARConfig, MARModel, generate
+from marval_rl.models import MARConfig, MARModel, MaskedModel, generate
 from marval_rl.models.generation import balanced_labels
 
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ class Settings:
     repeats: int
 
 
-def compare_students(one: MARModel, other: MARModel, settings: Settings, batch_size: int) -> float:
+def compare_students(one: MaskedModel, other: MaskedModel, settings: Settings, batch_size: int) -> float:
     """How many times as fast the one generates as the other."""
     labels = balanced_labels(batch_size, one.config.num_classes).to(one.device)
     functions = {
@@ -49,7 +49,9 @@ def compare_students(one: MARModel, other: MARModel, settings: Settings, batch_s
     return times["other"].median / times["one"].median
 
 
-def compare(teacher: MARModel, student: MARModel, settings: Settings, batch_size: int, with_baseline: bool) -> Row:
+def compare(
+    teacher: MaskedModel, student: MaskedModel, settings: Settings, batch_size: int, with_baseline: bool
+) -> Row:
     """Seconds to generate a batch by the student, the teacher and, with_baseline, the teacher as the official code
     samples it; their spreads, and the ratios of the medians."""
     device = teacher.device
@@ -64,6 +66,7 @@ def compare(teacher: MARModel, student: MARModel, settings: Settings, batch_size
         "student": partial(generate, student, labels, num_unmasking_steps=settings.num_unmasking_steps),
     }
     if with_baseline:
+        assert isinstance(teacher, MARModel)
         functions["baseline"] = partial(sample_plainly, teacher, labels, **of_teacher)
     with torch.autocast(device.type, settings.dtype, enabled=settings.dtype is not None):
         times = in_turn(functions, settings.repeats, device)
@@ -77,7 +80,7 @@ def compare(teacher: MARModel, student: MARModel, settings: Settings, batch_size
     return row
 
 
-def efficiency(student: MARModel, settings: Settings, row: Row, rate: float, bytes_per_second: float) -> Row:
+def efficiency(student: MaskedModel, settings: Settings, row: Row, rate: float, bytes_per_second: float) -> Row:
     """How close the student came to the machine: row is `compare`'s.
 
     Args:
@@ -104,8 +107,14 @@ def efficiency(student: MARModel, settings: Settings, row: Row, rate: float, byt
     }
 
 
-def growth(student: MARModel, settings: Settings, batch_sizes: list[int]) -> list[Row]:
-    """The student's seconds by the unmasking steps K, the number of tokens L, and the batch, one changed at a time."""
+def growth(student: MaskedModel, settings: Settings, batch_sizes: list[int]) -> list[Row]:
+    """The student's seconds by the unmasking steps K, the number of tokens L, and the batch, one changed at a time.
+
+    Raises:
+        ValueError: For a model that is no MAR: its number of tokens is its tokenizer's.
+    """
+    if not isinstance(student, MARModel):
+        raise ValueError("--growth also changes the number of tokens, which only a MAR has of any number: leave it out")
     config, steps, batch = student.config, settings.num_unmasking_steps, batch_sizes[0]
     wider = config.to_dict() | {"image_size": 2 * config.image_size}
     larger = MARModel(MARConfig.from_dict(wider)).to(student.device).eval()

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from marval_rl.paths import path_or_id
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
-    from marval_rl.models import LatentCodec, MARModel
+    from marval_rl.models import LatentCodec, MaskedModel
     from marval_rl.models.generation import SamplingSettings
 
 DTYPES = ("float32", "bfloat16")
@@ -111,8 +113,13 @@ def autocast_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return torch.bfloat16 if args.dtype == "bfloat16" else None
 
 
-def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, torch.device]:
-    """The model on its device, and its codec; sets `args.progress`, whether to draw progress bars."""
+def load_for_sampling(
+    args: argparse.Namespace, prompts: Sequence[str] | None = None
+) -> tuple[MaskedModel, LatentCodec, torch.device]:
+    """The model on its device, and its codec; sets `args.progress`, whether to draw progress bars.
+
+    prompts: Those of a model of text. Raises ValueError if a model of classes gets some, or one of text none.
+    """
     from marval_rl.models import codec_for
     from marval_rl.models.checkpoints import load_model
 
@@ -124,7 +131,13 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[MARModel, LatentCodec, 
     model = load_model(args.model)
     if args.vae is not None:
         model.config.vae = args.vae
-    return model.to(device), codec_for(model.config).to(device), device
+    if model.config.takes_prompts and not prompts:
+        raise ValueError(f"{args.model} is conditioned on text: give prompts (--prompts FILE)")
+    if prompts and not model.config.takes_prompts:
+        raise ValueError(f"{args.model} knows classes, and prompts were given: leave them out")
+    model = model.to(device)
+    model.condition_on(prompts or [])
+    return model, codec_for(model.config).to(device), device
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:

@@ -15,8 +15,8 @@ from marval_rl.benchmarks.sampling import Settings, compare, compare_students, e
 from marval_rl.benchmarks.timing import bandwidth, matrix_rate
 from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device, quiet_libraries
 from marval_rl.errors import check_output
-from marval_rl.models import MARConfig, MARModel
-from marval_rl.models.checkpoints import load_model
+from marval_rl.models import MARConfig, MARModel, MaskedModel
+from marval_rl.models.checkpoints import load_model, new_model
 from marval_rl.models.compiling import compile_blocks
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     teacher, student = (model.to(device) for model in models(args))
     settings = Settings(args.steps, args.guidance_scale, args.diffusion_steps, dtype, args.repeats)
     sizes = batch_sizes(args.batch_sizes)
-    figures = measure(teacher, student, settings, sizes, with_baseline=not args.no_baseline)
+    with_baseline = isinstance(teacher, MARModel) and not args.no_baseline  # the official sampler of MAR
+    figures = measure(teacher, student, settings, sizes, with_baseline)
     if args.growth:
         figures["growth"] = growth(student, settings, sizes)
     if args.compile:
@@ -101,22 +102,26 @@ def batch_sizes(given: list) -> list[int]:
         raise ValueError(f"--batch_sizes: expected {expected}, got {' '.join(given)!r}") from None
 
 
-def models(args: argparse.Namespace) -> tuple[MARModel, MARModel]:
+def models(args: argparse.Namespace) -> tuple[MaskedModel, MaskedModel]:
     """Teacher and student, loaded or of a size with random weights. Raises ValueError if neither is given."""
     given = (args.teacher, args.student)
     if args.model_size is not None and given == (None, None):
         torch.manual_seed(0)
         small = args.model_size in SMALL_SIZES
         config = MARConfig(**SMALL_SIZES[args.model_size]) if small else PUBLISHED_SIZES[args.model_size]()
-        teacher = MARModel(config).eval()
+        teacher = new_model(config).eval()
+        teacher.set_blank_conditions()
         return teacher, student_from_teacher(teacher, student_timestep=700).eval()
     if args.model_size is not None or None in given:
         raise ValueError(f"give TEACHER and STUDENT, or --model_size {', '.join(SIZES[:-1])} or {SIZES[-1]}")
-    return load_model(args.teacher, one_step=False), load_model(args.student, one_step=True)
+    teacher, student = load_model(args.teacher, one_step=False), load_model(args.student, one_step=True)
+    teacher.set_blank_conditions()
+    student.share_conditions(teacher)
+    return teacher, student
 
 
 def measure(
-    teacher: MARModel, student: MARModel, settings: Settings, batch_sizes: list[int], with_baseline: bool
+    teacher: MaskedModel, student: MaskedModel, settings: Settings, batch_sizes: list[int], with_baseline: bool
 ) -> dict[str, Any]:
     """The rows of "sampling", and the machine's own rates, measured in the same run."""
     device = teacher.device

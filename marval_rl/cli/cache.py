@@ -31,6 +31,10 @@ from marval_rl.data.moments.writer import build_cache, cache_settings
 from marval_rl.errors import DataError, MarvalError, RecipeError
 from marval_rl.launched import Place, find_place, is_started_here
 from marval_rl.models.checkpoints import load_config
+from marval_rl.models.latents import Autoencoder
+from marval_rl.models.maskgen.codec import TATiTokCodec, load_tokenizer
+from marval_rl.models.maskgen.config import MaskGenConfig
+from marval_rl.models.maskgen.tatitok import TATiTokConfig
 from marval_rl.models.vae import VAECodec
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import TeacherArguments
@@ -59,7 +63,7 @@ class Job:
     """What is to be encoded, and where to; the keyword arguments that `cache_settings` and `build_cache` share."""
 
     source: LabelledImages
-    codec: VAECodec
+    codec: Autoencoder
     image_size: int
     folder: Path
     storage: dict[str, Any]
@@ -143,7 +147,18 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
         "shard_size": cache.shard_size,
         "flip": data.flips,
     }
-    return Job(data.load_images(), VAECodec.from_pretrained(vae), image_size, Path(data.cache_dir), storage)
+    return Job(data.load_images(), load_codec(vae), image_size, Path(data.cache_dir), storage)
+
+
+def load_codec(name: str) -> Autoencoder:
+    """A VAE, or TA-TiTok where the configuration says that it is one."""
+    try:
+        kind = TATiTokConfig.get_config_dict(name)[0].get("model_type")
+    except OSError:
+        kind = None
+    if kind == TATiTokConfig.model_type:
+        return TATiTokCodec(load_tokenizer(name), MaskGenConfig().latent_scale)
+    return VAECodec.from_pretrained(name)
 
 
 def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> None:

@@ -7,6 +7,7 @@ import argparse
 from marval_rl.cli.arguments import add_recipe_arguments
 from marval_rl.cli.training import read_recipe, run_training
 from marval_rl.errors import RecipeError
+from marval_rl.recipes.conditions import find_conditions
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import TeacherArguments
 from marval_rl.recipes.planning.plan import plan_distillation
@@ -28,11 +29,16 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         dataset = data.load_training(teacher.config.image_size, config.seed)
         data.announce(dataset, config.process_index)
         data.fit(teacher.config, source.teacher, dataset)
+        conditions = find_conditions(
+            teacher.config, str(source.teacher), dataset.class_names, eval_prompts=data.eval_prompts
+        )
+        conditions.give(teacher)
         return DistillTrainer(
             teacher,
             config,
             train_dataset=dataset,
             evaluator=data.evaluator(teacher.config) if config.evaluates else None,
+            eval_classes=conditions.eval_classes,
         )
 
     run_training(args, settings, (data, source, config), make_trainer, lambda: plan_distillation(data, source, config))

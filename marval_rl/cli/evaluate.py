@@ -18,6 +18,7 @@ from marval_rl import __version__
 from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, quiet_libraries, sampling_settings
 from marval_rl.cli.launch import add_launch_arguments
 from marval_rl.data.class_names import check_number, label_classes, read_class_names
+from marval_rl.data.prompts import load_prompts
 from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.features import Inception
@@ -26,7 +27,8 @@ from marval_rl.evaluation.image_set import ImagePlan, weights_digest
 from marval_rl.evaluation.references import images_of_files, list_images
 from marval_rl.evaluation.speed import generation_speed
 from marval_rl.launched import check_company, launched_processes
-from marval_rl.models import MARConfig
+from marval_rl.models import MARConfig, MaskedConfig
+from marval_rl.models.checkpoints import load_config
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.reading import build_configs, read_settings
@@ -42,7 +44,7 @@ FEW_FOR_FID = 2048  # as many as Inception has features
 GENERATION = ("images_dir", "rewards", "reward_kwargs", "prompt_template", "class_names", "redraws")
 DATA_SETTINGS = (
     *("dataset", "class_groups", "eval_dataset", "eval_holdout", "image_column", "label_column"),
-    *("eval_features", "eval_reference", "eval_reference_images", "judges"),
+    *("eval_features", "eval_reference", "eval_reference_images", "judges", "caption_column", "eval_prompts"),
 )
 VERSIONS = ("torch", "torch-fidelity", "open_clip_torch", "diffusers", "transformers", "numpy", "pillow")
 
@@ -168,9 +170,10 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     if args.redraws is not None and args.redraws < 1:
         raise ValueError(f"--redraws must be at least 1, not {args.redraws}")
     check_output(output_file(args))
-    model, codec, device = load_for_sampling(args)
+    prompts, asked = evaluated_prompts(args, data)
+    model, codec, device = load_for_sampling(args, prompts)
     evaluator = make_evaluator(args, data, model.config, device)
-    runs = make_runs(args, data, model.config)
+    runs = make_runs(args, data, asked or range(model.config.num_classes))
     notes = notes_on(evaluator, args.num_images)
     if world.rank == 0:
         if device.type == "cpu" and world.size > 1:
@@ -197,7 +200,7 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
         "redraws": len(runs),
         "batch_size": args.batch_size,
         "vae": model.config.vae,
-        "prompt_template": (args.prompt_template or PROMPT_TEMPLATE) if args.rewards else None,
+        "prompt_template": prompt_template(args) if args.rewards else None,
         "processes": world.size,
         **described(data),
     }
@@ -215,11 +218,34 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
         image_run.finish()
 
 
+def evaluated_prompts(args: argparse.Namespace, data: DataArguments) -> tuple[list[str] | None, range | None]:
+    """The prompts that a model of text is given, and which of them it is evaluated on (None for all).
+
+    Those are eval_prompts, else the captions of the data's images, which come first in either case: their labels are
+    those of the images that are compared with.
+    """
+    assert args.model is not None
+    takes_prompts = load_config(args.model).takes_prompts
+    captions = list(data.load_images().class_names) if takes_prompts and data.dataset is not None else []
+    if data.eval_prompts is None:
+        return captions or None, None
+    asked = list(dict.fromkeys(load_prompts(data.eval_prompts)["prompt"]))
+    if set(asked) & set(captions):
+        return asked, None
+    return captions + asked, range(len(captions), len(captions) + len(asked))
+
+
+def prompt_template(args: argparse.Namespace) -> str:
+    """--prompt_template, else MARVAL's for classes; a prompt stands for itself."""
+    default = "{name}" if load_config(args.model).takes_prompts else PROMPT_TEMPLATE
+    return args.prompt_template or default
+
+
 def make_evaluator(
-    args: argparse.Namespace, data: DataArguments, config: MARConfig, device: torch.device
+    args: argparse.Namespace, data: DataArguments, config: MaskedConfig, device: torch.device
 ) -> ImageEvaluator:
     """What measures the images that the command line asks for."""
-    template, names = args.prompt_template or PROMPT_TEMPLATE, class_names(args, config)
+    template, names = prompt_template(args), class_names(args, config)
     kwargs = parse_reward_kwargs(args.reward_kwargs)
     if args.rewards and "{name}" not in template:
         raise ValueError(f'prompt_template "{template}" does not contain {{name}}, the place of the class\'s name')
@@ -235,16 +261,16 @@ def make_evaluator(
     return evaluator
 
 
-def make_runs(args: argparse.Namespace, data: DataArguments, config: MARConfig) -> list[ImageRun]:
-    """The sets of images that the command line asks for, one per redraw."""
+def make_runs(args: argparse.Namespace, data: DataArguments, asked: range) -> list[ImageRun]:
+    """The sets of images of these classes that the command line asks for, one per redraw."""
     folder = args.images_dir or output_file(args).with_suffix(".partial")
     measured = {
         "rewards": args.rewards or [],
         "reward_kwargs": parse_reward_kwargs(args.reward_kwargs),
-        "prompt_template": (args.prompt_template or PROMPT_TEMPLATE) if args.rewards else None,
+        "prompt_template": prompt_template(args) if args.rewards else None,
         **described(data),
     }
-    plan, redraws = ImagePlan(args.num_images, config.num_classes, args.batch_size), args.redraws or 1
+    plan, redraws = ImagePlan(args.num_images, len(asked), args.batch_size, asked.start), args.redraws or 1
     return [
         ImageRun(
             folder=folder if redraws == 1 else folder / f"draw_{draw}",
@@ -258,7 +284,7 @@ def make_runs(args: argparse.Namespace, data: DataArguments, config: MARConfig) 
     ]
 
 
-def class_names(args: argparse.Namespace, config: MARConfig) -> list[str] | None:
+def class_names(args: argparse.Namespace, config: MaskedConfig) -> list[str] | None:
     """Those of --class_names, else the model's."""
     if args.class_names is None:
         return config.class_names

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from huggingface_hub import ModelCardData
 
 from marval_rl import __version__
-from marval_rl.models import MARConfig
+from marval_rl.models import MaskedConfig
 from marval_rl.text import dump_yaml
 
 KINDS = {  # method -> tags, and what was done
@@ -34,17 +34,7 @@ MAR ([arXiv 2406.11838](https://arxiv.org/abs/2406.11838)), MARVAL ([arXiv 2511.
 
 ## Use
 
-```python
-import torch
-from marval_rl import MARModel, generate
-from marval_rl.models import codec_for
-
-model = MARModel.from_pretrained("{path}").eval()
-latents = generate(model, torch.tensor([0, {last}]), num_unmasking_steps={steps}).latents
-images = codec_for(model.config).decode(latents)  # [2, {channels}, {size}, {size}] in 0..1
-```
-
-or `marval-rl sample {path} --steps {steps}`.{vae}
+{use}
 
 ## Data
 
@@ -66,9 +56,34 @@ or `marval-rl sample {path} --steps {steps}`.{vae}
 {versions}
 """
 
+USE = """```python
+import torch
+from marval_rl import MARModel, generate
+from marval_rl.models import codec_for
+
+model = MARModel.from_pretrained("{path}").eval()
+latents = generate(model, torch.tensor([0, {last}]), num_unmasking_steps={steps}).latents
+images = codec_for(model.config).decode(latents)  # [2, {channels}, {size}, {size}] in 0..1
+```
+
+or `marval-rl sample {path} --steps {steps}`.{vae}"""
+USE_OF_TEXT = """```python
+import torch
+from marval_rl import generate, load_model
+from marval_rl.models import codec_for
+
+model = load_model("{path}")
+model.condition_on(["{prompt}"])  # by the text tower {tower}
+labels = torch.tensor([0, 0])  # indices of prompts
+latents = generate(model, labels, num_unmasking_steps={steps}).latents
+images = codec_for(model.config).decode(latents, model.decoder_text(labels))  # [2, {channels}, {size}, {size}]
+```
+
+or `marval-rl sample {path} --steps {steps} --prompt "{prompt}"`.{vae}"""
+
 
 def write_model_card(
-    output_dir: Path, kind: str, settings: dict[str, Any], config: MARConfig, history: list[dict[str, Any]]
+    output_dir: Path, kind: str, settings: dict[str, Any], config: MaskedConfig, history: list[dict[str, Any]]
 ) -> None:
     """Writes README.md to the folder `final` of a run, with its first and last sample grid beside it.
 
@@ -90,7 +105,8 @@ def write_model_card(
         base_model=base if _is_hub_id(base) else None,
         datasets=[dataset] if _is_hub_id(dataset) else None,
     )
-    classes = f"{config.num_classes} classes"
+    kind_of, several = ("prompt", "prompts") if config.takes_prompts else ("class", "classes")
+    classes = f"{config.num_classes} {several}"
     if config.class_names is not None:
         classes += f" ({', '.join(config.class_names[:12])}{', ...' if config.num_classes > 12 else ''})"
     grids = sorted((output_dir / "samples").glob("step_*.png"))
@@ -106,19 +122,30 @@ def write_model_card(
             version=__version__,
             size=config.image_size,
             classes=classes,
-            path=folder,
-            last=config.num_classes - 1,
-            steps=settings.get("eval_unmasking_steps") or settings.get("num_unmasking_steps") or 16,
-            channels=config.image_channels,
-            vae=f" The latents need the VAE `{config.vae}`." if config.vae else "",
+            use=_use(folder, settings, config),
             data=f"Data set: `{dataset}`." if dataset else "No data set was named.",
             figures=_figures(history),
-            samples=f"## Samples\n\nThe same seeds, one row per class.\n\n{pictures}\n" if shown else "",
+            samples=f"## Samples\n\nThe same seeds, one row per {kind_of}.\n\n{pictures}\n" if shown else "",
             recipe=dump_yaml(_without_secrets(settings)).strip(),
             versions=", ".join(f"{key} {value}" for key, value in versions.items()),
         ),
         encoding="utf-8",
     )
+
+
+def _use(folder: Path, settings: dict[str, Any], config: MaskedConfig) -> str:
+    """How to generate images, in Python and on the command line."""
+    shared = {
+        "path": folder,
+        "steps": settings.get("eval_unmasking_steps") or settings.get("num_unmasking_steps") or 16,
+        "channels": config.image_channels,
+        "size": config.image_size,
+        "vae": f" The latents need the VAE `{config.vae}`." if config.vae else "",
+    }
+    if not config.takes_prompts:
+        return USE.format(last=config.num_classes - 1, **shared)
+    tower = config.text_tower if config.vocabulary is None else "of words"
+    return USE_OF_TEXT.format(prompt=config.class_names[0], tower=tower, **shared)
 
 
 def _figures(history: list[dict[str, Any]]) -> str:

@@ -11,19 +11,27 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, sampling_settings
+from marval_rl.data.prompts import load_prompts
 from marval_rl.errors import check_folder, check_output, nearest
 from marval_rl.evaluation.image_set import to_pixels
 from marval_rl.models.generation import MAX_GRID_ROWS, generate_images, image_grid, unmasking_frames
 from marval_rl.paths import path_or_id
 
 ANIMATED = (".gif", ".webp")
+MAX_NAME = 120  # characters of a folder named after a prompt
 ANIMATION_MS, LAST_FRAME_MS = 3000, 2000  # of the unmasking, and of the finished images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--classes", metavar="A,B", help="class labels or names, comma-separated (default: all)")
-    parser.add_argument("--per_class", type=int, default=8, metavar="N", help="images of each class (default: 8)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a model of text: a prompt; may be repeated")
+    parser.add_argument(
+        "--prompts", type=path_or_id, metavar="FILE", help="a model of text: prompts, as the setting of a recipe"
+    )
+    parser.add_argument(
+        "--per_class", type=int, default=8, metavar="N", help="images of each class or prompt (default: 8)"
+    )
     parser.add_argument(
         "--compare", type=path_or_id, metavar="MODEL2", help="a second model beside it, with the same noise and orders"
     )
@@ -74,7 +82,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
 def generate_frames(args: argparse.Namespace, animated: bool) -> tuple[Tensor, Tensor, list[str]]:
     """Images uint8 [steps, N, C, H, W], one step unless animated; their labels [N]; the name of each label."""
-    model, codec, device = load_for_sampling(args)
+    model, codec, device = load_for_sampling(args, given_prompts(args))
     settings, config = sampling_settings(args), model.config
     if args.compare is not None and config.is_one_step:  # a teacher beside it may be guided
         settings = replace(settings, guidance_scale=1.0, num_diffusion_steps=None)
@@ -87,6 +95,12 @@ def generate_frames(args: argparse.Namespace, animated: bool) -> tuple[Tensor, T
         images, _ = generate_images(model, codec, len(labels), settings, class_labels=labels, **shared)
         frames = to_pixels(images).cpu()[None]
     return frames, labels, config.class_names or [f"class {label}" for label in range(config.num_classes)]
+
+
+def given_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, each once. Raises DataError for a file that cannot be read."""
+    read = load_prompts(args.prompts)["prompt"] if args.prompts is not None else []
+    return list(dict.fromkeys([*(args.prompt or []), *read]))
 
 
 def parse_classes(text: str | None, names: list[str] | None, num_classes: int) -> list[int]:
@@ -151,7 +165,7 @@ def save(frames: list[Image.Image], file: Path) -> None:
 def write_folder(images: Tensor, labels: Tensor, names: list[str], folder: Path) -> None:
     """uint8 [N, 3, H, W] as PNG files in a folder a class, as a data set has them."""
     for label in labels.unique().tolist():
-        target = folder / names[label].replace("/", "_")
+        target = folder / names[label].replace("/", "_")[:MAX_NAME]
         target.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images[labels == label]):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(target / f"{index:04d}.png")

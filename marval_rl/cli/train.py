@@ -7,9 +7,9 @@ from pathlib import Path
 
 from marval_rl.cli.arguments import add_recipe_arguments
 from marval_rl.cli.training import read_recipe, run_training
-from marval_rl.data import class_rows
 from marval_rl.errors import RecipeError, nearest
 from marval_rl.models.checkpoints import load_config, load_model, resolve_model
+from marval_rl.recipes.conditions import find_conditions
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning.plan import TrainingPlan, plan_reward_training
@@ -66,17 +66,30 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         if images is not None:
             data.announce(images, config.process_index)
         data.fit(student.config, rewarded.model, images)
+        teacher = source.load() if anchored else None
+        conditions = find_conditions(
+            student.config,
+            str(rewarded.model),
+            None if images is None else images.class_names,
+            rewarded.prompts_per_class,
+            rewarded.prompts,
+            rewarded.prompt_column,
+            rewarded.prompt_split,
+            data.eval_prompts,
+        )
+        conditions.give(student, teacher)
         return trainer_class(
             student,
             rewards,
             config,
-            train_dataset=class_rows(student.config.num_classes, rewarded.prompts_per_class),
-            teacher=source.load() if anchored else None,
+            train_dataset=conditions.rows,
+            teacher=teacher,
             auxiliary=Path(resolve_model(rewarded.model)) if anchored else None,
             anchor_dataset=images if config.reads_images else None,
             peft_config=peft_config,
             evaluator=data.evaluator(student.config) if config.evaluates else None,
             eval_rewards=judges,
+            eval_classes=conditions.eval_classes,
         )
 
     def make_plan() -> TrainingPlan:

@@ -27,6 +27,7 @@ class HubImages(LabelledImages):
         label_column: The labels.
         class_names: A list, "imagenet" or a text file with one name a line.
         where: What the data set is called in messages.
+        are_captions: Labels are texts to be taken as they are: the different ones, sorted, are the classes.
 
     Raises:
         DataError: If a column is missing or holds something else, or a row has no valid label.
@@ -39,6 +40,7 @@ class HubImages(LabelledImages):
         label_column: str = "label",
         class_names: Sequence[str] | str | None = None,
         where: str = "the data set",
+        are_captions: bool = False,
     ):
         for setting, column in (("image_column", image_column), ("label_column", label_column)):
             if column not in dataset.column_names:
@@ -60,7 +62,10 @@ class HubImages(LabelledImages):
         labels = dataset.select_columns([label_column]).with_format("arrow")[:].column(label_column)
         if labels.null_count:
             raise DataError(f"{column} has no label in {labels.null_count} of {len(labels)} rows")
-        super().__init__(*_labels_and_names(labels, dataset.features[label_column], class_names, column))
+        if are_captions:
+            super().__init__(*_captions(labels, column))
+        else:
+            super().__init__(*_labels_and_names(labels, dataset.features[label_column], class_names, column))
 
     def name(self, index: int) -> str:
         return f"row {index}"
@@ -76,6 +81,16 @@ class HubImages(LabelledImages):
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise CorruptImageError(f"{self.where(index)} holds no image", "it holds no image")
         return cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
+
+
+def _captions(labels: pa.ChunkedArray, column: str) -> tuple[list[int], list[str]]:
+    """The caption of each row, and all captions. Raises DataError for a column of something else."""
+    if not (pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type)):
+        raise DataError(f"{column} holds {labels.type}: captions are text (--caption_column ...)")
+    texts = labels.to_pylist()
+    captions = sorted(set(texts))
+    place = {caption: index for index, caption in enumerate(captions)}
+    return [place[text] for text in texts], captions
 
 
 def _labels_and_names(

@@ -21,6 +21,7 @@ def load_labelled_images(
     image_column: str = "image",
     label_column: str = "label",
     class_names: Sequence[str] | str | None = None,
+    caption_column: str | None = None,
 ) -> LabelledImages:
     """Labelled images; the network is used only for what is not a local path and looks like a hub id.
 
@@ -31,6 +32,7 @@ def load_labelled_images(
             `datasets.save_to_disk` wrote; or a hub id, owner/name.
         split: "train", "validation", "test", ...
         image_column, label_column: The columns, for all but image folders.
+        caption_column: A column of captions in place of labels: the different ones are the classes.
         class_names: Names of the classes: a list, "imagenet" or a text file with one name a line; None to take those
             that the data have.
 
@@ -50,7 +52,10 @@ def load_labelled_images(
             raise DataError(f"{error}. Parquet files lie in {deeper.parent}: give that path") from error
     from marval_rl.data.hub_images import HubImages  # `datasets` is slow to import, and image folders do without
 
-    return HubImages(_load_dataset(str(name_or_path), path, split), image_column, label_column, class_names, str(path))
+    rows = _load_dataset(str(name_or_path), path, split)
+    if caption_column is not None:
+        return HubImages(rows, image_column, caption_column, where=str(path), are_captions=True)
+    return HubImages(rows, image_column, label_column, class_names, str(path))
 
 
 def load_held_out(

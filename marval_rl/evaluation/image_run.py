@@ -23,7 +23,7 @@ from marval_rl.evaluation.image_set import (
     write_rows,
 )
 from marval_rl.evaluation.references import Rows
-from marval_rl.models import LatentCodec, MARModel
+from marval_rl.models import LatentCodec, MaskedModel
 from marval_rl.models.generation import SamplingSettings
 
 IMAGES, MEASURES = "images", "measures"
@@ -73,7 +73,7 @@ class ImageRun:
 
     def do_share(
         self,
-        model: MARModel,
+        model: MaskedModel,
         codec: LatentCodec,
         evaluator: ImageEvaluator,
         rank: int,

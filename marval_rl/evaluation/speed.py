@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import torch
 
-from marval_rl.models import LatentCodec, MARModel, generate
+from marval_rl.models import LatentCodec, MaskedModel, generate
 from marval_rl.models.generation import SamplingSettings, balanced_labels
 
 SINGLE_REPEATS, BATCH_REPEATS = 5, 2
 
 
 def generation_speed(
-    model: MARModel, codec: LatentCodec, settings: SamplingSettings, batch_size: int
+    model: MaskedModel, codec: LatentCodec, settings: SamplingSettings, batch_size: int
 ) -> dict[str, float]:
     """Seconds per image at batch 1 (median of 5), and images per second at `batch_size` (2 batches), each warmed up.
 
@@ -25,7 +25,8 @@ def generation_speed(
     def generate_images_of(count: int) -> None:
         labels = balanced_labels(count, model.config.num_classes).to(model.device)
         generator = torch.Generator(model.device).manual_seed(0)
-        codec.decode(generate(model, labels, generator=generator, **vars(settings)).latents)
+        latents = generate(model, labels, generator=generator, **vars(settings)).latents
+        codec.decode(latents, model.decoder_text(labels))
 
     with torch.no_grad():
         single = _seconds(lambda: generate_images_of(1), SINGLE_REPEATS, model.device)

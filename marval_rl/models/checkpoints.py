@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from marval_rl.errors import CheckpointError, first_line
-from marval_rl.models.config import MARConfig, is_official_path
+from marval_rl.models.config import MARConfig, MaskedConfig, is_official_path
 from marval_rl.models.mar import MARModel
+from marval_rl.models.masked import MaskedModel
+from marval_rl.models.maskgen.config import MaskGenConfig
 from marval_rl.models.official.mar_weights import read_mar
 
 
@@ -39,7 +42,22 @@ def resolve_model(name_or_path: str | Path) -> str:
     return str(name_or_path)
 
 
-def load_config(name_or_path: str | Path) -> MARConfig:
+def model_class(model_type: str | None) -> type[MaskedModel] | None:
+    """The class of the models whose config.json says this model_type; None for a type that is not ours."""
+    if model_type == MaskGenConfig.model_type:
+        from marval_rl.models.maskgen.model import MaskGenModel  # diffusers is slow to import
+
+        return MaskGenModel
+    return MARModel if model_type == MARConfig.model_type else None
+
+
+def new_model(config: MaskedConfig) -> MaskedModel:
+    """A model of this configuration with fresh weights."""
+    kind: Any = model_class(config.model_type)
+    return kind(config)
+
+
+def load_config(name_or_path: str | Path) -> MaskedConfig:
     """The configuration of a model folder, run folder, official checkpoint or hub id. Raises CheckpointError."""
     resolved = resolve_model(name_or_path)
     if is_official_path(resolved):
@@ -49,15 +67,19 @@ def load_config(name_or_path: str | Path) -> MARConfig:
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cannot read the configuration of {resolved}: {first_line(error)}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != MARConfig.model_type:
-        raise CheckpointError(f'{resolved} is not a MAR model: its config.json says model_type "{model_type}"')
+    types: dict[Any, type[MaskedConfig]] = {c.model_type: c for c in (MARConfig, MaskGenConfig)}
+    if model_type not in types:
+        hint = ""
+        if isinstance(config, dict) and isinstance(config.get("model"), dict):
+            hint = " (official MaskGen weights? `marval-rl convert` makes a model folder of them)"
+        raise CheckpointError(f'{resolved} is not a MAR model: its config.json says model_type "{model_type}"{hint}')
     try:
-        return MARConfig.from_dict(config)
+        return types[model_type].from_dict(config)
     except (TypeError, ArithmeticError) as error:  # a size that is not a number, or zero heads
         raise CheckpointError(f"the configuration of {resolved} is wrong: {first_line(error)}") from error
 
 
-def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MARModel:
+def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MaskedModel:
     """A model in eval mode, on the CPU, in float32.
 
     Args:
@@ -75,7 +97,8 @@ def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MAR
         wanted, found = ("a one-step student", "a many-step teacher")[:: 1 if one_step else -1]
         raise CheckpointError(f"{resolved} is {found}, but {wanted} is needed here")
     try:
-        model, info = MARModel.from_pretrained(resolved, config=config, output_loading_info=True, dtype=torch.float32)
+        kind: Any = model_class(config.model_type)
+        model, info = kind.from_pretrained(resolved, config=config, output_loading_info=True, dtype=torch.float32)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"the weights of {resolved} cannot be loaded (a damaged file, or sizes other than config.json's): "
@@ -91,5 +114,5 @@ def load_model(name_or_path: str | Path, *, one_step: bool | None = None) -> MAR
         if not parameter.isfinite().all():
             raise CheckpointError(f"the weight {name} of {resolved} holds NaN or infinity")
     if config.is_one_step:
-        model.fake_latent.requires_grad_(False)  # a student has no guidance pass
+        model.freeze_null()  # a student has no guidance pass
     return model.eval()

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from marval_rl.models.mar import MARModel
+from marval_rl.models.masked import MaskedModel
 
 
-def compile_blocks(model: MARModel, compiler: str | Callable[..., Any] = "inductor") -> None:
+def compile_blocks(model: MaskedModel, compiler: str | Callable[..., Any] = "inductor") -> None:
     """Compiles the blocks in place by `torch.compile`.
 
     The networks around them stay as they are: a generation meets as many lengths as it has unmasking steps, and a
@@ -23,5 +24,6 @@ def compile_blocks(model: MARModel, compiler: str | Callable[..., Any] = "induct
         compiler: torch.compile's `backend`.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for block in [*model.encoder_blocks, *model.decoder_blocks]:
-        block.compile(dynamic=True, backend=compiler)
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.compile(dynamic=True, backend=compiler)

@@ -1,5 +1,6 @@
 """The sizes and conventions of a MAR model, teacher or one-step student."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +37,81 @@ def is_official_path(name_or_path: str | Path) -> bool:
     return path.is_file() or path.suffix in OFFICIAL_SUFFIXES
 
 
-class MARConfig(PreTrainedConfig):
+class MaskedConfig(PreTrainedConfig):
+    """What sampler and trainers ask of any model's configuration.
+
+    A subclass has image_size, image_channels, latent_channels, num_tokens, token_channels, patch_size, num_classes,
+    class_names, vae, num_train_timesteps, num_diffusion_steps, clip_sample_range and one_step_timestep.
+    """
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        raise NotImplementedError
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether conditions are prompts, which a run names, and not the classes that the model was trained on."""
+        return False
+
+    @property
+    def tokens_have_places(self) -> bool:
+        """Whether a token is a place in the image; in 1-D tokenizers each is about all of it."""
+        return True
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.image_channels, self.image_size, self.image_size
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """The fields that count equal layers."""
+        raise NotImplementedError
+
+    @property
+    def widths_and_depths(self) -> tuple[tuple[int, int], ...]:
+        """Of the networks, the head last."""
+        raise NotImplementedError
+
+    def on_latents(self) -> Self:
+        """The same networks with images that are their latents, so that no autoencoder is needed."""
+        raise NotImplementedError
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other fields."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    @property
+    def mask_law(self) -> str:
+        """How the share of masked tokens is drawn in training; see `draw_num_masked`."""
+        raise NotImplementedError
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether this is a distilled one-step student."""
+        return self.one_step_timestep is not None
+
+    def as_student(self, student_timestep: int) -> Self:
+        """The configuration of a one-step student of this teacher."""
+        return self.changed(one_step_timestep=student_timestep)
+
+    def _check_sizes(self, names: Sequence[str]) -> None:
+        """Raises ValueError unless these fields are whole numbers of at least 1; of layers there may be none."""
+        for name in names:
+            size, least = getattr(self, name), 0 if name.endswith("_num_layers") else 1
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {size!r}")
+
+    def _check_student(self) -> None:
+        if self.one_step_timestep is not None and not 0 <= self.one_step_timestep < self.num_train_timesteps:
+            raise ValueError(
+                f"one_step_timestep {self.one_step_timestep} is outside 0..{self.num_train_timesteps - 1}; "
+                "about 700 of 1000 works well, near 999 alpha vanishes and the student blows up"
+            )
+
+
+class MARConfig(MaskedConfig):
     """Configuration of a masked autoregressive diffusion model (MAR, Li et al. 2024, arXiv 2406.11838).
 
     Args:
@@ -119,10 +194,7 @@ class MARConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name in SIZES:
-            size, least = getattr(self, name), 0 if name.endswith("_num_layers") else 1
-            if not isinstance(size, int) or size < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {size!r}")
+        self._check_sizes(SIZES)
         if self.image_size % (self.latent_stride * self.patch_size):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of latent_stride x patch_size = "
@@ -134,11 +206,13 @@ class MARConfig(PreTrainedConfig):
                 raise ValueError(f"{part}_hidden_size {width} is not a multiple of {part}_num_heads {heads}")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names were given for num_classes = {self.num_classes}")
-        if self.one_step_timestep is not None and not 0 <= self.one_step_timestep < self.num_train_timesteps:
-            raise ValueError(
-                f"one_step_timestep {self.one_step_timestep} is outside 0..{self.num_train_timesteps - 1}; "
-                "about 700 of 1000 works well, near 999 alpha vanishes and the student blows up"
-            )
+        self._check_student()
+
+    def as_student(self, student_timestep: int) -> Self:
+        """As any model's, and without dropout."""
+        student = super().as_student(student_timestep)
+        student.attention_dropout = student.projection_dropout = 0.0
+        return student
 
     @property
     def grid_size(self) -> int:
@@ -156,6 +230,25 @@ class MARConfig(PreTrainedConfig):
         return self.latent_channels * self.patch_size**2
 
     @property
-    def is_one_step(self) -> bool:
-        """Whether this is a distilled one-step student."""
-        return self.one_step_timestep is not None
+    def grid(self) -> tuple[int, int]:
+        return self.grid_size, self.grid_size
+
+    @property
+    def mask_law(self) -> str:
+        return "truncated_normal"
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        return "encoder_num_layers", "decoder_num_layers", "head_num_layers"
+
+    @property
+    def widths_and_depths(self) -> tuple[tuple[int, int], ...]:
+        return (
+            (self.encoder_hidden_size, self.encoder_num_layers),
+            (self.decoder_hidden_size, self.decoder_num_layers),
+            (self.head_hidden_size, self.head_num_layers),
+        )
+
+    def on_latents(self) -> Self:
+        latents = {"image_size": self.image_size // self.latent_stride, "image_channels": self.latent_channels}
+        return self.changed(**latents, latent_stride=1, vae=None)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from marval_rl.models.chain import chain_head, sample_chain
 from marval_rl.models.diffusion import make_schedule
 from marval_rl.models.latents import LatentCodec, unpatchify
-from marval_rl.models.mar import MARModel
+from marval_rl.models.masked import MaskedModel
 from marval_rl.models.matmul import quick_products
 from marval_rl.models.noise import GeneratorNoise, Noise, as_noise
 from marval_rl.models.sampling import unmask
@@ -79,7 +79,7 @@ def check_class_labels(class_labels: Tensor, num_classes: int) -> None:
 
 @torch.no_grad()
 def generate(
-    model: MARModel,
+    model: MaskedModel,
     class_labels: Tensor | None,
     *,
     num_unmasking_steps: int,
@@ -145,20 +145,18 @@ def generate(
     scales = guidance_scales(config.num_tokens, num_unmasking_steps, guidance_scale, guidance_schedule)
     scale_of = dict(zip(pairs, scales, strict=True))
     conditions: list[Tensor] = []
-    rows = batch * (1 + guided) * (config.buffer_size + config.num_tokens)
-    backbone = (device, rows, config.encoder_hidden_size)
 
     def predict(tokens: Tensor, num_masked: int, num_kept: int) -> Tensor:
         asked = revealed_positions(order, num_masked, num_kept)
         if config.is_one_step:
             step_noise = gather_tokens(token_noise, asked)
-            with quick_products(*backbone):
+            with model.products(batch):
                 revealed, condition = model.one_step(
                     tokens, class_labels, order, num_masked, num_kept, step_noise, asked
                 )
         else:
             # As in MAR, the null class is run whenever guidance is asked for, also while its scale is still 1.
-            with quick_products(*backbone):
+            with model.products(batch * (1 + guided)):
                 condition = model(
                     tokens, class_labels, order, num_masked, num_kept, guidance_pass=guided, asked=asked
                 ).condition
@@ -181,11 +179,11 @@ def generate(
             if return_steps:
                 scale = scale_of[step.num_masked, step.num_kept]
                 kept_steps.append(GenerationStep(scale, conditions[step.number], step.revealed, step.tokens))
-    return GenerationOutput(unpatchify(step.tokens, config.patch_size, config.grid_size), kept_steps)
+    return GenerationOutput(unpatchify(step.tokens, config.patch_size, config.grid), kept_steps)
 
 
 def generate_images(
-    model: MARModel,
+    model: MaskedModel,
     codec: LatentCodec,
     num_images: int,
     settings: SamplingSettings,
@@ -209,14 +207,14 @@ def generate_images(
     for index, batch in enumerate(tqdm(batches, desc="sampling", disable=not progress, leave=False)):
         output = generate(model, batch, generator=derive_generator(device, seed, "sample", index), **vars(settings))
         with torch.no_grad():
-            images.append(codec.decode(output.latents).float())
+            images.append(codec.decode(output.latents, model.decoder_text(batch)).float())
     model.train(was_training)
     return torch.cat(images), labels.to(device)
 
 
 @torch.no_grad()
 def unmasking_frames(
-    model: MARModel,
+    model: MaskedModel,
     codec: LatentCodec,
     class_labels: Tensor,
     settings: SamplingSettings,
@@ -230,8 +228,13 @@ def unmasking_frames(
 
     Tokens that are still masked are grey. The last frame has the images that `generate_images` makes of the same
     arguments.
+
+    Raises:
+        ValueError: For a model whose tokens have no place in the image.
     """
     config = model.config
+    if not config.tokens_have_places:
+        raise ValueError("the model's tokens have no place in the image, so its unmasking has no frames to show")
     pairs = unmasking_steps(config.num_tokens, settings.num_unmasking_steps)
     batches = []
     for index, labels in enumerate(class_labels.to(device).split(batch_size)):
@@ -242,9 +245,9 @@ def unmasking_frames(
         )
         frames = []
         for step, (_, num_masked) in zip(output.steps, pairs, strict=True):
-            images = codec.decode(unpatchify(step.tokens, config.patch_size, config.grid_size)).float()
+            images = codec.decode(unpatchify(step.tokens, config.patch_size, config.grid)).float()
             masked = torch.zeros(order.shape, device=device).scatter(1, order[:, :num_masked], 1.0)
-            masked = masked.view(-1, 1, config.grid_size, config.grid_size)
+            masked = masked.view(-1, 1, *config.grid)
             is_masked = interpolate(masked, size=images.shape[-2:], mode="nearest") > 0
             frames.append((torch.where(is_masked, MASKED_GREY, images) * 255).round().byte().cpu())
         batches.append(torch.stack([torch.full_like(frames[0], round(MASKED_GREY * 255)), *frames]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from marval_rl.models.config import MARConfig
+from marval_rl.models.config import MaskedConfig
 
 
 class LatentCodec(Protocol):
@@ -25,8 +25,25 @@ class LatentCodec(Protocol):
     def from_moments(self, moments: Tensor) -> Tensor:
         """Moments -> latents [B, c, h, w]."""
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, c, h, w] -> images [B, C, H, W] in 0..1; differentiable."""
+    def decode(self, latents: Tensor, text: Tensor | None = None) -> Tensor:
+        """Latents [B, c, h, w] -> images [B, C, H, W] in 0..1; differentiable.
+
+        text: [B, T, W], what `MaskedModel.decoder_text` gives, for a decoder that reads it.
+        """
+
+
+class Autoencoder(LatentCodec, Protocol):
+    """A codec with weights: a VAE, or TA-TiTok."""
+
+    scale: float
+
+    @property
+    def network(self) -> Any:
+        """The frozen network."""
+
+    @property
+    def stride(self) -> int:
+        """What height and width of an image must be a multiple of."""
 
 
 class PixelCodec:
@@ -44,17 +61,21 @@ class PixelCodec:
     def from_moments(self, moments: Tensor) -> Tensor:
         return moments
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, text: Tensor | None = None) -> Tensor:
         return ((latents + 1) / 2).clamp(0, 1)
 
 
-def codec_for(config: MARConfig) -> LatentCodec:
+def codec_for(config: MaskedConfig) -> LatentCodec:
     """The codec that belongs to a model, on the CPU.
 
     Raises:
         CheckpointError: If the VAE that the configuration names cannot be loaded or has other latents.
         ValueError: If the latents are not pixels and the configuration names no VAE.
     """
+    if config.model_type == "maskgen":
+        from marval_rl.models.maskgen.codec import maskgen_codec
+
+        return maskgen_codec(config)
     if config.vae is not None:
         from marval_rl.models.vae import VAECodec  # diffusers is slow to import, and pixels do without
 
@@ -76,9 +97,10 @@ def patchify(latents: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
 
 
-def unpatchify(tokens: Tensor, patch_size: int, grid_size: int) -> Tensor:
-    """The inverse of `patchify` for a square grid: tokens [B, L, c*p*p] -> latents [B, c, h, w]."""
+def unpatchify(tokens: Tensor, patch_size: int, grid: int | tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: tokens [B, L, c*p*p] -> latents [B, c, h, w]. grid: rows and columns of tokens."""
     batch, _, channels = tokens.shape
     p = patch_size
-    x = tokens.reshape(batch, grid_size, grid_size, channels // p**2, p, p)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // p**2, grid_size * p, grid_size * p)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    x = tokens.reshape(batch, rows, columns, channels // p**2, p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // p**2, rows * p, columns * p)

@@ -6,21 +6,19 @@ the same class; the student's configuration names its timestep t*.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 from marval_rl.models.config import MARConfig, is_official_path
-from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, predict_start
 from marval_rl.models.head import DiffusionHead, SmallLinear, ZeroLinear
-from marval_rl.models.matmul import attention
-from marval_rl.models.unmasking import gather_tokens, revealed_positions, scatter_tokens, visible_positions
+from marval_rl.models.masked import MaskedModel
+from marval_rl.models.matmul import attention, quick_products
+from marval_rl.models.unmasking import gather_tokens, scatter_tokens
 
 
 class Attention(nn.Module):
@@ -71,27 +69,11 @@ class Block(GradientCheckpointingLayer):
         return x + self.mlp(self.norm2(x))
 
 
-@dataclass
-class MAROutput(ModelOutput):
-    """What a forward pass of MAR returns.
-
-    Attributes:
-        condition: [B, M, D], what the backbone says of each token that is asked for.
-        model_output: [..., B, M, 2C] or None, the head's noise prediction (first C) and variance values (last C).
-    """
-
-    condition: Tensor | None = None
-    model_output: Tensor | None = None
-
-
-class MARModel(PreTrainedModel):
+class MARModel(MaskedModel):
     """Masked autoregressive diffusion model (arXiv 2406.11838)."""
 
     config_class = MARConfig
     base_model_prefix = "mar"
-    main_input_name = "tokens"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = ("Block",)
 
     def __init__(self, config: MARConfig):
@@ -164,11 +146,6 @@ class MARModel(PreTrainedModel):
             ):
                 init.normal_(table, std=0.02)
 
-    @property
-    def schedule(self) -> DiffusionSchedule:
-        """The full diffusion process that the head was trained on."""
-        return make_schedule(self.config.num_train_timesteps)
-
     def embed_classes(self, class_labels: Tensor | None, batch_size: int, drop_mask: Tensor | None = None) -> Tensor:
         """Class embeddings [B, D]. class_labels int64 [B]; None, or a True in drop_mask [B], gives the null class."""
         if class_labels is None:
@@ -213,66 +190,31 @@ class MARModel(PreTrainedModel):
         position_embedding = self.diffusion_pos_embed_learned.expand(len(asked), -1, -1)
         return self.decoder_norm(x) + gather_tokens(position_embedding, asked)
 
-    def forward(
+    def conditions_of(
         self,
         tokens: Tensor,
         class_labels: Tensor | None,
-        order: Tensor,
-        num_masked: int,
-        num_kept: int = 0,
-        noisy_tokens: Tensor | None = None,
-        timesteps: Tensor | None = None,
-        drop_mask: Tensor | None = None,
-        guidance_pass: bool = False,
-        asked: Tensor | None = None,
-    ) -> MAROutput:
-        """Conditions, and optionally noise predictions, of the tokens revealed between two counts of masked tokens.
-
-        Args:
-            tokens: [B, L, C]; only the visible ones are read.
-            class_labels: int64 [B], or None for the null class.
-            order: Unmasking order, int64 [B, L].
-            num_masked: Tokens masked before, 1..L.
-            num_kept: Tokens still masked after; the M = num_masked - num_kept between are asked for, positions
-                ascending.
-            noisy_tokens: x_t at those tokens, [..., B, M, C]; leading dimensions hold several draws for one condition.
-            timesteps: int64, broadcastable to noisy_tokens without its channels.
-            drop_mask: bool [B], True where the null class replaces the label (label dropout in pretraining).
-            guidance_pass: Run the null class beside the labels; both outputs then hold [2B, ...], labels first.
-            asked: Those M positions, int64 [B, M], where the caller has sorted them already.
-        """
-        visible = visible_positions(order, num_masked)
-        if asked is None:
-            asked = revealed_positions(order, num_masked, num_kept)
+        visible: Tensor,
+        asked: Tensor,
+        drop_mask: Tensor | None,
+        guidance_pass: bool,
+    ) -> Tensor:
         class_embedding = self.embed_classes(class_labels, tokens.shape[0], drop_mask)
         if guidance_pass:
             class_embedding = torch.cat([class_embedding, self.embed_classes(None, tokens.shape[0])])
             tokens, visible, asked = tokens.repeat(2, 1, 1), visible.repeat(2, 1), asked.repeat(2, 1)
-        encoded = self.encode(tokens, class_embedding, visible)
-        condition = self.decode(encoded, visible, asked)
-        if noisy_tokens is None:
-            return MAROutput(condition=condition)
-        return MAROutput(condition=condition, model_output=self.diffloss(noisy_tokens, timesteps, condition))
+        return self.decode(self.encode(tokens, class_embedding, visible), visible, asked)
 
-    def one_step(
-        self,
-        tokens: Tensor,
-        class_labels: Tensor | None,
-        order: Tensor,
-        num_masked: int,
-        num_kept: int,
-        noise: Tensor,
-        asked: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The student's map x0 = (z - sigma_t* eps(z, t*, c)) / alpha_t*, and the condition c it used.
+    def products(self, num_images: int) -> AbstractContextManager[None]:
+        rows = num_images * (self.config.buffer_size + self.config.num_tokens)
+        return quick_products(self.device, rows, self.config.encoder_hidden_size)
 
-        noise z [B, M, C] ~ N(0, I) for the tokens revealed; asked as in `forward`. Returns ([B, M, C] in float32,
-        [B, M, D]).
-        """
-        t = torch.full((1,), self.config.one_step_timestep, device=noise.device)
-        output = self(tokens, class_labels, order, num_masked, num_kept, noisy_tokens=noise, timesteps=t, asked=asked)
-        eps = output.model_output[..., : noise.shape[-1]].float()
-        return predict_start(self.schedule, noise, eps, t), output.condition
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """The official rule: no decay for vectors, biases and the whole diffusion head."""
+        return not (parameter.ndim == 1 or name.endswith(".bias") or "diffloss" in name)
+
+    def freeze_null(self) -> None:
+        self.fake_latent.requires_grad_(False)
 
 
 def new_head(config: MARConfig) -> DiffusionHead:

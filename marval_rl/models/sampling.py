@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from marval_rl.models.config import MARConfig
-from marval_rl.models.mar import MARModel
+from marval_rl.models.config import MaskedConfig
+from marval_rl.models.masked import MaskedModel
 from marval_rl.models.unmasking import (
     gather_tokens,
     random_order,
@@ -81,7 +81,7 @@ def unmask(
 
 
 def student_mean(
-    student: MARModel, inputs: Mapping[str, Tensor], tokens: Tensor, num_masked: int, num_kept: int
+    student: MaskedModel, inputs: Mapping[str, Tensor], tokens: Tensor, num_masked: int, num_kept: int
 ) -> Tensor:
     """mu_theta(z_k, s_k), the student's tokens [B, M, C] of one unmasking step; `partial` makes it a `Predict`.
 
@@ -100,7 +100,7 @@ def student_mean(
 def draw_rollout_noise(
     num_groups: int,
     num_generations: int,
-    config: MARConfig,
+    config: MaskedConfig,
     generator: torch.Generator,
     share_order: bool = False,
     share_noise: bool = False,

@@ -50,13 +50,27 @@ def unmasking_steps(num_tokens: int, num_unmasking_steps: int) -> list[tuple[int
     return [(b, a) for b, a in zip(before, after, strict=True) if b > a]
 
 
-def draw_num_masked(
-    num_tokens: int, ratio_min: float, ratio_std: float, generator: torch.Generator | None = None
-) -> int:
-    """ceil(L r) with r from a normal distribution of mean 1 and deviation `ratio_std`, truncated to [ratio_min, 1].
+MASK_LAWS = ("truncated_normal", "arccos")
 
-    One draw serves a whole batch, so that its gathers are dense. MAR uses 0.7 and 0.25 (arXiv 2406.11838, section 4.3).
+
+def draw_num_masked(
+    num_tokens: int,
+    ratio_min: float,
+    ratio_std: float,
+    generator: torch.Generator | None = None,
+    law: str = "truncated_normal",
+) -> int:
+    """How many tokens a training step masks, at least 1. One draw serves a whole batch, so that its gathers are dense.
+
+    Args:
+        num_tokens: L.
+        ratio_min, ratio_std: MAR's law "truncated_normal" is ceil(L r), r from a normal distribution of mean 1 and
+            deviation `ratio_std`, truncated to [ratio_min, 1]; MAR has 0.7 and 0.25 (arXiv 2406.11838, section 4.3).
+        generator: On the CPU.
+        law: MaskGen's law "arccos" is `arccos_num_masked` of a uniform number, and reads neither of the two.
     """
+    if law == "arccos":
+        return arccos_num_masked(num_tokens, torch.rand((), generator=generator).item())
     if not 0 < ratio_min <= 1:
         raise ValueError(f"mask_ratio_min must lie in (0, 1], not {ratio_min}")
     if ratio_std <= 0:
@@ -67,6 +81,14 @@ def draw_num_masked(
     uniform = low + (0.5 - low) * torch.rand((), dtype=torch.float64, generator=generator).item()
     ratio = 1 + ratio_std * standard.icdf(torch.tensor(uniform, dtype=torch.float64)).item()
     return min(num_tokens, max(1, math.ceil(num_tokens * min(1.0, max(ratio_min, ratio)))))
+
+
+def arccos_num_masked(num_tokens: int, uniform: float) -> int:
+    """ceil(L r) with r = (2 / pi) arccos(u), at least 1: MaskGen's law for u uniform in [0, 1) (arXiv 2501.07730).
+
+    Its mean is that of the sampler's cosine schedule, its distribution is not.
+    """
+    return min(num_tokens, max(1, math.ceil(num_tokens * 2 / math.pi * math.acos(uniform))))
 
 
 def guidance_scales(num_tokens: int, num_unmasking_steps: int, scale: float, schedule: str) -> list[float]:
@@ -80,9 +102,13 @@ def guidance_scales(num_tokens: int, num_unmasking_steps: int, scale: float, sch
     if schedule == "constant":
         return [scale] * len(unmasking_steps(num_tokens, num_unmasking_steps))
     return [
-        1 + (scale - 1) * (num_tokens - max(1, after)) / num_tokens
-        for _, after in unmasking_steps(num_tokens, num_unmasking_steps)
+        linear_guidance_scale(num_tokens, after, scale) for _, after in unmasking_steps(num_tokens, num_unmasking_steps)
     ]
+
+
+def linear_guidance_scale(num_tokens: int, num_kept: int, scale: float) -> float:
+    """The guidance scale of a step after which `num_kept` tokens are masked, in the linear schedule."""
+    return 1 + (scale - 1) * (num_tokens - max(1, num_kept)) / num_tokens
 
 
 def visible_positions(order: Tensor, num_masked: int) -> Tensor:

@@ -58,6 +58,14 @@ class VAECodec:
             )
         return cls(autoencoder)
 
+    @property
+    def network(self) -> AutoencoderKL:
+        return self.autoencoder
+
+    @property
+    def stride(self) -> int:
+        return stride_of(self.autoencoder)
+
     def to(self, device: torch.device | str) -> Self:
         self.autoencoder.to(device)
         return self
@@ -85,8 +93,8 @@ class VAECodec:
         """A scaled posterior sample from mean and log-variance [B, 2c, h, w]; float32."""
         return (DiagonalGaussianDistribution(moments.float()).sample() - self.shift) * self.scale
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, c, h, w] -> images [B, 3, H, W] in 0..1, float32.
+    def decode(self, latents: Tensor, text: Tensor | None = None) -> Tensor:
+        """Latents [B, c, h, w] -> images [B, 3, H, W] in 0..1, float32; the decoder reads no text.
 
         Differentiable; the decoder runs again in the backward pass, so that memory holds the activations of
         `IMAGES_AT_ONCE` images, not of all.

@@ -15,10 +15,10 @@ from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.sources import load_held_out
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
-from marval_rl.models import MARConfig
+from marval_rl.models import MaskedConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
 from marval_rl.rewarding.loading import Offers
-from marval_rl.runtime.settings import Conditions, Needs
+from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
 from marval_rl.trainers.anchors import READS_IMAGES
 
 TrainingData = CroppedImages | MomentsCache
@@ -51,6 +51,17 @@ class DataArguments(EvaluationArguments):
     )
     image_column: str = field(default="image", metadata={"help": "Column of images (parquet, `datasets`)."})
     label_column: str = field(default="label", metadata={"help": "Column of class labels (parquet, `datasets`)."})
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of captions (parquet, `datasets`), for a model of text; in place of label_column."},
+    )
+    eval_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out prompts that evaluation generates, for a model of text: a file as `prompts` takes "
+            "(default: the prompts or captions that are trained on)."
+        },
+    )
     class_names: str | None = field(
         default=None, metadata={"help": 'Names where the data has none: "imagenet", or a file of one name per line.'}
     )
@@ -74,10 +85,12 @@ class DataArguments(EvaluationArguments):
     )
     counts_if: ClassVar[Conditions] = {
         Needs("images of your own (a data set that is not bundled)", ("dataset",), lambda name: name not in BUNDLED): (
-            *("image_column", "label_column", "class_names", "eval_dataset", "eval_holdout"),
+            *("image_column", "label_column", "caption_column", "class_names", "eval_dataset", "eval_holdout"),
         ),
+        EVALUATED: ("eval_prompts",),
         READS_IMAGES: (
-            *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip", "cache_dir"),
+            *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip"),
+            "cache_dir",
         ),
     }
 
@@ -145,10 +158,14 @@ class DataArguments(EvaluationArguments):
         if self.dataset is None or self.eval_dataset is None:
             return None
         names = self._load(self.dataset).mode_names
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        columns = {
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "caption_column": self.caption_column,
+        }
         return self._merge(load_held_out(self.dataset, self.eval_dataset, self.class_names, names, **columns))
 
-    def crop(self, source: LabelledImages, config: MARConfig) -> CroppedImages:
+    def crop(self, source: LabelledImages, config: MaskedConfig) -> CroppedImages:
         """Images as a model generates them, never mirrored: to compare with."""
         return CroppedImages(source, config.image_size, flip=False, channels=config.image_channels)
 
@@ -156,8 +173,17 @@ class DataArguments(EvaluationArguments):
         if name is None:
             raise RecipeError(f"dataset is not set: name the images ({', '.join(BUNDLED)}, a folder, ...; --dataset)")
         images = load_labelled_images(
-            name, image_column=self.image_column, label_column=self.label_column, class_names=self.class_names
+            name,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            class_names=self.class_names,
+            caption_column=self.caption_column,
         )
+        if self.caption_column is not None and isinstance(images, ImageFolder):
+            raise RecipeError(
+                f"caption_column {self.caption_column} counts only for parquet and `datasets`, and {name} names its "
+                "classes otherwise: leave it out"
+            )
         if isinstance(images, ImageFolder) and (self.image_column, self.label_column) != ("image", "label"):
             raise RecipeError(
                 f"image_column {self.image_column} and label_column {self.label_column} count only for parquet and "
@@ -170,7 +196,7 @@ class DataArguments(EvaluationArguments):
             data.merge_classes(find_groups(self.dataset, self.class_groups))
         return data
 
-    def fit(self, config: MARConfig, model: str, dataset: TrainingData | None = None) -> None:
+    def fit(self, config: MaskedConfig, model: str, dataset: TrainingData | None = None) -> None:
         """Gives a model's configuration the recipe's VAE, and the names of its classes where it has none.
 
         Raises ValueError if the model was trained on other classes or another image size than this data's. dataset:
@@ -181,6 +207,9 @@ class DataArguments(EvaluationArguments):
         if dataset is None:
             return
         names = list(dataset.class_names)
+        if config.takes_prompts:
+            self._fit_shape(config, model, dataset)
+            return
         if config.num_classes != len(names) or (config.class_names is not None and config.class_names != names):
             known = ", ".join((config.class_names or ["unnamed"])[:3])
             raise ValueError(
@@ -189,26 +218,51 @@ class DataArguments(EvaluationArguments):
                 "set --class_groups, or choose another model"
             )
         config.class_names = names
+        self._fit_shape(config, model, dataset)
+
+    def _fit_shape(self, config: MaskedConfig, model: str, dataset: TrainingData) -> None:
         if isinstance(dataset, CroppedImages):
             dataset.image_size = self.image_size or config.image_size
             if self.image_channels is None:
                 dataset.channels, dataset.refuse_colour = config.image_channels, config.image_channels == 1
         self._check_shape(config, model, dataset[0])
 
-    def _check_shape(self, config: MARConfig, model: str, row: dict[str, Any]) -> None:
-        side = config.image_size
+    def _check_shape(self, config: MaskedConfig, model: str, row: dict[str, Any]) -> None:
         if "moments" in row:
-            expected = (2 * config.latent_channels, side // config.latent_stride, side // config.latent_stride)
+            rows, columns = (config.patch_size * length for length in config.grid)
+            expected = (2 * config.latent_channels, rows, columns)
             if tuple(row["moments"].shape) != expected:
                 raise ValueError(
                     f"{model} generates latents whose moments are {_shape(expected)}, those of {self.cache_dir} are "
                     f"{_shape(row['moments'].shape)}: cache with this model's VAE and image size"
                 )
-        elif tuple(row["images"].shape) != (config.image_channels, side, side):
+        elif tuple(row["images"].shape) != config.image_shape:
             raise ValueError(
-                f"{model} generates images of {_shape((config.image_channels, side, side))}, "
+                f"{model} generates images of {_shape(config.image_shape)}, "
                 f"the data's are {_shape(row['images'].shape)}"
             )
+
+    def text_latents(self, dataset: TrainingData, patch_size: int) -> dict[str, Any]:
+        """As `latents`, for a model of text: the tokens of TA-TiTok, or of patches of pixels."""
+        captions = {"num_classes": len(dataset.class_names), "class_names": list(dataset.class_names)}
+        if self.vae is not None:
+            from marval_rl.models.maskgen.codec import load_tokenizer
+
+            tokenizer = load_tokenizer(self.vae).config
+            names = ("image_size", "num_tokens", "latent_channels", "text_width", "text_length")
+            return {**{name: getattr(tokenizer, name) for name in names}, "vae": self.vae, **captions}
+        found = self.latents(dataset)
+        size, channels = found["image_size"], found["image_channels"]
+        if size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide the images' {size} pixels")
+        return {
+            "image_size": size,
+            "image_channels": channels,
+            "num_tokens": (size // patch_size) ** 2,
+            "latent_channels": channels * patch_size**2,
+            "clip_sample_range": found["clip_sample_range"],
+            **captions,
+        }
 
     def latents(self, dataset: TrainingData) -> dict[str, Any]:
         """The fields of a MARConfig that follow from data to pretrain on: image size, latents, classes."""
@@ -234,7 +288,7 @@ class DataArguments(EvaluationArguments):
             **classes,
         }
 
-    def evaluator(self, config: MARConfig) -> ImageEvaluator:
+    def evaluator(self, config: MaskedConfig) -> ImageEvaluator:
         """Measures the images of a model, against these data where they are there.
 
         Raises:
@@ -246,7 +300,7 @@ class DataArguments(EvaluationArguments):
         load_real = (lambda: (self.load_held_out(), self.load_images())) if has_images else None
         return self.make_evaluator(config, judges, load_real, self.offers(lambda: config))
 
-    def offers(self, load_config: Callable[[], MARConfig | None]) -> Offers:
+    def offers(self, load_config: Callable[[], MaskedConfig | None]) -> Offers:
         """What rewards may learn from: the images that a model is trained on, as it generates them.
 
         load_config: Loads the model's configuration, when a reward asks for the images; None where there is no model.

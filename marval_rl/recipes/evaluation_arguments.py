@@ -14,7 +14,7 @@ from marval_rl.errors import DataError
 from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.evaluation.features import KINDS, load_extractors
 from marval_rl.evaluation.references import RealImages, Reference, images_of_data, open_reference
-from marval_rl.models import MARConfig
+from marval_rl.models import MaskedConfig
 from marval_rl.rewarding import load_reward
 from marval_rl.rewarding.loading import Offers
 from marval_rl.runtime.settings import EVALUATED, Conditions
@@ -61,7 +61,7 @@ class EvaluationArguments:
 
     def make_evaluator(
         self,
-        config: MARConfig,
+        config: MaskedConfig,
         judges: list[str],
         load_real: Callable[[], tuple[LabelledImages | None, LabelledImages]] | None,
         offers: Offers,
@@ -93,7 +93,7 @@ class EvaluationArguments:
 
     def _load_reference(
         self,
-        config: MARConfig,
+        config: MaskedConfig,
         load_real: Callable[[], tuple[LabelledImages | None, LabelledImages]] | None,
         needs_classes: bool,
     ) -> tuple[Reference | None, RealImages | None, LabelledImages | None]:
@@ -109,7 +109,7 @@ class EvaluationArguments:
                     "others, or to none"
                 ) from error
         source = training if held_out is None else held_out
-        if source is not None and config.class_names not in (None, source.class_names):
+        if source is not None and not _knows(config, source.class_names):
             raise ValueError(
                 f"the model knows {len(config.class_names)} classes ({', '.join(config.class_names[:3])}, ...), but "
                 f"evaluation compares with {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...): set "
@@ -124,3 +124,10 @@ class EvaluationArguments:
         shape = (config.image_size, config.image_channels, self.eval_reference_images)
         train = None if held_out is None else images_of_data(training, *shape)
         return Reference(images=images_of_data(source, *shape)), train, source
+
+
+def _knows(config: MaskedConfig, names: list[str]) -> bool:
+    """Whether labels of images of these classes are a model's own; of captions others may follow."""
+    if config.class_names is None:
+        return True
+    return config.class_names[: len(names)] == names and (config.takes_prompts or config.num_classes == len(names))

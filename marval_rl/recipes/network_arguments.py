@@ -2,20 +2,34 @@
 
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 
 from marval_rl.errors import RecipeError
-from marval_rl.models import MARConfig, MARModel
+from marval_rl.models import MARConfig, MaskedConfig, MaskedModel
 from marval_rl.models.checkpoints import load_config, load_model
+from marval_rl.models.maskgen.config import MaskGenConfig
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
 from marval_rl.trainers.anchors import ANCHORED
 from marval_rl.trainers.lora import LORA_TARGETS
 
-PUBLISHED_SIZES = {"base": MARConfig.base, "large": MARConfig.large, "huge": MARConfig.huge}
-SIZE = {"help": "Published size of the networks: base, large or huge.", "choices": list(PUBLISHED_SIZES)}
+MAR_SIZES: dict[str, Callable[..., MARConfig]] = {
+    "base": MARConfig.base,
+    "large": MARConfig.large,
+    "huge": MARConfig.huge,
+}
+PUBLISHED_SIZES: dict[str, Callable[..., MaskedConfig]] = {
+    **MAR_SIZES,
+    "maskgen_l": MaskGenConfig.large,
+    "maskgen_xl": MaskGenConfig.extra_large,
+}
+SIZE = {
+    "help": "Published size of the networks: base, large or huge of MAR, maskgen_l or maskgen_xl.",
+    "choices": list(PUBLISHED_SIZES),
+}
 
 
 @dataclass
@@ -23,6 +37,18 @@ class ModelArguments:
     """Sizes of a teacher to pretrain; image size, channels and classes come from the data."""
 
     model_size: str | None = field(default=None, metadata=SIZE)
+    backbone: str = field(
+        default="mar",
+        metadata={"help": "mar knows classes, maskgen reads captions.", "choices": ["mar", "maskgen"]},
+    )
+    text_tower: str = field(
+        default=MaskGenConfig.text_tower,
+        metadata={"help": "open_clip's name of the text tower, local-dir:FOLDER, or words: one-hot words, no tower."},
+    )
+    text_pretrained: str | None = field(
+        default=MaskGenConfig.text_pretrained,
+        metadata={"help": "Tag of open_clip or file with the text tower's weights; null for a folder."},
+    )
     patch_size: int = field(default=2, metadata={"help": "Latent cells (or pixels) along one side of a token."})
     hidden_size: int = field(default=128, metadata={"help": "Width of encoder and decoder."})
     encoder_num_layers: int = field(default=2, metadata={"help": "Blocks of the encoder."})
@@ -38,11 +64,21 @@ class ModelArguments:
             *("patch_size", "hidden_size", "encoder_num_layers", "decoder_num_layers", "num_heads", "buffer_size"),
             *("head_hidden_size", "head_num_layers", "dropout"),
         ),
+        Needs("backbone mar", ("backbone",), lambda name: name == "mar"): (
+            *("encoder_num_layers", "buffer_size", "dropout"),
+        ),
+        Needs("backbone maskgen", ("backbone",), lambda name: name == "maskgen"): ("text_tower", "text_pretrained"),
     }
 
-    def config(self, latents: dict) -> MARConfig:
+    def __post_init__(self):
+        if self.model_size is not None and (self.model_size in MAR_SIZES) != (self.backbone == "mar"):
+            raise ValueError(f"model_size {self.model_size} is not a size of backbone {self.backbone}")
+
+    def config(self, latents: dict) -> MaskedConfig:
         """The configuration of a model of these latents, which `DataArguments.latents` describes. A published size
         sets all the sizes here."""
+        if self.backbone == "maskgen":
+            return self._maskgen_config(latents)
         if self.model_size is not None:
             return PUBLISHED_SIZES[self.model_size](**latents)
         return MARConfig(
@@ -61,6 +97,26 @@ class ModelArguments:
             projection_dropout=self.dropout,
         )
 
+    def _maskgen_config(self, latents: dict) -> MaskedConfig:
+        text: dict[str, Any] = {"text_tower": self.text_tower, "text_pretrained": self.text_pretrained}
+        if self.text_tower == "words":
+            captions = [caption.lower().split() for caption in latents["class_names"]]
+            words = sorted({word for caption in captions for word in caption})
+            length = max(map(len, captions))
+            text = {"vocabulary": words, "text_length": length, "text_width": len(words) + length}
+            text["micro_condition_size"] = 0  # captions without scores
+        if self.model_size is not None:
+            return PUBLISHED_SIZES[self.model_size](**latents, **text)
+        return MaskGenConfig(
+            **latents,
+            **text,
+            hidden_size=self.hidden_size,
+            num_layers=self.decoder_num_layers,
+            num_heads=self.num_heads,
+            head_hidden_size=self.head_hidden_size,
+            head_num_layers=self.head_num_layers,
+        )
+
 
 @dataclass
 class TeacherArguments:
@@ -73,22 +129,22 @@ class TeacherArguments:
 
     counts_if: ClassVar[Conditions] = {ANCHORED: ("teacher",)}
 
-    def load(self) -> MARModel:
+    def load(self) -> MaskedModel:
         """The teacher. Raises CheckpointError, and RecipeError if it is not of `model_size`."""
         assert self.teacher is not None  # the commands refuse it
         self.check_size(load_config(self.teacher), self.teacher)
         return load_model(self.teacher, one_step=False)
 
-    def check_size(self, config: MARConfig, name: str) -> None:
+    def check_size(self, config: MaskedConfig, name: str) -> None:
         """Raises RecipeError if a network is not of the size that the recipe was written for."""
         if self.model_size is None:
             return
         wanted = PUBLISHED_SIZES[self.model_size]()
-        found = _size_of(config)
-        if found != _size_of(wanted):
+        found = config.widths_and_depths
+        if found != wanted.widths_and_depths:
             raise RecipeError(
                 f"{name} is not of model_size {self.model_size}: its widths and depths (encoder, decoder, head) are "
-                f"{found}, not {_size_of(wanted)}; set --model_size, or null for any"
+                f"{found}, not {wanted.widths_and_depths}; set --model_size, or null for any"
             )
 
 
@@ -98,7 +154,16 @@ class RewardArguments:
 
     method: str = field(default="grpo", metadata={"help": "The gradient.", "choices": ["grpo", "reward_backprop"]})
     model: str | None = field(default=None, metadata={"help": "Student: model folder, run folder or hub id."})
-    prompts_per_class: int = field(default=100, metadata={"help": "How often an epoch asks for each class."})
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to generate images of, for a model of text: .txt (one a line), .jsonl, .parquet, .csv, a "
+            "saved `datasets` folder or a hub id; further columns go to the rewards (default: the images' captions)."
+        },
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of prompts, for all but .txt."})
+    prompt_split: str = field(default="train", metadata={"help": "Split of prompts (saved `datasets`, hub)."})
+    prompts_per_class: int = field(default=100, metadata={"help": "How often an epoch asks for each class or prompt."})
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Rewards: names, file.py:attribute or package.module:attribute."}
     )
@@ -113,6 +178,7 @@ class RewardArguments:
     counts_if: ClassVar[Conditions] = {
         EVALUATED: ("eval_reward_funcs", "eval_reward_kwargs"),
         Needs("eval_reward_funcs", ("eval_reward_funcs",), bool): ("eval_reward_kwargs",),
+        Needs("prompts", ("prompts",), bool): ("prompt_column", "prompt_split"),
     }
 
 
@@ -165,11 +231,3 @@ class LoraArguments:
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_target_modules or LORA_TARGETS[self.lora_target],
         )
-
-
-def _size_of(config: MARConfig) -> tuple[tuple[int, int], ...]:
-    return (
-        (config.encoder_hidden_size, config.encoder_num_layers),
-        (config.decoder_hidden_size, config.decoder_num_layers),
-        (config.head_hidden_size, config.head_num_layers),
-    )

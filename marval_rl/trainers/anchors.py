@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from marval_rl.losses.distribution import KERNELS
 from marval_rl.losses.policy import action_kl
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.sampling import student_mean
 from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.batches import EpochAware
@@ -42,7 +42,9 @@ READS_IMAGES = Needs(
 def gsim_field(name: str) -> Any:
     """A field with the default and the help of distillation's setting of that name."""
     original = GSIMArguments.__dataclass_fields__[name]
-    return field(default=original.default, metadata={"help": f"GSIM anchor: {original.metadata['help']}"})
+    return field(
+        default=original.default, metadata={**original.metadata, "help": f"GSIM anchor: {original.metadata['help']}"}
+    )
 
 
 @dataclass
@@ -57,11 +59,13 @@ class AnchorArguments(AuxiliaryArguments):
         default=128, metadata={"help": "Contexts of the GSIM anchor: half from data, half from the student's rollouts."}
     )
     gsim_guidance_scale: float = gsim_field("guidance_scale")
+    gsim_guidance_schedule: str = gsim_field("guidance_schedule")
     gsim_min_timestep: int = gsim_field("min_timestep")
     gsim_max_timestep: int = gsim_field("max_timestep")
     gsim_timestep_draws: int = gsim_field("timestep_draws")
     gsim_mask_ratio_min: float = gsim_field("mask_ratio_min")
     gsim_mask_ratio_std: float = gsim_field("mask_ratio_std")
+    gsim_mask_law: str | None = gsim_field("mask_law")
     auxiliary_warmup_steps: int = field(
         default=40, metadata={"help": "First steps that train the auxiliary network only (with the GSIM anchor)."}
     )
@@ -91,11 +95,14 @@ class AnchorArguments(AuxiliaryArguments):
         ANCHORED: (
             *("gsim_batch_size", "auxiliary_learning_rate", "auxiliary_updates", "auxiliary_warmup_steps"),
             *("gsim_guidance_scale", "gsim_min_timestep", "gsim_max_timestep", "gsim_timestep_draws"),
-            *("gsim_mask_ratio_min", "gsim_mask_ratio_std"),
+            *("gsim_mask_ratio_min", "gsim_mask_ratio_std", "gsim_mask_law", "gsim_guidance_schedule"),
         ),
         MATCHED: (*("distribution_features", "distribution_kernel", "distribution_real_images", "distribution_queue"),),
         Needs("a gsim_mask_ratio_min below 1", ("gsim_mask_ratio_min",), lambda ratio: ratio != 1): (
             "gsim_mask_ratio_std",
+        ),
+        Needs("a gsim_guidance_scale other than 1", ("gsim_guidance_scale",), lambda scale: scale != 1): (
+            "gsim_guidance_schedule",
         ),
     }
 
@@ -138,7 +145,7 @@ class Anchors:
         dataset: Rows {"images" or "moments", "class_labels"}; needed by GSIM and by the distribution anchor.
         tokens_of: Rows of the data set -> tokens [B, L, C].
         images_of: Rows of the data set -> images [B, C, H, W] in 0..1.
-        decode: Tokens -> images, with their gradient.
+        decode: Tokens and class labels -> images, with their gradient.
 
     Raises:
         ValueError: If the data set has fewer rows than a batch of contexts takes, and what `DistributionMatching`
@@ -148,16 +155,16 @@ class Anchors:
     def __init__(
         self,
         args: Any,
-        student: MARModel,
+        student: MaskedModel,
         has_adapters: bool,
-        teacher: MARModel | None,
+        teacher: MaskedModel | None,
         dataset: Any,
         tokens_of: Callable[[dict[str, Tensor]], Tensor],
         images_of: Callable[[dict[str, Tensor]], Tensor],
-        decode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor, Tensor], Tensor],
     ):
         self.args = args
-        self.reference: MARModel | None = None
+        self.reference: MaskedModel | None = None
         if args.beta > 0 and not has_adapters:
             self.reference = copy.deepcopy(student).eval().requires_grad_(False).to(args.device)
         self.gsim: ScoreMatching | None = None
@@ -181,7 +188,7 @@ class Anchors:
     def kl(
         self,
         mean: Tensor,
-        student: MARModel,
+        student: MaskedModel,
         rollout: dict[str, Tensor],
         tokens: Tensor,
         num_masked: int,
@@ -243,13 +250,14 @@ class Anchors:
             loss = loss + self.args.distribution_weight * metrics["mmd"]
         return loss, metrics
 
-    def _images(self, student: MARModel, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _images(self, student: MaskedModel, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Images with a gradient and their class labels: those of the rollout, or for GRPO new ones of its classes."""
         labels = rollout["class_labels"]
         if "images" in rollout:
             return rollout["images"], labels
         labels = labels[torch.arange(self.args.distribution_batch_size, device=labels.device) % len(labels)]
-        return self.decode(generate_differentiably(student, labels, self.args.num_unmasking_steps)), labels
+        tokens = generate_differentiably(student, labels, self.args.num_unmasking_steps)
+        return self.decode(tokens, labels), labels
 
     def auxiliary_loss(
         self, networks: StudentNetworks, micro_batch: int, buffer: dict[str, Tensor]

@@ -17,6 +17,8 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils.generic import strtobool
 
 from marval_rl.launched import SIZE_VARIABLES, check_company, launched_processes
+from marval_rl.models import MaskedConfig
+from marval_rl.models.unmasking import MASK_LAWS, draw_num_masked
 from marval_rl.paths import deepspeed_config
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs, check_python
 
@@ -59,6 +61,32 @@ class MaskingArguments:
 
     mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked."})
     mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the truncated normal of mask ratios."})
+    mask_law: str | None = field(
+        default=None,
+        metadata={
+            "help": "Law of the mask ratio: truncated_normal (MAR's) or arccos (MaskGen's), which reads no other "
+            "setting (default: the model's own).",
+            "choices": list(MASK_LAWS),
+        },
+    )
+
+    def draw_num_masked(self, config: MaskedConfig) -> int:
+        """How many tokens of a model's images a step masks.
+
+        Raises:
+            ValueError: For a ratio that was set beside a law that does not read it.
+        """
+        law = self.mask_law or config.mask_law
+        ratios = (self.mask_ratio_min, self.mask_ratio_std)
+        defaults = tuple(
+            MaskingArguments.__dataclass_fields__[name].default for name in ("mask_ratio_min", "mask_ratio_std")
+        )
+        if law != "truncated_normal" and ratios != defaults:
+            raise ValueError(
+                f"mask_ratio_min {ratios[0]} and mask_ratio_std {ratios[1]} count only with mask_law truncated_normal, "
+                f"and this model's is {law}: set mask_law, or leave them out (in RL with gsim_)"
+            )
+        return draw_num_masked(config.num_tokens, *ratios, law=law)
 
     counts_if: ClassVar[Conditions] = {
         Needs("a mask_ratio_min below 1", ("mask_ratio_min",), lambda ratio: ratio != 1): ("mask_ratio_std",),

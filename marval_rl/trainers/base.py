@@ -18,9 +18,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from marval_rl.errors import MarvalError
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.image_set import GeneratedBatch, ImagePlan, generate_batch, grid_of
-from marval_rl.models import MARModel, codec_for, patchify, unpatchify
+from marval_rl.models import MaskedModel, codec_for, patchify, unpatchify
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, save_image_grid
-from marval_rl.models.matmul import quick_products
 from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.callbacks import (
@@ -63,16 +62,18 @@ class MARTrainer(ResumableTrainer):
         model: The MAR model that is sampled, averaged and saved.
         evaluator: Measures generated images at each evaluation; None looks at the images alone.
         eval_rewards: Rewards that are only looked at; None for none.
+        eval_classes: The classes or prompts that evaluation generates; None for all.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        model: MARModel,
+        model: MaskedModel,
         args: MARTrainingArguments,
         train_dataset: Dataset,
         evaluator: ImageEvaluator | None = None,
         eval_rewards: RewardSet | None = None,
+        eval_classes: range | None = None,
         **kwargs: Any,
     ):
         if any(map(is_partitioned, network.parameters())):
@@ -96,7 +97,8 @@ class MARTrainer(ResumableTrainer):
         self.evaluator.device = args.device
         if eval_rewards is not None:
             self.evaluator.add_rewards(eval_rewards, self.prompts_for, self.class_names)
-        self.eval_plan = ImagePlan(args.eval_num_images, config.num_classes, args.eval_batch_size)
+        shown = range(config.num_classes) if eval_classes is None else eval_classes
+        self.eval_plan = ImagePlan(args.eval_num_images, len(shown), args.eval_batch_size, shown.start)
         self.ema = ExponentialMovingAverage(model, args.ema_decay)
         self.buffer: dict[str, Tensor] = {}
         self.recorded: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -206,9 +208,7 @@ class MARTrainer(ResumableTrainer):
                 forget_gradients(self.mar.parameters())
         place = self.micro_batch * self.args.world_size + self.args.process_index
         torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
-        config = self.mar.config
-        rows = self.args.per_device_train_batch_size * (config.buffer_size + config.num_tokens)
-        with quick_products(self.args.device, rows, config.encoder_hidden_size):
+        with self.mar.products(self.args.per_device_train_batch_size):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _forget_step(self) -> None:
@@ -235,17 +235,19 @@ class MARTrainer(ResumableTrainer):
     def images_of(self, rows: dict[str, Tensor]) -> Tensor:
         """Images [B, C, H, W] in 0..1 of such a batch; moments are decoded."""
         if "moments" in rows:
-            return self.codec.decode(self.codec.from_moments(rows["moments"].to(self.args.device)))
+            latents = self.codec.from_moments(rows["moments"].to(self.args.device))
+            return self.codec.decode(latents, self.mar.decoder_text(rows["class_labels"].to(self.args.device)))
         return rows["images"].to(self.args.device)
 
     def names_of(self, class_labels: Tensor) -> list[str]:
         """The class name of each label [B]; waits for the device."""
         return [self.class_names[label] for label in class_labels.tolist()]
 
-    def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L, C] -> images [B, C, H, W] in 0..1."""
+    def decode_tokens(self, tokens: Tensor, class_labels: Tensor) -> Tensor:
+        """Tokens [B, L, C] of images of these classes or prompts [B] -> images [B, C, H, W] in 0..1."""
         config = self.mar.config
-        return self.codec.decode(unpatchify(tokens, config.patch_size, config.grid_size))
+        latents = unpatchify(tokens, config.patch_size, config.grid)
+        return self.codec.decode(latents, self.mar.decoder_text(class_labels))
 
     # ---- Evaluation on generated images ----
 

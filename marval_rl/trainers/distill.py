@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from marval_rl.models import MARConfig, MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.score_matching import AuxiliaryArguments, GSIMArguments, ScoreMatching
@@ -28,17 +28,11 @@ class DistillConfig(AuxiliaryArguments, GSIMArguments, MARTrainingArguments):
     student_timestep: int = field(default=700, metadata={"help": "t*, the timestep at which the student denoises."})
 
 
-def student_config(teacher: MARConfig, student_timestep: int) -> MARConfig:
-    """The teacher's configuration as a student has it."""
-    settings = teacher.to_dict()
-    settings |= {"one_step_timestep": student_timestep, "attention_dropout": 0.0, "projection_dropout": 0.0}
-    return MARConfig.from_dict(settings)
-
-
-def student_from_teacher(teacher: MARModel, student_timestep: int) -> MARModel:
+def student_from_teacher(teacher: MaskedModel, student_timestep: int) -> MaskedModel:
     """A student that starts as the teacher, and is trained without dropout."""
-    student = MARModel(student_config(teacher.config, student_timestep))
+    student = type(teacher)(teacher.config.as_student(student_timestep))
     student.load_state_dict(teacher.state_dict())
+    student.share_conditions(teacher)
     return student.to(teacher.device)
 
 
@@ -54,7 +48,7 @@ class DistillTrainer(MARTrainer):
 
     args: DistillConfig
 
-    def __init__(self, teacher: MARModel, args: DistillConfig, student: MARModel | None = None, **kwargs: Any):
+    def __init__(self, teacher: MaskedModel, args: DistillConfig, student: MaskedModel | None = None, **kwargs: Any):
         if teacher.config.is_one_step:
             raise ValueError("the teacher is itself a one-step student: give a many-step MAR model")
         student = student_from_teacher(teacher, args.student_timestep) if student is None else student

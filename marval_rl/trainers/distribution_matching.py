@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from marval_rl.data import CroppedImages
 from marval_rl.evaluation.features import BATCH_SIZE, FeatureExtractor, load_extractor
 from marval_rl.losses.distribution import RealFeatures, distribution_loss
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import random_order
 from marval_rl.randomness import derive_seed, kept_random_state
@@ -129,7 +129,7 @@ def real_features(
     return torch.cat(parts).to(args.device), torch.cat(labels).to(args.device)
 
 
-def generate_differentiably(student: MARModel, class_labels: Tensor, num_unmasking_steps: int) -> Tensor:
+def generate_differentiably(student: MaskedModel, class_labels: Tensor, num_unmasking_steps: int) -> Tensor:
     """Tokens [B, L, C] that the student generates of these classes, with a gradient through all unmasking steps."""
     config, device = student.config, class_labels.device
     shape = (len(class_labels), config.num_tokens)

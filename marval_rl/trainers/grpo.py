@@ -38,7 +38,7 @@ from torch import Tensor
 from marval_rl.errors import PolicyMismatchError
 from marval_rl.losses.advantages import aggregate_advantages, group_weights
 from marval_rl.losses.policy import action_log_prob, policy_loss
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.generation import save_image_grid
 from marval_rl.models.noise import IndexedNoise
 from marval_rl.models.sampling import draw_rollout_noise, student_mean, unmask
@@ -65,7 +65,7 @@ class MARGRPOTrainer(RewardTrainer):
 
     args: MARGRPOConfig
 
-    def __init__(self, model: MARModel | str, reward_funcs: Any, args: MARGRPOConfig, **kwargs: Any):
+    def __init__(self, model: MaskedModel | str, reward_funcs: Any, args: MARGRPOConfig, **kwargs: Any):
         super().__init__(model, reward_funcs, args, **kwargs)
         if self.rewards is None:
             raise ValueError(
@@ -117,7 +117,9 @@ class MARGRPOTrainer(RewardTrainer):
         self.mar.train()
         rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-        own_scores = self.score(self.decode_tokens(rollout["tokens"]), labels, columns).by_reward()  # [N / P, R]
+        own_scores = self.score(
+            self.decode_tokens(rollout["tokens"], labels), labels, columns
+        ).by_reward()  # [N / P, R]
         scores = torch.empty(args.generation_batch_size, own_scores.shape[1], device=args.device)
         scores[dealt.flatten()] = gather_rows(own_scores)  # [N, R], groups in a row
         self.record_scores(scores, args.num_generations)
@@ -162,7 +164,7 @@ class MARGRPOTrainer(RewardTrainer):
         return {**inputs, "tokens": step.tokens, "log_prob": torch.stack(log_probs, dim=1)}
 
     def reward_loss(
-        self, student: MARModel, rollout: dict[str, Tensor]
+        self, student: MaskedModel, rollout: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         args, tokens, order = self.args, rollout["tokens"], rollout["order"]
         if not args.moves_model(self.state.global_step):
@@ -212,7 +214,7 @@ class MARGRPOTrainer(RewardTrainer):
                 exploration=exploration,
                 policy_std=args.policy_std,
             )
-            parts.append(self.decode_tokens(last.tokens).cpu())
+            parts.append(self.decode_tokens(last.tokens, inputs["class_labels"]).cpu())
         explored = torch.cat(parts).expand(-1, 3, -1, -1)
         save_image_grid(explored, class_labels, self.sample_file("exploration_"), args.sample_grid_columns)
 

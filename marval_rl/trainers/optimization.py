@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from marval_rl.models import MaskedModel
 from marval_rl.runtime.distributed import gathered_in_chunks
 
 # The networks that a trainer's parameter groups belong to: the one that is averaged and saved, and its companion.
@@ -18,15 +19,14 @@ AUXILIARY = "auxiliary"
 NETWORKS = (MODEL, AUXILIARY)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """MAR's two groups: no decay for vectors, biases and the whole diffusion head; `weight_decay` for all else."""
+def decay_groups(model: MaskedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: `weight_decay` for the parameters that the model says decay, none for the others."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = parameter.ndim == 1 or name.endswith(".bias") or "diffloss" in name
-        (others if exempt else decayed).append(parameter)
+        (decayed if model.decays(name, parameter) else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [{**group, "network": MODEL} for group in groups]
 

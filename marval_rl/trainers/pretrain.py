@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.diffusion import add_noise, diffusion_losses
 from marval_rl.models.generation import SamplingSettings
-from marval_rl.models.unmasking import draw_num_masked, gather_tokens, random_order, revealed_positions
+from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions
 from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
 from marval_rl.trainers.arguments import MARTrainingArguments, MaskingArguments
 from marval_rl.trainers.base import MARTrainer
@@ -63,7 +63,7 @@ def pretraining_loss(
         noise: [R, B, M, C].
         drop_mask: bool [B], True where the null class takes the label's place.
     """
-    mar: Any = model if isinstance(model, MARModel) else model.module  # in the wrapper of DDP or DeepSpeed
+    mar: Any = model if isinstance(model, MaskedModel) else model.module  # in the wrapper of DDP or DeepSpeed
     schedule = mar.schedule
     x_start = gather_tokens(tokens, revealed_positions(order, num_masked))
     x_t = add_noise(schedule, x_start, noise, timesteps)
@@ -78,7 +78,7 @@ class PretrainTrainer(MARTrainer):
 
     args: PretrainConfig
 
-    def __init__(self, model: MARModel, args: PretrainConfig, **kwargs: Any):
+    def __init__(self, model: MaskedModel, args: PretrainConfig, **kwargs: Any):
         super().__init__(model, model, args, **kwargs)
 
     def sampling_settings(self) -> SamplingSettings:
@@ -98,7 +98,7 @@ class PretrainTrainer(MARTrainer):
         tokens = self.tokens_of(inputs)
         batch, device = tokens.shape[0], tokens.device
         order = random_order(batch, config.num_tokens, device)
-        num_masked = draw_num_masked(config.num_tokens, args.mask_ratio_min, args.mask_ratio_std)
+        num_masked = args.draw_num_masked(config)
         shape = (args.timestep_draws, batch, num_masked)
         timesteps = torch.randint(config.num_train_timesteps, shape, device=device)
         noise = torch.randn(*shape, config.token_channels, device=device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from marval_rl.losses.advantages import group_std
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import random_order, unmasking_steps
 from marval_rl.randomness import derive_generator
@@ -65,7 +65,7 @@ class RewardBackpropTrainer(RewardTrainer):
 
     args: RewardBackpropConfig
 
-    def __init__(self, model: MARModel | str, reward_funcs: Any, args: RewardBackpropConfig, **kwargs: Any):
+    def __init__(self, model: MaskedModel | str, reward_funcs: Any, args: RewardBackpropConfig, **kwargs: Any):
         super().__init__(model, reward_funcs, args, **kwargs)
         if self.rewards is not None and not self.rewards.differentiable:
             raise ValueError(
@@ -77,7 +77,7 @@ class RewardBackpropTrainer(RewardTrainer):
             raise ValueError(f"num_backprop_steps {args.num_backprop_steps} is outside 1..{self.num_steps}")
 
     def reward_loss(
-        self, student: MARModel, rows: list[dict[str, Any]]
+        self, student: MaskedModel, rows: list[dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         labels, columns = self.labels_and_columns(rows)
         moves_student = self.args.moves_model(self.state.global_step)
@@ -85,7 +85,7 @@ class RewardBackpropTrainer(RewardTrainer):
             rollout, divergences = self.generate(student, labels)
         if not moves_student:
             return torch.zeros((), device=labels.device), rollout, None
-        rollout["images"] = self.decode_tokens(rollout["tokens"])
+        rollout["images"] = self.decode_tokens(rollout["tokens"], labels)
         loss = torch.zeros((), device=labels.device)
         if self.rewards is not None:
             scores = self.score(rollout["images"], labels, columns, with_grad=True)
@@ -93,7 +93,7 @@ class RewardBackpropTrainer(RewardTrainer):
             loss = self.loss_of(scores.total)
         return loss, rollout, torch.stack(divergences) if divergences else None
 
-    def generate(self, student: MARModel, class_labels: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def generate(self, student: MaskedModel, class_labels: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """G_theta(z, class, K), with a gradient through the steps that `backprop_steps` names.
 
         Returns {class_labels [B], order [B, L], noise [B, L, C], tokens [B, L, C]}, and for each step with a gradient

@@ -17,7 +17,7 @@ from marval_rl.data.class_rows import check_class_rows, labels_of
 from marval_rl.evaluation import ImageEvaluator
 from marval_rl.evaluation.features import extractor_name
 from marval_rl.losses.advantages import group_std
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.checkpoints import load_model
 from marval_rl.models.generation import save_image_grid
 from marval_rl.models.head import DiffusionHead
@@ -90,11 +90,11 @@ class RewardTrainer(MARTrainer):
 
     def __init__(
         self,
-        model: MARModel | str,
+        model: MaskedModel | str,
         reward_funcs: RewardSet | str | Reward | list[str | Reward],
         args: RewardTrainingArguments,
         train_dataset: Dataset,
-        teacher: MARModel | None = None,
+        teacher: MaskedModel | None = None,
         auxiliary: DiffusionHead | Path | None = None,
         anchor_dataset: Dataset | None = None,
         peft_config: LoraConfig | None = None,
@@ -149,7 +149,7 @@ class RewardTrainer(MARTrainer):
         """What `reward_loss` gets of the rows of this micro-batch; made outside of the engine's forward pass."""
         return rows
 
-    def reward_loss(self, student: MARModel, inputs: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    def reward_loss(self, student: MaskedModel, inputs: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """The loss of the reward.
 
         Args:

@@ -15,16 +15,17 @@ sample:
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from marval_rl.losses.gsim import denoising_loss, gsim_loss
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.diffusion import add_noise, predict_start
 from marval_rl.models.head import guide
-from marval_rl.models.unmasking import draw_num_masked, random_order
+from marval_rl.models.unmasking import linear_guidance_scale, random_order
+from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.arguments import MaskingArguments
 from marval_rl.trainers.student_networks import StudentNetworks
 
@@ -34,10 +35,22 @@ class GSIMArguments(MaskingArguments):
     """Where scores are matched."""
 
     guidance_scale: float = field(default=1.2, metadata={"help": "Guidance of the teacher's score; 1.0 is none."})
+    guidance_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "constant, or linear: the guidance of the teacher's score grows with the tokens known, as in "
+            "sampling one token a step.",
+            "choices": ["constant", "linear"],
+        },
+    )
     min_timestep: int = field(default=20, metadata={"help": "Lowest timestep at which scores are matched."})
     max_timestep: int = field(default=950, metadata={"help": "Highest timestep at which scores are matched."})
     timestep_draws: int = field(default=1, metadata={"help": "(t, noise) draws for each token and update."})
     huber_r: float = field(default=1e-5, metadata={"help": "r of the pseudo-Huber distance."})
+
+    counts_if: ClassVar[Conditions] = {
+        Needs("a guidance_scale other than 1", ("guidance_scale",), lambda scale: scale != 1): ("guidance_schedule",),
+    }
 
 
 @dataclass
@@ -89,7 +102,7 @@ class ScoreMatching:
         loss_name: Its name among the metrics.
     """
 
-    def __init__(self, teacher: MARModel, args: GSIMArguments, weight: float = 1.0, loss_name: str = "student_loss"):
+    def __init__(self, teacher: MaskedModel, args: GSIMArguments, weight: float = 1.0, loss_name: str = "student_loss"):
         if not 0 <= args.min_timestep <= args.max_timestep < teacher.config.num_train_timesteps:
             raise ValueError(
                 f"the timesteps {args.min_timestep}..{args.max_timestep} do not lie in "
@@ -104,7 +117,7 @@ class ScoreMatching:
         """Random contexts of images: tokens [B, L, C], class_labels [B]. All mask equally many tokens."""
         batch, num_tokens, _ = tokens.shape
         order = random_order(batch, num_tokens, tokens.device)
-        num_masked = draw_num_masked(num_tokens, self.args.mask_ratio_min, self.args.mask_ratio_std)
+        num_masked = self.args.draw_num_masked(self.teacher.config)
         return Contexts(tokens, class_labels, order, num_masked)
 
     def losses(
@@ -195,7 +208,10 @@ class ScoreMatching:
             return self.teacher.diffloss(x_t, t, condition)[..., :channels].float()
         pair = condition.unflatten(0, (2, 1, -1))  # [2, 1, B, M, D], for the R draws alike
         outputs = self.teacher.diffloss(x_t, t, pair)  # [2, R, B, M, 2C]
-        return guide(outputs.float(), self.args.guidance_scale)[0, ..., :channels]
+        scale = self.args.guidance_scale
+        if self.args.guidance_schedule == "linear":
+            scale = linear_guidance_scale(contexts.tokens.shape[1], contexts.num_masked - 1, scale)
+        return guide(outputs.float(), scale)[0, ..., :channels]
 
 
 @contextmanager

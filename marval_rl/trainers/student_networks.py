@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from marval_rl.errors import CheckpointError, first_line
-from marval_rl.models import MARModel
+from marval_rl.models import MaskedModel
 from marval_rl.models.head import DiffusionHead
 from marval_rl.runtime.distributed import gathered_weights
 from marval_rl.trainers.optimization import AUXILIARY, MODEL
@@ -27,11 +27,11 @@ class StudentNetworks(nn.Module):
     that the engine wraps, or DDP would not synchronise gradients and ZeRO-3 would not gather weights.
     """
 
-    def __init__(self, student: MARModel, auxiliary: DiffusionHead | None = None):
+    def __init__(self, student: MaskedModel, auxiliary: DiffusionHead | None = None):
         super().__init__()
         # Never asked for the null class: an engine would make its missing gradient a zero, and weight decay shrink it.
         self.student = student
-        self.student.fake_latent.requires_grad_(False)
+        self.student.freeze_null()
         self.auxiliary = auxiliary
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -67,7 +67,7 @@ class StudentNetworks(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
 
 
-def auxiliary_network(teacher: MARModel, trained: DiffusionHead | Path | None = None) -> DiffusionHead:
+def auxiliary_network(teacher: MaskedModel, trained: DiffusionHead | Path | None = None) -> DiffusionHead:
     """The auxiliary network that a run starts with: the teacher's head, or one that already fits the student.
 
     Args:

@@ -22,7 +22,7 @@ from marval_rl.data.moments.manifest import digest, shard_path, sidecar_path
 from marval_rl.errors import DataError
 
 if TYPE_CHECKING:
-    from marval_rl.models.vae import VAECodec  # diffusers is slow to import
+    from marval_rl.models.latents import Autoencoder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -59,7 +59,7 @@ class Crops(Dataset):
 
 
 def encode_crops(
-    crops: list[Crop], source: LabelledImages, codec: VAECodec, settings: dict[str, Any], device: torch.device | str
+    crops: list[Crop], source: LabelledImages, codec: Autoencoder, settings: dict[str, Any], device: torch.device | str
 ) -> dict[str, Tensor]:
     """The part of a shard that a batch makes; on the CPU."""
     dtype = DTYPES[settings["dtype"]]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,9 +17,7 @@ from marval_rl.data.moments.files import remove_leftovers
 from marval_rl.data.moments.fingerprint import hash_images, hash_weights
 from marval_rl.data.moments.manifest import FORMAT, MANIFEST, begin, missing_shards, write_manifest
 from marval_rl.data.moments.shards import DTYPES, Crops, encode_crops, write_shard
-
-if TYPE_CHECKING:
-    from marval_rl.models.vae import VAECodec  # diffusers is slow to import
+from marval_rl.models.latents import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class CacheProgress:
 
 def cache_settings(
     source: LabelledImages,
-    codec: VAECodec,
+    codec: Autoencoder,
     image_size: int,
     *,
     vae_name: str,
@@ -57,10 +55,10 @@ def cache_settings(
         raise ValueError(f"shard_size must be at least 1, not {shard_size}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown cache_dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    stride = 2 ** (len(codec.autoencoder.config.block_out_channels) - 1)
+    stride = codec.stride
     if image_size < 1 or image_size % stride:
         raise ValueError(f"image_size {image_size} is not a multiple of the VAE's stride {stride}")
-    probe = torch.zeros(1, 3, image_size, image_size, device=codec.autoencoder.device)
+    probe = torch.zeros(1, 3, image_size, image_size, device=codec.network.device)
     return {
         "format": FORMAT,
         "source_sha256": hash_images(source),
@@ -70,7 +68,7 @@ def cache_settings(
         "class_names": source.mode_names,
         "image_size": image_size,
         "vae": vae_name,
-        "vae_sha256": hash_weights(codec.autoencoder),
+        "vae_sha256": hash_weights(codec.network),
         "scale": codec.scale,
         "moments_shape": list(codec.moments(probe).shape[1:]),
         "dtype": dtype,
@@ -81,7 +79,7 @@ def cache_settings(
 
 def build_cache(
     source: LabelledImages,
-    codec: VAECodec,
+    codec: Autoencoder,
     image_size: int,
     folder: str | Path,
     *,

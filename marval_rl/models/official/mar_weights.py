@@ -92,7 +92,7 @@ def mar_config(
     read = {
         "class_num": num_classes,
         "buffer_size": weights["encoder_pos_embed_learned"].shape[1] - num_tokens,
-        "diffloss_d": _count_blocks(weights, "diffloss.net.res_blocks"),
+        "diffloss_d": count_blocks(weights, "diffloss.net.res_blocks"),
         "diffloss_w": head_width,
     }
     patch_size = _positive(args, "patch_size", 1, path)
@@ -118,10 +118,10 @@ def mar_config(
             patch_size=patch_size,
             num_classes=num_classes,
             encoder_hidden_size=width,
-            encoder_num_layers=_count_blocks(weights, "encoder_blocks"),
+            encoder_num_layers=count_blocks(weights, "encoder_blocks"),
             encoder_num_heads=encoder_heads,
             decoder_hidden_size=decoder_width,
-            decoder_num_layers=_count_blocks(weights, "decoder_blocks"),
+            decoder_num_layers=count_blocks(weights, "decoder_blocks"),
             decoder_num_heads=decoder_heads,
             mlp_ratio=weights["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
             buffer_size=read["buffer_size"],
@@ -203,7 +203,7 @@ def _sizes(config: MARConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _FIELDS if name not in _SETTINGS}
 
 
-def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
+def count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
     """How many different numbers follow the prefix; `check_shapes` finds gaps between them."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return len({match[1] for match in map(pattern.match, weights) if match})

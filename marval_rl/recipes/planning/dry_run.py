@@ -96,6 +96,9 @@ def batch_arithmetic(config: Any) -> list[str]:
 def length(config: Any, plan: TrainingPlan) -> list[str]:
     """Steps of an epoch and of the run, for these processes."""
     rows, assumed = plan.rows, ""
+    if rows is None and plan.is_text:
+        steps_known = [f"optimizer steps: {config.max_steps:,}"] if config.max_steps > 0 else []
+        return ["an epoch: as many rows as the data have, which are not there", *steps_known]
     if rows is None:
         rows, assumed = IMAGENET_ROWS, " if the data were ImageNet's 1,281,167 images"
     pattern = config.batch_pattern()

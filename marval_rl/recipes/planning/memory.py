@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from marval_rl.models import MARConfig, MARModel
+from marval_rl.models import MaskedConfig, MaskedModel
+from marval_rl.models.checkpoints import new_model
 from marval_rl.models.diffusion import forget_tensors, make_schedule
 from marval_rl.models.sampling import student_mean
 from marval_rl.models.unmasking import random_order, unmasking_steps
@@ -39,10 +40,9 @@ from marval_rl.trainers.reward_trainer import RewardTrainer
 FLOAT32 = 4
 COLUMNS = ("weights", "gradients", "optimizer", "average", "frozen", "activations", "total")
 STAGES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
-DEPTHS = ("encoder_num_layers", "decoder_num_layers", "head_num_layers")
 
 # Makes a trainer of its arguments, the model it trains, the teacher, if there is one, and rows of data.
-MakeTrainer = Callable[[Any, MARModel, MARModel | None, Dataset], MARTrainer]
+MakeTrainer = Callable[[Any, MaskedModel, MaskedModel | None, Dataset], MARTrainer]
 
 
 @dataclass
@@ -89,7 +89,9 @@ def memory_table(footprint: Footprint, half: bool, num_processes: int) -> list[s
     return lines + ["".join([f"  {name:8s}", *(f"{part / size:13.2f}" for part in parts)]) for name, parts in rows]
 
 
-def footprint_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, teacher: MARConfig | None) -> Footprint:
+def footprint_of(
+    make_trainer: MakeTrainer, config: Any, model: MaskedConfig, teacher: MaskedConfig | None
+) -> Footprint:
     """What a run would keep in memory.
 
     Args:
@@ -114,35 +116,35 @@ def footprint_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, teach
         )
 
 
-def activations_of(make_trainer: MakeTrainer, config: Any, model: MARConfig, teacher: MARConfig | None) -> int:
+def activations_of(make_trainer: MakeTrainer, config: Any, model: MaskedConfig, teacher: MaskedConfig | None) -> int:
     """Bytes that autograd keeps for the backward pass of a micro-batch; arguments as `footprint_of`'s.
 
     Blocks of a kind keep equally much, so that networks with one block of each kind, and with one more, suffice.
     """
 
     def count_bytes(depths: dict[str, int]) -> int:
-        shallow_teacher = None if teacher is None else _changed(teacher, depths)
-        with _meta_trainer(make_trainer, config, _changed(model, depths), shallow_teacher) as (trainer, frozen):
+        shallow_teacher = None if teacher is None else teacher.changed(**depths)
+        with _meta_trainer(make_trainer, config, model.changed(**depths), shallow_teacher) as (trainer, frozen):
             return saved_bytes(trainer, config, frozen.values())
 
-    depths = {name: vars(model)[name] for name in DEPTHS}
-    if teacher is not None and depths != {name: vars(teacher)[name] for name in DEPTHS}:
+    depths = {name: vars(model)[name] for name in model.depths}
+    if teacher is not None and depths != {name: vars(teacher)[name] for name in teacher.depths}:
         return count_bytes({})
-    one_each = dict.fromkeys(DEPTHS, 1)
+    one_each = dict.fromkeys(depths, 1)
     least = count_bytes(one_each)
     return least + sum((n - 1) * (count_bytes({**one_each, name: 2}) - least) for name, n in depths.items())
 
 
 @contextmanager
 def _meta_trainer(
-    make_trainer: MakeTrainer, config: Any, model: MARConfig, teacher: MARConfig | None
+    make_trainer: MakeTrainer, config: Any, model: MaskedConfig, teacher: MaskedConfig | None
 ) -> Iterator[tuple[MARTrainer, dict[str, nn.Module]]]:
     """The run's trainer on the meta device, and the frozen networks by name; arguments as `footprint_of`'s."""
     with planned_for(1), tempfile.TemporaryDirectory() as folder:  # transformers makes the output folder
         args = _arguments_on_meta(config, folder)
         with torch.device("meta"):
-            trained = MARModel(_on_latents(model))
-            taught_by = None if teacher is None else MARModel(_on_latents(teacher))
+            trained = _network(model)
+            taught_by = None if teacher is None else _network(teacher)
         trainer = make_trainer(args, trained, taught_by, _Rows(trained.config))
         frozen: dict[str, nn.Module] = {} if taught_by is None else {"teacher": taught_by}
         if isinstance(trainer, RewardTrainer) and trainer.anchors.reference is not None:
@@ -218,8 +220,8 @@ class StandInReward:
 class _Rows(Dataset):
     """Rows of images, enough for any batch."""
 
-    def __init__(self, config: MARConfig):
-        self.shape = (config.image_channels, config.image_size, config.image_size)
+    def __init__(self, config: MaskedConfig):
+        self.shape = config.image_shape
 
     def __len__(self) -> int:
         return 10**9
@@ -228,14 +230,11 @@ class _Rows(Dataset):
         return {"images": torch.zeros(self.shape), "class_labels": 0}
 
 
-def _changed(config: MARConfig, changes: dict[str, Any]) -> MARConfig:
-    return MARConfig.from_dict({**config.to_dict(), **changes})
-
-
-def _on_latents(config: MARConfig) -> MARConfig:
-    """A model of the same networks whose images are its latents."""
-    latents = {"image_size": config.image_size // config.latent_stride, "image_channels": config.latent_channels}
-    return _changed(config, {**latents, "latent_stride": 1, "vae": None})
+def _network(config: MaskedConfig) -> MaskedModel:
+    """A model of these networks whose images are its latents."""
+    model = new_model(config.on_latents())
+    model.set_blank_conditions()
+    return model
 
 
 def _arguments_on_meta(config: Any, folder: str) -> Any:
@@ -244,6 +243,7 @@ def _arguments_on_meta(config: Any, folder: str) -> Any:
     args.__class__ = type("PlannedArguments", (type(config),), {"device": torch.device("meta")})
     changed = {f.name: f.default for f in fields(LimitArguments)}
     changed |= {"mask_ratio_min": 1.0, "gsim_mask_ratio_min": 1.0, "reward_weights": None}
+    changed |= {"mask_law": "truncated_normal", "gsim_mask_law": "truncated_normal"}
     changed |= {"steps_per_generation": 1, "num_generations": 1}  # one micro-batch of it is what counts
     changed |= {"distribution_weight": 0.0}  # it would look at real images at once; see `_batch`
     if vars(config).get("backprop_steps") == "random":

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
 from torch.utils.data import Dataset
 
+from marval_rl.data.class_names import shorten
 from marval_rl.errors import MarvalError
-from marval_rl.models import MARConfig, MARModel
+from marval_rl.models import MaskedConfig, MaskedModel
 from marval_rl.models.checkpoints import load_config
+from marval_rl.recipes.conditions import find_conditions
 from marval_rl.recipes.data_arguments import DataArguments, TrainingData, describe_data
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.planning.memory import Footprint, MakeTrainer, StandInReward, footprint_of
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.distill import DistillTrainer, student_config
+from marval_rl.trainers.distill import DistillTrainer
 from marval_rl.trainers.pretrain import PretrainTrainer
 from marval_rl.trainers.reward_trainer import RewardTrainer
 
@@ -25,9 +27,13 @@ GET_TEACHER = (
     "official weights: download checkpoint-last.pth of the size you want (links in LTH14/mar's README) and run "
     "`marval-rl convert checkpoint-last.pth FOLDER`"
 )
+GET_TEXT_TEACHER = "official weights: `marval-rl convert turkeyju/generator_maskgen_kl_l FOLDER --vae TOKENIZER`"
+GET_TOKENIZER = "official tokenizer: `marval-rl convert turkeyju/tokenizer_tatitok_bl32_vae FOLDER`"
 GET_STUDENT = "a student comes from `marval-rl distill`"
 GET_VAE = "official VAE: download kl16.ckpt (link in LTH14/mar's README) and run `marval-rl convert kl16.ckpt FOLDER`"
 GET_REWARD = "docs/rewards.md says where its weights come from; a run downloads what is on the hub, a dry run does not"
+GET_PROMPTS = "a text file of one prompt a line will do (--prompts FILE)"
+GET_CAPTIONS = "parquet files with an image column and a column of captions (caption_column)"
 GET_DATA = "put the images there, a folder for each class (ImageNet: n01440764, ...), or point --dataset at your copy"
 GET_CACHE = "caching reads the images once, from a folder for each class at --dataset (ImageNet: n01440764, ...)"
 
@@ -41,12 +47,14 @@ class TrainingPlan:
         footprint: None where no size is known.
         rows: Rows of data per epoch; None if unknown.
         missing: What does not exist on disk, and how to get it.
+        is_text: Whether the data are captions or prompts, of which no usual number is known.
     """
 
     data: str | None = None
     footprint: Footprint | None = None
     rows: int | None = None
     missing: list[str] = field(default_factory=list)
+    is_text: bool = False
 
     @contextmanager
     def needing(self, remedy: str) -> Iterator[None]:
@@ -60,8 +68,8 @@ class TrainingPlan:
         self,
         make_trainer: MakeTrainer,
         config: Any,
-        model: MARConfig,
-        teacher: MARConfig | None = None,
+        model: MaskedConfig,
+        teacher: MaskedConfig | None = None,
         vae: int | None = None,
     ) -> TrainingPlan:
         """This plan with the memory of a step, arguments as `footprint_of`'s; vae: its parameters."""
@@ -74,14 +82,21 @@ class TrainingPlan:
 def plan_pretraining(data: DataArguments, sizes: ModelArguments, config: Any) -> TrainingPlan:
     plan = TrainingPlan()
     dataset = _data(plan, data, config.seed)
-    vae = _vae(plan, data.vae)
+    vae = _vae(plan, data.vae, sizes.backbone == "maskgen")
     if dataset is None or (data.vae is not None and vae is None):
         return plan
 
-    def make(args: Any, model: MARModel, teacher: Any, rows: Dataset) -> PretrainTrainer:
+    def make(args: Any, model: MaskedModel, teacher: Any, rows: Dataset) -> PretrainTrainer:
         return PretrainTrainer(model, args, train_dataset=rows)
 
-    return plan.with_step(make, config, sizes.config(data.latents(dataset)), vae=vae)
+    return plan.with_step(make, config, pretrained_config(data, sizes, dataset), vae=vae)
+
+
+def pretrained_config(data: DataArguments, sizes: ModelArguments, dataset: TrainingData) -> MaskedConfig:
+    """The configuration of the model that pretraining begins with."""
+    if sizes.backbone == "maskgen":
+        return sizes.config(data.text_latents(dataset, sizes.patch_size))
+    return sizes.config(data.latents(dataset))
 
 
 def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any) -> TrainingPlan:
@@ -91,11 +106,11 @@ def plan_distillation(data: DataArguments, source: TeacherArguments, config: Any
     if teacher is None:
         return plan
 
-    def make(args: Any, student: MARModel, teacher: Any, rows: Dataset) -> DistillTrainer:
+    def make(args: Any, student: MaskedModel, teacher: Any, rows: Dataset) -> DistillTrainer:
         return DistillTrainer(teacher, args, student, train_dataset=rows)
 
-    student = student_config(teacher, config.student_timestep)
-    return plan.with_step(make, config, student, teacher, _vae(plan, teacher.vae))
+    student = teacher.as_student(config.student_timestep)
+    return plan.with_step(make, config, student, teacher, _vae(plan, teacher.vae, teacher.takes_prompts))
 
 
 def plan_reward_training(
@@ -120,19 +135,36 @@ def plan_reward_training(
                 RewardSet(specs, None, kwargs, data.offers(lambda: student))
     if student is None or (anchored and teacher is None):
         return plan
-    plan.rows = student.num_classes * rewarded.prompts_per_class
+    plan.is_text = student.takes_prompts
+    names = None if dataset is None else dataset.class_names
+    with plan.needing(GET_PROMPTS) if student.takes_prompts else nullcontext():
+        conditions = find_conditions(
+            student,
+            str(rewarded.model),
+            names,
+            rewarded.prompts_per_class,
+            rewarded.prompts,
+            rewarded.prompt_column,
+            rewarded.prompt_split,
+            data.eval_prompts,
+        )
+        plan.rows = len(conditions.rows)
+        if conditions.names is not None:
+            plan.data = f"{len(conditions.names)} prompts: {shorten(conditions.names)}"
 
-    def make(args: Any, student: MARModel, teacher: MARModel | None, rows: Dataset) -> RewardTrainer:
+    def make(args: Any, student: MaskedModel, teacher: MaskedModel | None, rows: Dataset) -> RewardTrainer:
         anchor: dict[str, Any] = {"teacher": teacher, "anchor_dataset": rows if anchored else None}
         reward = RewardSet([StandInReward()])
         return trainer_class(student, reward, args, train_dataset=rows, peft_config=peft_config, **anchor)
 
-    student = student_config(student, student.one_step_timestep or 0)
-    return plan.with_step(make, config, student, teacher, _vae(plan, student.vae))
+    student = student.as_student(student.one_step_timestep or 0)
+    return plan.with_step(make, config, student, teacher, _vae(plan, student.vae, student.takes_prompts))
 
 
 def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> TrainingData | None:
-    with plan.needing(GET_CACHE if data.cache_dir is not None else GET_DATA):
+    plan.is_text = data.caption_column is not None
+    remedy = GET_CACHE if data.cache_dir is not None else GET_DATA
+    with plan.needing(GET_CAPTIONS if plan.is_text else remedy):
         dataset = data.load_training(None if data.is_bundled else 256, seed)
         plan.rows = len(dataset)
         plan.data = describe_data(dataset)
@@ -147,10 +179,12 @@ def _model_config(
     source: TeacherArguments,
     data: DataArguments,
     dataset: TrainingData | None,
-) -> MARConfig | None:
+) -> MaskedConfig | None:
     """The configuration on disk; else that of the published size which the recipe is for."""
     config = PUBLISHED_SIZES[source.model_size]() if source.model_size is not None else None
     assert name is not None  # the commands refuse it
+    if remedy == GET_TEACHER and config is not None and config.takes_prompts:
+        remedy = GET_TEXT_TEACHER
     with plan.needing(remedy):
         found = load_config(name)
         source.check_size(found, name)
@@ -161,9 +195,15 @@ def _model_config(
     return config
 
 
-def _vae(plan: TrainingPlan, name: str | None) -> int | None:
-    """Parameters of the VAE; None without one, or where it is missing."""
+def _vae(plan: TrainingPlan, name: str | None, is_text: bool = False) -> int | None:
+    """Parameters of the VAE, or of a model of text's tokenizer; None without one, or where it is missing."""
     if name is None:
+        return None
+    if is_text:
+        from marval_rl.models.maskgen.codec import load_tokenizer
+
+        with plan.needing(GET_TOKENIZER):
+            return sum(parameter.numel() for parameter in load_tokenizer(name).parameters())
         return None
     from marval_rl.models.vae import load_autoencoder
 
