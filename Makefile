@@ -31,7 +31,7 @@ test: .venv
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # two processes: a file stays in one
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # two processes: a file stays in one
 
 test-gpu: .venv
 	$(BIN)/python -m pytest -q -m gpu tests/parity/test_gpu.py tests/test_noise.py

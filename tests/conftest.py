@@ -13,6 +13,16 @@ from typing import Any
 import pytest
 
 
+# Files that take longest, first: where two processes share the files, neither is left with one of them in the end.
+LONGEST = ("test_settings", "test_launch", "test_planning", "test_distributed", "test_layouts", "test_kill", "test_slurm")
+LONGEST += ("test_evaluate_processes", "test_real_recipes", "test_inception", "test_docs_site", "test_resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # stable: the others stay in their order
+
+
 @pytest.fixture(scope="session", autouse=True)
 def classifier_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder where the classifiers are kept: trained at most once a session, and never in the user's cache."""

@@ -47,7 +47,9 @@ def sample(model: MARModel) -> Tensor:
 def lora_trainer(folder: Path, student: MARModel, **settings: Any) -> MARGRPOTrainer:
     args = MARGRPOConfig(str(folder), **{**GRPO, **settings})
     rewards, rows = RewardSet([darkness]), class_rows(3)
-    return MARGRPOTrainer(student, rewards, args, train_dataset=rows, peft_config=EVERYWHERE, **anchor_of(args))
+    return MARGRPOTrainer(
+        student, rewards, args, train_dataset=rows, peft_config=EVERYWHERE, **anchor_of(args, student)
+    )
 
 
 def trained_layers(student: MARModel) -> set[str]:
@@ -136,7 +138,7 @@ def test_back_propagation_with_adapters_raises_the_reward(tmp_path):
     student = tiny_student(1, one_step_timestep=400)
     rewards, rows = RewardSet([darkness]), class_rows(3)
     trainer = RewardBackpropTrainer(
-        student, rewards, args, train_dataset=rows, peft_config=EVERYWHERE, **anchor_of(args)
+        student, rewards, args, train_dataset=rows, peft_config=EVERYWHERE, **anchor_of(args, student)
     )
     trainer.train()
     reward = logged(trainer, "reward")

@@ -178,7 +178,7 @@ def broken_files(tensors: dict[str, Tensor], weights) -> dict[str, object]:
         "hostile": (Hostile(), "cannot be read as weights"),
         "truncated": (weights.read_bytes()[:5000], "cannot be read as weights"),
         "empty": (b"", "cannot be read as weights"),
-        "list": ([1, 2], "holds no weights by name but a list"),
+        "list": ([1, 2], "holds a list that does not map names to weights"),
         "another network": ({"weight": torch.zeros(3)}, "does not hold ImageReward's weights"),
         "missing": (without, r"1 missing \(head.7.bias\)"),
         "too many": ({**tensors, "more": torch.zeros(3)}, r"1 unknown \(more\)"),

@@ -32,6 +32,7 @@ from marval_rl.text import dump_yaml, load_yaml, read_text, yaml_problem
 # Settings that are paths, some of them or else a hub id or a name: ~ and $VARIABLE are replaced in them.
 PATH_SETTINGS = (
     *("cache_dir", "class_names", "dataset", "eval_dataset", "eval_reference", "model", "teacher", "vae"),
+    *("prompts", "eval_prompts"),
     *("deepspeed", "fsdp_config", "output_dir", "resume_from_checkpoint"),
 )
 COMMAND_OPTIONS = ("dry_run", "resume", "debug", "help")  # not settings, but worth suggesting for `--dryrun`
