@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-
 # Files that take longest, first: where two processes share the files, neither is left with one of them in the end.
-LONGEST = ("test_settings", "test_launch", "test_planning", "test_distributed", "test_layouts", "test_kill", "test_slurm")
-LONGEST += ("test_evaluate_processes", "test_real_recipes", "test_inception", "test_docs_site", "test_resume")
+LONGEST = ("test_settings", "test_launch", "test_planning", "test_distributed", "test_layouts", "test_kill")
+LONGEST += ("test_slurm", "test_evaluate_processes", "test_real_recipes", "test_inception", "test_docs_site")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
