@@ -18,7 +18,7 @@ from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MaskedConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
 from marval_rl.rewarding.loading import Offers
-from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
+from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.anchors import READS_IMAGES
 
 TrainingData = CroppedImages | MomentsCache
@@ -87,7 +87,6 @@ class DataArguments(EvaluationArguments):
         Needs("images of your own (a data set that is not bundled)", ("dataset",), lambda name: name not in BUNDLED): (
             *("image_column", "label_column", "caption_column", "class_names", "eval_dataset", "eval_holdout"),
         ),
-        EVALUATED: ("eval_prompts",),
         READS_IMAGES: (
             *("image_column", "label_column", "class_names", "image_size", "image_channels", "flip"),
             "cache_dir",
