@@ -36,9 +36,9 @@ def main(num_images: int = 200, redraws: int = 3) -> dict[str, tuple[float, floa
     for name in SHOWN:
         before, after = ([draw[name] for draw in draws] for draws in found)
         table[name] = (statistics.mean(before), statistics.mean(after))
-        deviation = statistics.stdev(before) if redraws > 1 else float("nan")
-        change = table[name][1] - table[name][0]
-        print(f"{name:36s} {table[name][0]:9.3f} -> {table[name][1]:9.3f}   {change / deviation:+6.1f} deviations")
+        deviation = statistics.stdev(before) if redraws > 1 else 0.0  # also where all draws are alike
+        change = f"{(table[name][1] - table[name][0]) / deviation:+6.1f} deviations" if deviation else ""
+        print(f"{name:36s} {table[name][0]:9.3f} -> {table[name][1]:9.3f}   {change}")
     return table
 
 
