@@ -46,7 +46,8 @@ def test_evaluate_and_compare_prints_deviations(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     table = script("evaluate_and_compare").main(num_images=20, redraws=2)
     assert len(table) == 4 and table["frechet_distance"][0] > 0
-    assert capsys.readouterr().out.count(" deviations\n") == 4
+    output = capsys.readouterr().out
+    assert output.count(" -> ") == 4 and " deviations\n" in output  # a figure may be the same in all draws
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
