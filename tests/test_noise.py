@@ -126,14 +126,14 @@ def test_an_image_does_not_depend_on_its_batch(build, batch_size):
     model = BUILDS[build]()
     settings = {"num_unmasking_steps": 3}
     if build == "teacher":
+        model.config.clip_sample_range = 1.0  # else the first steps multiply errors of rounding by hundreds
         settings |= {"guidance_scale": 2.0, "num_diffusion_steps": 4}
     whole = generate(model, LABELS, generator=IndexedNoise(1, INDICES), **settings).latents
     parts = [
         generate(model, labels, generator=IndexedNoise(1, indices), **settings).latents
         for labels, indices in zip(LABELS.split(batch_size), INDICES.split(batch_size), strict=True)
     ]
-    # The first steps of a chain multiply an error of the predicted noise by hundreds, that of rounding too.
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
     other_seed = generate(model, LABELS, generator=IndexedNoise(2, INDICES), **settings).latents
     assert (other_seed - whole).abs().amax(dim=(1, 2, 3)).min() > 0.01
 
