@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import PIL
 from PIL import Image
 
+PILLOW = int(PIL.__version__.partition(".")[0])
 LONGEST = 16  # times the short side: beyond it only the central square is resized, as the rest would fill the memory
 
 
@@ -33,8 +35,9 @@ def _resize_part(image: Image.Image, box: tuple[float, float, float, float], siz
     x, y = max(0, int(box[0]) - reach), max(0, int(box[1]) - reach)
     part = image.crop((x, y, min(image.width, int(box[2]) + reach), min(image.height, int(box[3]) + reach)))
     left, top, right, bottom = box[0] - x, box[1] - y, box[2] - x, box[3] - y
-    # In the order in which Pillow resizes such an image whole, as levels are rounded in between.
-    if image.height > image.width >= size:
+    # In the order in which Pillow resizes such an image whole, as levels are rounded in between: before its release 13
+    # always across first.
+    if image.height > image.width >= size and PILLOW >= 13:
         part = part.resize((part.width, size), Image.Resampling.BICUBIC, box=(0, top, part.width, bottom))
         return part.resize((size, size), Image.Resampling.BICUBIC, box=(left, 0, right, size))
     part = part.resize((size, part.height), Image.Resampling.BICUBIC, box=(left, 0, right, part.height))
