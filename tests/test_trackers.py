@@ -26,7 +26,7 @@ def test_tensorboard_shows_the_grids_of_every_evaluation(train, tmp_path):
 
 @pytest.fixture
 def stand_in(monkeypatch) -> SimpleNamespace:
-    """In place of the package trackio, which does not go with the Pillow of the tests: remembers what it is told."""
+    """In place of the package trackio, which does not go with the Pillow of the tests: keeps what is logged."""
     kept = SimpleNamespace(opened=[], logged=[])
     module = ModuleType("trackio")
     module.__spec__ = ModuleSpec("trackio", None)
