@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_config
@@ -20,11 +20,11 @@ from tiny_recipes import COMMANDS, CONFIGS, RECIPES, command_line, comparable_li
 from tiny_trainers import assert_equal_states, grey_student, grpo_trainer
 
 from marval_rl.cli.main import main
-from marval_rl.cli.model_card import write_model_card
 from marval_rl.models.checkpoints import load_model
 from marval_rl.recipes.reading import parse_recipe
 from marval_rl.reporting.images import sample_strips
 from marval_rl.reporting.run_folder import load_runs
+from marval_rl.runtime.model_card import write_model_card
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,32 @@ def test_the_model_card_has_figures_images_and_code_that_runs(runs, recipe, monk
 
 def test_a_model_card_keeps_secrets(tmp_path):
     (tmp_path / "final").mkdir()
-    (tmp_path / "environment.json").write_text('{"torch": "2.14.1"}')
     secret = {"method": "grpo", "reward_kwargs": {"remote": {"url": "http://x", "token": "hunter2"}}}
-    write_model_card(tmp_path, "grpo", secret, tiny_config(), [])
+    write_model_card(tmp_path, "grpo", secret, tiny_config(), [], 8)
     text = (tmp_path / "final" / "README.md").read_text()
     assert "hunter2" not in text and "url: http://x" in text and "No evaluation was made" in text
+
+
+def test_a_trainer_in_python_leaves_a_card_and_uploads_its_folder_privately(tmp_path, monkeypatch):
+    trainer = grpo_trainer(tmp_path, grey_student(), max_steps=1, learning_rate=3e-5)
+    with pytest.raises(FileNotFoundError, match="final does not exist: train to the end before push_to_hub"):
+        trainer.push_to_hub("me/student")
+    trainer.train()
+    card = ModelCard.load(tmp_path / "final" / "README.md")
+    assert {"grpo", "one-step"} <= set(card.data.tags) and "training rows, given in Python" in card.text
+    written = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1])
+    assert written["max_steps"] == 1 and written["learning_rate"] == 3e-5 and "adam_beta1" not in written
+    trainer.create_model_card(model_name="Darkness", dataset_name="me/images", tags="dark")
+    card = ModelCard.load(tmp_path / "final" / "README.md")
+    assert (
+        card.text.lstrip().startswith("# Darkness") and card.data.datasets == ["me/images"] and "dark" in card.data.tags
+    )
+    calls = []
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, lambda self, *args, name=name, **kwargs: calls.append((name, args, kwargs)))
+    trainer.push_to_hub("me/student")
+    assert calls[0] == ("create_repo", ("me/student",), {"private": True, "exist_ok": True})
+    assert calls[1][2]["folder_path"] == tmp_path / "final"
 
 
 def test_exploration_differs_from_the_samples_by_the_noise_of_the_policy_alone(runs):

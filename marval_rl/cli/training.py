@@ -12,8 +12,7 @@ from typing import Any
 from accelerate import PartialState
 
 from marval_rl.cli.arguments import quiet_libraries
-from marval_rl.cli.env import environment
-from marval_rl.cli.model_card import write_model_card
+from marval_rl.environment import environment
 from marval_rl.errors import RecipeError, check_folder
 from marval_rl.launched import RESTARTS
 from marval_rl.recipes.planning.dry_run import batch_arithmetic, devices, print_dry_run
@@ -95,14 +94,12 @@ def run_training(
             remove_earlier_run(output_dir)
         else:
             set_aside_newer(output_dir, checkpoint)
-        followed = {key: value for key, value in settings.items() if key != "overwrite_output_dir"}
-        save_recipe(output_dir / "recipe.yaml", followed)
+        trainer.recipe = {key: value for key, value in settings.items() if key != "overwrite_output_dir"}
+        save_recipe(output_dir / "recipe.yaml", trainer.recipe)
         (output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finished = trainer.has_ended(trainer.state)
     if speaks and finished:
-        kind = settings.get("method") or ("distill" if "teacher" in settings else "pretrain")
-        write_model_card(output_dir, kind, followed, trainer.mar.config, trainer.state.log_history)
         print(f"done: {output_dir / 'final'} holds the model; `marval-rl report {output_dir}` draws its curves")
         if (note := nothing_learned(trainer.state.log_history)) is not None:
             print(note)

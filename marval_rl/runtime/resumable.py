@@ -204,7 +204,7 @@ class ResumableTrainer(Trainer):
                 self._check_layout(Path(resume_from_checkpoint))
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             if self.has_ended(self.state):
-                self.save_final(output_dir / "final")
+                self._finish()
             return result
         except (RewardError, NonFiniteError) as error:
             raise type(error)(f"{error}; {self._keep_completed_steps()}") from error
@@ -273,8 +273,14 @@ class ResumableTrainer(Trainer):
             return False
         self._load_from_checkpoint(checkpoint)
         self._load_trainer_state(Path(checkpoint))
-        self.save_final(Path(self.args.output_dir) / "final")
+        self._finish()
         return True
+
+    def _finish(self) -> None:
+        """Write the folder `final`. All processes must call it."""
+        self.save_final(Path(self.args.output_dir) / "final")
+        if self.args.process_index == 0:
+            self.create_model_card()
 
     def save_final(self, folder: Path) -> None:
         """Write the model to a folder for `MARModel.from_pretrained`. All processes must call it."""

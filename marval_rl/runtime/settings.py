@@ -34,7 +34,7 @@ Conditions = dict[Needs, tuple[str, ...]]  # the settings that count only if it 
 
 EVALUATED = Needs('eval_strategy steps or epoch (it is "no")', ("eval_strategy",), lambda s: s != "no", in_python=False)
 
-_HUB = "nothing is uploaded: run `hf upload` with the folder final/ afterwards"
+_HUB = "nothing is uploaded while training: `hf upload` the folder final/ afterwards, or trainer.push_to_hub in Python"
 _BEST = "set best_metric to the figure of an evaluation: output_dir/best keeps the best model"
 _EVALUATION = "evaluation generates images: eval_batch_size and eval_num_images say how many"
 _TEXT = "it is for language models"

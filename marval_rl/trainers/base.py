@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback
@@ -38,6 +39,7 @@ from marval_rl.runtime.distributed import (
     mean_over_processes,
 )
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
+from marval_rl.runtime.model_card import changed_arguments, write_model_card
 from marval_rl.runtime.profiling import EVALUATION, ProfileCallback, phase
 from marval_rl.runtime.resumable import ResumableTrainer
 from marval_rl.runtime.trackers import SampleGridCallback
@@ -64,6 +66,9 @@ class MARTrainer(ResumableTrainer):
         eval_rewards: Rewards that are only looked at; None for none.
         eval_classes: The classes or prompts that evaluation generates; None for all.
     """
+
+    method = "mar"  # as recipes name it; of a trainer that is not one of the four, what the model card calls it
+    recipe: dict[str, Any] | None = None  # which a command follows, for the model card
 
     def __init__(
         self,
@@ -147,6 +152,45 @@ class MARTrainer(ResumableTrainer):
         for name, value in metrics.items():
             self.guard.blame(name, value)
             self.recorded[name].append(value.detach().float())
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the card of the model in `final`; done when a run ends, and again to change it, as in TRL.
+
+        Args:
+            model_name: The title; None takes the name of the run folder.
+            dataset_name: The data set; None takes the recipe's, if a command trains.
+            tags: Tags of the hub beside those of the method.
+        """
+        settings = changed_arguments(self.args) if self.recipe is None else dict(self.recipe)
+        if dataset_name is not None:
+            settings["dataset"] = dataset_name
+        more = [tags] if isinstance(tags, str) else tags or []
+        history, rows = self.state.log_history, len(self.train_dataset)  # type: ignore[arg-type]
+        folder = Path(self.args.output_dir)
+        write_model_card(folder, self.method, settings, self.mar.config, history, rows, model_name, more)
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, private: bool = True, commit_message: str = "End of training", token: str | None = None
+    ) -> CommitInfo:
+        """Upload the folder `final`, model and card, to a repository of the hub, which is made if it is missing.
+
+        Args:
+            repo_id: OWNER/NAME.
+            private: Whether a new repository is private.
+            commit_message: Of the commit.
+            token: Of the hub; None takes the one of `hf auth login`.
+
+        Raises:
+            FileNotFoundError: The run has not ended.
+        """
+        folder = Path(self.args.output_dir) / "final"
+        if not (folder / "README.md").is_file():
+            raise FileNotFoundError(f"{folder} does not exist: train to the end before push_to_hub")
+        hub = HfApi(token=token)
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
     def prompts_for(self, class_names: list[str]) -> list[str]:
         """The prompt of each image, given the names of their classes."""

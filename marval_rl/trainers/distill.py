@@ -46,6 +46,8 @@ class DistillTrainer(MARTrainer):
         student: None starts the student from the teacher.
     """
 
+    method = "distill"
+
     args: DistillConfig
 
     def __init__(self, teacher: MaskedModel, args: DistillConfig, student: MaskedModel | None = None, **kwargs: Any):

@@ -63,6 +63,8 @@ class MARGRPOTrainer(RewardTrainer):
         PolicyMismatchError: From `train`, if the log-probabilities of a rollout are not found again before an update.
     """
 
+    method = "grpo"
+
     args: MARGRPOConfig
 
     def __init__(self, model: MaskedModel | str, reward_funcs: Any, args: MARGRPOConfig, **kwargs: Any):

@@ -76,6 +76,8 @@ class PretrainTrainer(MARTrainer):
     """Trains a teacher. `train_dataset` yields {"images": [C, H, W] in 0..1, "class_labels": int}, or cached
     "moments" [2c, h, w] instead of images."""
 
+    method = "pretrain"
+
     args: PretrainConfig
 
     def __init__(self, model: MaskedModel, args: PretrainConfig, **kwargs: Any):

@@ -63,6 +63,8 @@ class RewardBackpropTrainer(RewardTrainer):
         ValueError: If a reward is not differentiable.
     """
 
+    method = "reward_backprop"
+
     args: RewardBackpropConfig
 
     def __init__(self, model: MaskedModel | str, reward_funcs: Any, args: RewardBackpropConfig, **kwargs: Any):

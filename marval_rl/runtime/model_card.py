@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shutil
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from huggingface_hub import ModelCardData
+from transformers import TrainingArguments
 
 from marval_rl import __version__
+from marval_rl.environment import environment
 from marval_rl.models import MaskedConfig
+from marval_rl.runtime.settings import default_of
 from marval_rl.text import dump_yaml
 
 KINDS = {  # method -> tags, and what was done
+    "mar": ([], "A masked autoregressive diffusion model, trained by a trainer of its author's own"),
     "pretrain": (["pretraining"], "A masked autoregressive diffusion model (MAR), pretrained"),
     "distill": (["distillation", "one-step"], "A one-step student, distilled from a MAR teacher by GSIM"),
     "grpo": (["grpo", "reinforcement-learning", "one-step"], "A one-step MAR student, trained by GRPO"),
@@ -22,6 +28,7 @@ KINDS = {  # method -> tags, and what was done
         "A one-step MAR student, trained by back-propagation of rewards",
     ),
 }
+_DERIVED = ("hub_token", "run_name", "logging_dir")  # secrets, and what transformers fills in
 SOURCES = ("model", "teacher")  # settings that name the model that a run began with
 CARD = """---
 {metadata}
@@ -83,25 +90,34 @@ or `marval-rl sample {path} --steps {steps} --prompt "{prompt}"`.{vae}"""
 
 
 def write_model_card(
-    output_dir: Path, kind: str, settings: dict[str, Any], config: MaskedConfig, history: list[dict[str, Any]]
+    output_dir: Path,
+    method: str,
+    settings: dict[str, Any],
+    config: MaskedConfig,
+    history: list[dict[str, Any]],
+    num_rows: int,
+    title: str | None = None,
+    extra_tags: Sequence[str] = (),
 ) -> None:
     """Writes README.md to the folder `final` of a run, with its first and last sample grid beside it.
 
     Args:
-        output_dir: The run folder; it has environment.json already.
-        kind: One of KINDS.
-        settings: The resolved recipe.
+        output_dir: The run folder.
+        method: One of KINDS.
+        settings: The resolved recipe, or the arguments of a trainer that was made in Python.
         config: Of the model.
         history: What was logged: `TrainerState.log_history`.
+        num_rows: The length of the training data.
+        title: The heading; None takes the run folder's name.
+        extra_tags: Tags of the hub beside those of the method.
     """
-    folder, (tags, what) = output_dir / "final", KINDS[kind]
-    versions = json.loads((output_dir / "environment.json").read_text(encoding="utf-8"))
+    folder, (tags, what) = output_dir / "final", KINDS[method]
     base = next((name for key in SOURCES if (name := settings.get(key))), None)
     dataset = settings.get("dataset")
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["marval_rl", "mar", *tags],
+        pipeline_tag="text-to-image" if config.takes_prompts else "unconditional-image-generation",
+        tags=["marval_rl", "mar", *tags, *extra_tags],
         base_model=base if _is_hub_id(base) else None,
         datasets=[dataset] if _is_hub_id(dataset) else None,
     )
@@ -117,20 +133,28 @@ def write_model_card(
     (folder / "README.md").write_text(
         CARD.format(
             metadata=metadata.to_yaml(),
-            name=output_dir.name,
+            name=title or output_dir.resolve().name,
             what=what,
             version=__version__,
             size=config.image_size,
             classes=classes,
             use=_use(folder, settings, config),
-            data=f"Data set: `{dataset}`." if dataset else "No data set was named.",
+            data=f"Data set: `{dataset}`." if dataset else f"{num_rows:,} training rows, given in Python.",
             figures=_figures(history),
             samples=f"## Samples\n\nThe same seeds, one row per {kind_of}.\n\n{pictures}\n" if shown else "",
             recipe=dump_yaml(_without_secrets(settings)).strip(),
-            versions=", ".join(f"{key} {value}" for key, value in versions.items()),
+            versions=", ".join(f"{key} {value}" for key, value in environment().items()),
         ),
         encoding="utf-8",
     )
+
+
+def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments of a trainer that differ from their defaults, as far as YAML has words for them."""
+    values = {f.name: (getattr(args, f.name), default_of(f)) for f in dataclasses.fields(args) if f.init}
+    changed = {name: value for name, (value, default) in values.items() if value != default and name not in _DERIVED}
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in changed.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, bool | int | float | str | list | dict)}
 
 
 def _use(folder: Path, settings: dict[str, Any], config: MaskedConfig) -> str:
