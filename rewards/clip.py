@@ -77,7 +77,11 @@ class Clip(CosineReward):
         return self.network.encode_image(pixels)
 
     def embed_prompt(self, prompt: str, device: torch.device) -> Tensor:
-        return self.network.encode_text(self.tokenizer([prompt]).to(device))
+        tokens = self.tokenizer([prompt])
+        length = tokens.shape[1]
+        if not tokens.equal(self.tokenizer([prompt], length + 1)[:, :length]):  # with room for one more it ends later
+            self.note_cut(prompt, length)
+        return self.network.encode_text(tokens.to(device))
 
 
 def load_clip(model: str, pretrained: str | None, dtype: str) -> tuple[nn.Module, Any, Preprocessing]:

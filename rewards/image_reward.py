@@ -102,6 +102,9 @@ class ImageReward(NetworkReward):
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts (length B) -> token ids [B, 35] from [CLS] to [SEP], then zeros, and their mask [B, 35]."""
+        for prompt, whole in zip(prompts, self.tokenizer(prompts, truncation=False)["input_ids"], strict=True):
+            if len(whole) > MAX_TOKENS:
+                self.note_cut(prompt, MAX_TOKENS)
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )

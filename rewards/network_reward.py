@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class NetworkReward(ABC):
         self.micro_batch_size = micro_batch_size
         self.compile = compile
         self._compiled: nn.Module | None = None
+        self._has_cut = False
         self.preprocessing = preprocessing
         self.network = network.to(self.dtype).eval().requires_grad_(False)
 
@@ -80,6 +82,16 @@ class NetworkReward(ABC):
     def pixels(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in 0..1 -> the network's input [B, 3, size, size], in its dtype."""
         return self.preprocessing(images).to(self.dtype)
+
+    def note_cut(self, prompt: str, num_tokens: int) -> None:
+        """Warn, the first time only, that the network reads the beginning of a prompt alone: its first `num_tokens`."""
+        if not self._has_cut:
+            self._has_cut = True
+            warnings.warn(
+                f"{type(self).__name__} reads {num_tokens} tokens of a prompt: the end of {prompt!r} counts for "
+                "nothing, as may be true of others",
+                stacklevel=2,
+            )
 
     def _score_portion(self, images: Tensor, targets: Sequence[Any] | Tensor) -> Tensor:
         if not images.requires_grad:

@@ -60,6 +60,8 @@ class PickScore(CosineReward):
         return self.network.get_image_features(pixel_values=pixels).pooler_output
 
     def embed_prompt(self, prompt: str, device: torch.device) -> Tensor:
+        if len(self.tokenizer(prompt, truncation=False)["input_ids"]) > self.max_tokens:
+            self.note_cut(prompt, self.max_tokens)
         tokens = self.tokenizer([prompt], truncation=True, max_length=self.max_tokens, return_tensors="pt").to(device)
         return self.network.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import open_clip
 import pytest
@@ -86,7 +87,7 @@ def plain(name, make, made):
 
 
 def score(reward, images, prompts=PROMPTS):
-    labels = torch.tensor([LABELS[prompt] for prompt in prompts])
+    labels = torch.tensor([LABELS.get(prompt, 0) for prompt in prompts])
     return reward(images=images, prompts=prompts, class_names=prompts, class_labels=labels)
 
 
@@ -106,6 +107,20 @@ def test_scores_of_any_size_tell_images_and_prompts_apart(plain, name):
         torch.testing.assert_close(scores[0], scores[2])
         assert abs(scores[0] - scores[1]) > far
         assert bool(abs(scores[0] - score(plain, images[:1], ["an umbrella"])) > far) is (name != "aesthetic")
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_a_prompt_that_is_longer_than_the_network_reads_is_named_once(make):
+    reward, images = make(), noise_images(1, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(reward, images, ["two cats"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for long in ("cat " * 100, "dog " * 100):
+            score(reward, images, [long])
+    said = [str(warning.message) for warning in caught if "counts for nothing" in str(warning.message)]
+    assert len(said) == 1 and repr("cat " * 100) in said[0]
 
 
 @pytest.mark.parametrize("shape", [(36, 40), (40, 20)])

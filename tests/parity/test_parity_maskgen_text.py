@@ -89,6 +89,12 @@ def test_text_dropout(captions):
 
 
 @torch.no_grad()
+def test_captions_longer_than_the_tower_reads_are_named():
+    ours = tower()
+    with pytest.warns(UserWarning, match="the end of 1 of 2 counts for nothing, the first of them 'fox fox "):
+        ours.encode(["a fox", "fox " * 100])
+
+
 def test_tokenizer():
     figures, more, tokenizer = golden("tatitok"), golden("tatitok_more"), reference_tokenizer()
     moments = tokenizer.encode(figures["image_in"])
