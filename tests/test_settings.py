@@ -118,7 +118,7 @@ CHANGES: dict[str, Any] = {
     **{"epsilon": (1e-4, SMALL_STEPS), "epsilon_high": (1e-4, SMALL_STEPS)},
     **{"multi_objective_aggregation": "normalize_then_sum", "share_order": True, "share_noise": True},
     # reward back-propagation
-    **{"backprop_steps": "last", "num_backprop_steps": (2, {"backprop_steps": "last"}), "reward_threshold": 0.1},
+    **{"backprop_steps": "last", "num_backprop_steps": (2, {"backprop_steps": "last"})},
 }
 
 # field -> code that reads it, where nothing shows on this machine: speed, several processes, trackers, GPUs

@@ -129,21 +129,6 @@ def test_steps_without_a_gradient_are_constants():
     torch.testing.assert_close(partial, expected)
 
 
-def test_above_the_threshold_nothing_is_asked_for(tmp_path):
-    student = grey_student()
-    trainer = backprop_trainer(tmp_path, student, reward_threshold=-1.0, max_steps=2, learning_rate=1e-2)
-    start = snapshot(student)
-    trainer.train()
-    assert logged(trainer, "loss") == [0.0, 0.0] and all(reward > -1 for reward in logged(trainer, "reward"))
-    assert_equal_states(start, student.state_dict())
-
-
-def test_below_the_threshold_the_loss_is_the_distance_to_it(tmp_path):
-    trainer = backprop_trainer(tmp_path, grey_student(), reward_threshold=2.0, max_steps=1, learning_rate=1e-3)
-    trainer.train()
-    assert logged(trainer, "loss")[0] == pytest.approx(2 - logged(trainer, "reward")[0], abs=1e-4)
-
-
 def test_a_divergence_holds_the_student_near_its_start(tmp_path):
     settings = {"max_steps": 8, "learning_rate": 3e-3}
     free = backprop_trainer(tmp_path / "free", grey_student(), **settings, beta=1e-6)

@@ -57,7 +57,7 @@ RUNS: dict[str, Callable[[Path], MARTrainer]] = {
     "grpo_mean": lambda folder: grpo(folder, log_prob_reduction="mean", scale_rewards="batch", num_iterations=2),
     "reward_backprop": lambda folder: backprop(folder, beta=0.01, **TWO_MICRO_BATCHES),
     "reward_backprop_anchored": lambda folder: backprop(folder, beta=0.01, **ANCHOR),
-    "reward_backprop_refl": lambda folder: backprop(folder, backprop_steps="random", reward_threshold=0.7),
+    "reward_backprop_refl": lambda folder: backprop(folder, backprop_steps="random"),
     "reward_backprop_draft": lambda folder: backprop(folder, backprop_steps="last", num_backprop_steps=2),
 }
 

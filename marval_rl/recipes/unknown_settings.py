@@ -29,6 +29,7 @@ REMOVED = {  # former settings, and what holds instead
     "exploration_shift": _ALL_STEPS,
     "reward_std_floor": _ADVANTAGES,
     "advantage_clip": _ADVANTAGES,
+    "reward_threshold": "the loss is -reward: a threshold changed nothing where it was measured (docs/rl.md)",
 }
 
 TRL_NAMES = {  # TRL's name -> ours

@@ -38,10 +38,6 @@ class RewardBackpropConfig(RewardTrainingArguments):
         },
     )
     num_backprop_steps: int = field(default=1, metadata={"help": "How many, if not all."})
-    reward_threshold: float | None = field(
-        default=None,
-        metadata={"help": "The loss is relu(threshold - reward) (default: -reward)."},
-    )
 
     counts_if: ClassVar[Conditions] = {
         Needs("backprop_steps last or random", ("backprop_steps",), lambda which: which != "all"): (
@@ -130,10 +126,8 @@ class RewardBackpropTrainer(RewardTrainer):
         return torch.randperm(self.num_steps, generator=generator)[: args.num_backprop_steps].tolist()
 
     def loss_of(self, reward: Tensor) -> Tensor:
-        """-R, or relu(threshold - R), averaged over the images that were scored; reward [B], NaN where one was not."""
+        """-R, averaged over the images that were scored; reward [B], NaN where one was not."""
         values = reward.detach()
         self.record({"reward": values.nanmean(), "reward_std": group_std(values, len(values)).squeeze()})
-        threshold = self.args.reward_threshold
-        losses = -reward if threshold is None else (threshold - reward).relu()
         scored = ~reward.isnan()
-        return torch.where(scored, losses, 0).sum() / scored.sum().clamp(min=1)
+        return torch.where(scored, -reward, 0).sum() / scored.sum().clamp(min=1)
