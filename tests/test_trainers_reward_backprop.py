@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_student
-from tiny_trainers import assert_equal_states, backprop_trainer, grey_student, logged, snapshot
+from tiny_trainers import backprop_trainer, grey_student, logged
 from torch import Tensor, nn
 
 from marval_rl.models import MARModel, sampling
