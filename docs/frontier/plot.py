@@ -81,7 +81,7 @@ def panel(labelling: str, runs: list[dict[str, Any]], top: float) -> str:
 
 def mark(run: dict[str, Any], x: float, y: float) -> str:
     """A run: hollow without an anchor, a triangle with the KL divergence, a square with the distribution anchor (large
-    after 240 updates), a filled circle with the GSIM anchor and its weight."""
+    after 240 updates or more), a filled circle with the GSIM anchor and its weight."""
     colour = COLOURS[run["method"]]
     title = f"<title>{escape(run['name'])}: gain {run['gain']:.1f}, FD {run['fd_ratio']:.2f}</title>"
     if run["hold"] == "kl":
@@ -89,7 +89,7 @@ def mark(run: dict[str, Any], x: float, y: float) -> str:
             f'<path d="M{x:.1f} {y - 5:.1f}l5 9h-10z" fill="white" stroke="{colour}" stroke-width="1.6">{title}</path>'
         )
     if run["hold"].startswith("distribution"):
-        side = 12 if run["settings"].get("max_steps") == "240" else 7
+        side = 12 if run["settings"].get("max_steps") in ("240", "960") else 7
         square = f'<rect x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side}" height="{side}" fill="{colour}">'
         return f"{square}{title}</rect>"
     fill = colour if run["hold"] == "anchor" else "white"
@@ -112,7 +112,7 @@ def legend() -> str:
         "hollow: nothing holds it",
         "triangle: KL",
         "circle: GSIM and its weight",
-        "square: distribution (large: 240 updates)",
+        "square: distribution (large: 240 updates or more)",
         "green: the target",
     )
     parts.append(f'<text x="{x}" y="{y + 1}">{" · ".join(texts)}</text>')
