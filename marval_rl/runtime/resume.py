@@ -19,6 +19,7 @@ from marval_rl.runtime.checkpoints import (
     layout_of,
     step_of,
 )
+from marval_rl.runtime.distributed import from_first_process
 
 LATEST = "latest"
 AUTO = "auto"
@@ -139,18 +140,16 @@ def _changed_settings(
 
 def _decided_by_first(decide: Callable[[], T]) -> T:
     """In all processes what `decide` returns in the first one, or the MarvalError that it raises there."""
-    if not torch.distributed.is_initialized():
-        return decide()
-    decided: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
+    decided: Any = None
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         try:
-            decided = [decide()]
+            decided = decide()
         except MarvalError as error:
-            decided = [error]
-    torch.distributed.broadcast_object_list(decided)
-    if isinstance(decided[0], MarvalError):
-        raise decided[0]
-    return decided[0]
+            decided = error
+    decided = from_first_process(decided)
+    if isinstance(decided, MarvalError):
+        raise decided
+    return decided
 
 
 def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:

@@ -7,10 +7,10 @@ these trainers do not support.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 
@@ -109,22 +109,7 @@ REFUSED_VALUES = {
     ("lr_scheduler_type", "greedy"): _FIGURE,
 }
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")  # the tested ones
-
-TRACKERS = {  # name -> packages, one of which it needs
-    "azure_ml": ("azureml",),
-    "clearml": ("clearml",),
-    "codecarbon": ("codecarbon",),
-    "comet_ml": ("comet_ml",),
-    "dagshub": ("dagshub",),
-    "dvclive": ("dvclive",),
-    "flyte": ("flytekit",),
-    "mlflow": ("mlflow",),
-    "neptune": ("neptune",),
-    "swanlab": ("swanlab",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-}
+UNSEEN_TRACKERS = ("azure_ml", "flyte")  # not always among the installed ones that transformers lists
 
 
 def default_of(f: dataclasses.Field) -> Any:
@@ -239,7 +224,9 @@ def check_trackers(report_to: str | list[str] | None) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         if name in ("none", "all"):
             continue
-        if name not in TRACKERS:
-            raise ValueError(f"report_to {name} is not a known tracker: none, all, {', '.join(TRACKERS)}")
-        if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
-            raise ValueError(f"report_to {name} needs a package that is not installed: pip install {TRACKERS[name][0]}")
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to {name} is not a known tracker: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in (*get_available_reporting_integrations(), *UNSEEN_TRACKERS):
+            raise ValueError(f"report_to {name} needs a package that is not installed: pip install {name}")
