@@ -18,12 +18,13 @@ from marval_rl import __version__
 from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, quiet_libraries, sampling_settings
 from marval_rl.cli.launch import add_launch_arguments
 from marval_rl.data.class_names import check_number, label_classes, read_class_names
+from marval_rl.data.moments.fingerprint import hash_weights
 from marval_rl.data.prompts import load_prompts
 from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.features import Inception
 from marval_rl.evaluation.image_run import ImageRun
-from marval_rl.evaluation.image_set import ImagePlan, weights_digest
+from marval_rl.evaluation.image_set import ImagePlan
 from marval_rl.evaluation.references import images_of_files, list_images
 from marval_rl.evaluation.speed import generation_speed
 from marval_rl.launched import check_company, launched_processes
@@ -178,7 +179,7 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     if world.rank == 0:
         if device.type == "cpu" and world.size > 1:
             print(f"{world.size} processes on the CPU")
-        identity = {"model": args.model, "vae": model.config.vae, "weights_sha256": weights_digest(model)}
+        identity = {"model": args.model, "vae": model.config.vae, "weights_sha256": hash_weights(model)}
         for image_run in runs:
             image_run.claim(identity)
     world.wait()
