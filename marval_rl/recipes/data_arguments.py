@@ -157,27 +157,19 @@ class DataArguments(EvaluationArguments):
         if self.dataset is None or self.eval_dataset is None:
             return None
         names = self._load(self.dataset).mode_names
-        columns = {
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "caption_column": self.caption_column,
-        }
-        return self._merge(load_held_out(self.dataset, self.eval_dataset, self.class_names, names, **columns))
+        return self._merge(load_held_out(self.dataset, self.eval_dataset, self.class_names, names, **self._columns()))
 
     def crop(self, source: LabelledImages, config: MaskedConfig) -> CroppedImages:
         """Images as a model generates them, never mirrored: to compare with."""
         return CroppedImages(source, config.image_size, flip=False, channels=config.image_channels)
 
+    def _columns(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in ("image_column", "label_column", "caption_column")}
+
     def _load(self, name: str | None) -> LabelledImages:
         if name is None:
             raise RecipeError(f"dataset is not set: name the images ({', '.join(BUNDLED)}, a folder, ...; --dataset)")
-        images = load_labelled_images(
-            name,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            class_names=self.class_names,
-            caption_column=self.caption_column,
-        )
+        images = load_labelled_images(name, class_names=self.class_names, **self._columns())
         if self.caption_column is not None and isinstance(images, ImageFolder):
             raise RecipeError(
                 f"caption_column {self.caption_column} counts only for parquet and `datasets`, and {name} names its "
@@ -206,20 +198,15 @@ class DataArguments(EvaluationArguments):
         if dataset is None:
             return
         names = list(dataset.class_names)
-        if config.takes_prompts:
-            self._fit_shape(config, model, dataset)
-            return
-        if config.num_classes != len(names) or (config.class_names is not None and config.class_names != names):
-            known = ", ".join((config.class_names or ["unnamed"])[:3])
-            raise ValueError(
-                f"{model} knows {config.num_classes} classes ({known}, ...), "
-                f"but the data has {len(names)} ({', '.join(names[:3])}, ...): "
-                "set --class_groups, or choose another model"
-            )
-        config.class_names = names
-        self._fit_shape(config, model, dataset)
-
-    def _fit_shape(self, config: MaskedConfig, model: str, dataset: TrainingData) -> None:
+        if not config.takes_prompts:
+            if config.num_classes != len(names) or (config.class_names is not None and config.class_names != names):
+                known = ", ".join((config.class_names or ["unnamed"])[:3])
+                raise ValueError(
+                    f"{model} knows {config.num_classes} classes ({known}, ...), "
+                    f"but the data has {len(names)} ({', '.join(names[:3])}, ...): "
+                    "set --class_groups, or choose another model"
+                )
+            config.class_names = names
         if isinstance(dataset, CroppedImages):
             dataset.image_size = self.image_size or config.image_size
             if self.image_channels is None:

@@ -181,6 +181,11 @@ class RewardArguments:
         Needs("prompts", ("prompts",), bool): ("prompt_column", "prompt_split"),
     }
 
+    def rolled_out(self) -> dict[str, Any]:
+        """The arguments of `find_conditions` that say which prompts are rolled out, and how often."""
+        named = ("prompts", "prompt_column", "prompt_split")
+        return {"repeats": self.prompts_per_class, **{name: vars(self)[name] for name in named}}
+
 
 @dataclass
 class LoraArguments:
