@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from kill_stress import same
 from safetensors.torch import load_file
 from tiny_recipes import COMMANDS, command_line, comparable_lines, run_recipe
 
@@ -56,25 +57,20 @@ def assert_same_end(run: Path, other: Path, last: str = "checkpoint-6") -> None:
             assert one.keys() == two.keys()
             assert all(torch.equal(one[name], two[name]) for name in one), file
     for file in ("optimizer.pt", "scheduler.pt"):
-        states = [torch.load(folder / last / file, weights_only=True) for folder in (run, other)]
-        assert_equal_nested(*states)
+        assert same(*(torch.load(folder / last / file, weights_only=True) for folder in (run, other))), file
     assert comparable_lines(run) == comparable_lines(other)
 
 
-def assert_equal_nested(one: Any, other: Any) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_nested(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal_nested(a, b)
-    else:
-        assert one == other
+def assert_resumed_alike(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, recipe: str, step: int, last: str, **settings: Any
+) -> None:
+    """A run that broke off in this step and was resumed ends as one that was left alone."""
+    assert run_recipe(recipe, folder / "whole", **settings) == 0
+    with monkeypatch.context() as patch:
+        fail_in_step(patch, step)
+        assert run_recipe(recipe, folder / "broken", **settings) == 1
+    assert run_recipe(recipe, folder / "broken", "--resume", **settings) == 0
+    assert_same_end(folder / "broken", folder / "whole", last)
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)
@@ -95,12 +91,7 @@ def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(
 def test_the_figures_of_a_line_survive_a_checkpoint_in_between(tiny_runs, tmp_path, monkeypatch):
     # A line is the mean over 4 steps, the checkpoint lies in their middle.
     settings = {**tiny_runs.models_of("grpo"), "logging_steps": 4, "save_steps": 2, "max_steps": 4, "eval_steps": 4}
-    assert run_recipe("grpo", tmp_path / "whole", **settings) == 0
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 3)
-        assert run_recipe("grpo", tmp_path / "broken", **settings) == 1
-    assert run_recipe("grpo", tmp_path / "broken", "--resume", **settings) == 0
-    assert_same_end(tmp_path / "broken", tmp_path / "whole", last="checkpoint-4")
+    assert_resumed_alike(monkeypatch, tmp_path, "grpo", 3, "checkpoint-4", **settings)
 
 
 def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monkeypatch):
@@ -113,12 +104,7 @@ def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monk
         "save_steps": 1,
         "lr_scheduler_kwargs": json.dumps({"num_decay_steps": 1}),
     }
-    assert run_recipe("teacher", tmp_path / "whole", **settings) == 0
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 4)
-        assert run_recipe("teacher", tmp_path / "broken", **settings) == 1
-    assert run_recipe("teacher", tmp_path / "broken", "--resume", **settings) == 0
-    assert_same_end(tmp_path / "broken", tmp_path / "whole", last="checkpoint-5")
+    assert_resumed_alike(monkeypatch, tmp_path, "teacher", 4, "checkpoint-5", **settings)
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, tmp_path, capsys):
@@ -134,17 +120,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, 
     assert_same_end(run, undisturbed["distill"])
 
 
-def test_resuming_a_finished_run_changes_nothing(undisturbed, tiny_runs, tmp_path):
+@pytest.mark.parametrize("named", [None, "checkpoint-3"])
+def test_a_finished_run_and_a_named_checkpoint_are_resumed_to_the_same_end(undisturbed, tiny_runs, tmp_path, named):
     run = tmp_path / "run"
     shutil.copytree(undisturbed["distill"], run)
-    assert run_recipe("distill", run, "--resume", **tiny_runs.models_of("distill")) == 0
-    assert_same_end(run, undisturbed["distill"])
-
-
-def test_a_checkpoint_can_be_named(undisturbed, tiny_runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed["distill"], run)
-    flags = ("--resume", str(run / "checkpoint-3"))
+    flags = ["--resume", *([] if named is None else [str(run / named)])]
     assert run_recipe("distill", run, *flags, **tiny_runs.models_of("distill")) == 0
     assert_same_end(run, undisturbed["distill"])
 
@@ -160,14 +140,6 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path, resu
     else:
         with pytest.raises(CheckpointError, match=r"checkpoint-2 is not a complete checkpoint: trainer_state"):
             find_checkpoint(tmp_path, str(torn))
-
-
-def test_checkpoints_are_compared_as_numbers(tmp_path):
-    for step in (900, 1000):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1000"
 
 
 # Real processes, real signals
@@ -242,7 +214,7 @@ def test_an_interrupted_process_keeps_a_checkpoint_and_is_resumed_to_the_same_we
     assert_same_end(tmp_path / "run", undisturbed, last="checkpoint-9")
 
 
-def test_other_folders_named_checkpoint_are_passed_over(tmp_path):
+def test_checkpoints_are_compared_as_numbers_and_other_folders_passed_over(tmp_path):
     for name in ("checkpoint-old", "checkpoint-", "checkpoint-3", "checkpoint-20"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text("{}")
