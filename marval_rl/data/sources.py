@@ -145,15 +145,14 @@ def _holds_parquet(folder: Path, split: str) -> bool:
 
 
 def _check_parquet(files: list[str]) -> None:
-    """Raises DataError for a file that is no parquet file or is cut off: it ends, as it begins, with PAR1."""
+    """Raises DataError for a file that is no parquet file or is cut off, which `datasets` would not name."""
+    import pyarrow.parquet
+
     for file in files:
-        with open(file, "rb") as stream:
-            ends = stream.read(4)
-            stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - 4))
-            ends += stream.read(4)
-        if ends != b"PAR1PAR1":
-            raise DataError(f"{file} is no parquet file, or it is cut off")
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{file} is no parquet file, or it is cut off") from error
 
 
 def _looks_like_hub_id(name: str) -> bool:
