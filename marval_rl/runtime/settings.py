@@ -7,7 +7,7 @@ these trainers do not support.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -28,6 +28,12 @@ class Needs(NamedTuple):
     settings: tuple[str, ...]
     met: Callable[..., bool]
     in_python: bool = True
+
+
+def setting(default: Any, help: str, choices: Iterable[Any] | None = None) -> Any:
+    """A field of a dataclass of settings: what the docs and `--help` say of it, and the values that it may have."""
+    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 Conditions = dict[Needs, tuple[str, ...]]  # the settings that count only if it is met
