@@ -73,7 +73,8 @@ class DataArguments(EvaluationArguments):
     }
 
     def __post_init__(self):
-        self.check_evaluation()
+        if self.eval_reference_images < 2:
+            raise ValueError(f"eval_reference_images must be at least 2, not {self.eval_reference_images}")
         if self.image_channels not in (None, 1, 3):
             raise ValueError(f"image_channels must be 1 or 3, not {self.image_channels}")
         if self.image_channels is not None and (self.vae is not None or self.cache_dir is not None):

@@ -45,11 +45,6 @@ class EvaluationArguments:
         EVALUATED: ("eval_features", "eval_reference", "eval_reference_images", "judges"),
     }
 
-    def check_evaluation(self) -> None:
-        """Raises ValueError for invalid settings."""
-        if self.eval_reference_images < 2:
-            raise ValueError(f"eval_reference_images must be at least 2, not {self.eval_reference_images}")
-
     def make_evaluator(
         self,
         config: MaskedConfig,

@@ -5,7 +5,7 @@ dataclass has is an error. What we add: values from YAML are checked against the
 the key, the value and the nearest known name, and a run can write down its own recipe.
 
     settings = read_settings("recipes/digits/teacher.yaml", ["--max_steps", "10"], (PretrainConfig,))
-    configs = build_configs(settings, (PretrainConfig,))       # the two lines together are `parse_recipe`
+    configs = build_configs(settings, (PretrainConfig,))
     save_recipe("runs/teacher/recipe.yaml", resolved_recipe(configs, settings))
 """
 
@@ -38,14 +38,6 @@ PATH_SETTINGS = (
 )
 COMMAND_OPTIONS = ("dry_run", "resume", "debug", "help")  # not settings, but worth suggesting for `--dryrun`
 SECRET_KEYS = ("hub_token",)  # never written down: run folders are shared
-
-
-def parse_recipe(path: str | Path | None, overrides: Sequence[str], config_types: Sequence[type]) -> tuple:
-    """Returns one instance of each dataclass, filled from the recipe at `path` (if any), then from `--key value`.
-
-    Raises RecipeError for anything that is wrong in either.
-    """
-    return build_configs(read_settings(path, overrides, config_types), config_types)
 
 
 def read_settings(

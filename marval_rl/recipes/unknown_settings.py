@@ -16,10 +16,15 @@ RENAMED = {  # former names
     **{name: f"gsim_{name}" for name in ("mask_ratio_min", "mask_ratio_std")},  # in RL; distillation keeps these names
 }
 _ALL_STEPS = "all unmasking steps explore and are trained"
+_ADVANTAGES = "advantages are scaled by scale_rewards alone"
 REMOVED = {  # former settings, and what holds instead
     "labelling": "class_groups: parity merges classes; without it each stays",
-    **dict.fromkeys(("num_trained_steps", "trained_steps", "exploration_window", "exploration_shift"), _ALL_STEPS),
-    **dict.fromkeys(("reward_std_floor", "advantage_clip"), "advantages are scaled by scale_rewards alone"),
+    "num_trained_steps": _ALL_STEPS,
+    "trained_steps": _ALL_STEPS,
+    "exploration_window": _ALL_STEPS,
+    "exploration_shift": _ALL_STEPS,
+    "reward_std_floor": _ADVANTAGES,
+    "advantage_clip": _ADVANTAGES,
 }
 
 TRL_NAMES = {  # TRL's name -> ours
