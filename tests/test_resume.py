@@ -16,10 +16,10 @@ import torch
 from kill_stress import same
 from safetensors.torch import load_file
 from tiny_recipes import COMMANDS, command_line, comparable_lines, run_recipe
+from tiny_trainers import power_cut_in_step
 
 from marval_rl.errors import CheckpointError
 from marval_rl.runtime.resume import find_checkpoint
-from marval_rl.trainers.base import MARTrainer
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +30,6 @@ def undisturbed(tiny_runs, tmp_path_factory) -> dict[str, Path]:
         runs[recipe] = tmp_path_factory.mktemp(recipe) / "undisturbed"
         assert run_recipe(recipe, runs[recipe], **tiny_runs.models_of(recipe)) == 0
     return runs
-
-
-def fail_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Lets every training end in this optimizer step as it would by a power cut: nothing more is written."""
-    original = MARTrainer.training_step
-
-    def training_step(self: MARTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise OSError("the lights went out")
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(MARTrainer, "training_step", training_step)
 
 
 def assert_same_end(run: Path, other: Path, last: str = "checkpoint-6") -> None:
@@ -61,25 +49,19 @@ def assert_same_end(run: Path, other: Path, last: str = "checkpoint-6") -> None:
     assert comparable_lines(run) == comparable_lines(other)
 
 
-def assert_resumed_alike(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, recipe: str, step: int, last: str, **settings: Any
-) -> None:
+def assert_resumed_alike(folder: Path, recipe: str, step: int, last: str, **settings: Any) -> None:
     """A run that broke off in this step and was resumed ends as one that was left alone."""
     assert run_recipe(recipe, folder / "whole", **settings) == 0
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, step)
+    with power_cut_in_step(step):
         assert run_recipe(recipe, folder / "broken", **settings) == 1
     assert run_recipe(recipe, folder / "broken", "--resume", **settings) == 0
     assert_same_end(folder / "broken", folder / "whole", last)
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)
-def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(
-    undisturbed, tiny_runs, tmp_path, monkeypatch, recipe
-):
+def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(undisturbed, tiny_runs, tmp_path, recipe):
     run, settings = tmp_path / "run", tiny_runs.models_of(recipe)
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 4)  # a step after the checkpoint, so that metrics.jsonl has a line too many
+    with power_cut_in_step(4):  # a step after the checkpoint, so that metrics.jsonl has a line too many
         assert run_recipe(recipe, run, **settings) == 1
     assert [line["step"] for line in comparable_lines(run)] == [0, 1, 2, 3, 3, 4]
     assert not (run / "checkpoint-6").exists() and not (run / "final").exists()
@@ -88,13 +70,13 @@ def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(
     assert_same_end(run, undisturbed[recipe])
 
 
-def test_the_figures_of_a_line_survive_a_checkpoint_in_between(tiny_runs, tmp_path, monkeypatch):
+def test_the_figures_of_a_line_survive_a_checkpoint_in_between(tiny_runs, tmp_path):
     # A line is the mean over 4 steps, the checkpoint lies in their middle.
     settings = {**tiny_runs.models_of("grpo"), "logging_steps": 4, "save_steps": 2, "max_steps": 4, "eval_steps": 4}
-    assert_resumed_alike(monkeypatch, tmp_path, "grpo", 3, "checkpoint-4", **settings)
+    assert_resumed_alike(tmp_path, "grpo", 3, "checkpoint-4", **settings)
 
 
-def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monkeypatch):
+def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path):
     # 1297 images in batches of 500: an epoch ends after 3 steps, and the run breaks off in the second one.
     settings = {
         "max_steps": 5,
@@ -104,7 +86,7 @@ def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monk
         "save_steps": 1,
         "lr_scheduler_kwargs": json.dumps({"num_decay_steps": 1}),
     }
-    assert_resumed_alike(monkeypatch, tmp_path, "teacher", 4, "checkpoint-5", **settings)
+    assert_resumed_alike(tmp_path, "teacher", 4, "checkpoint-5", **settings)
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, tmp_path, capsys):
