@@ -26,9 +26,7 @@ class Aesthetic(NetworkReward):
         weights: The published sac+logos+ava1-l14-linearMSE.pth: five linear layers on CLIP's embedding.
         model: The CLIP they were trained on, as for `clip`: OpenAI's ViT-L-14, which wants QuickGELU.
         pretrained: Its weights, as for `clip`; None for OpenAI's.
-        dtype: "float32" or "bfloat16" for CLIP; the layers on top are float32.
-        micro_batch_size: Images per pass, also with gradients; None for all at once.
-        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
+        dtype, micro_batch_size, compile: As in `NetworkReward`; the layers on top are float32.
 
     A `clip` with the same model, weights and dtype shares the network.
 

@@ -68,7 +68,7 @@ def load_classification_model(model: str, weights: str | None, dtype: str) -> Cl
     preprocessing = _transformers_preprocessing(model)
     network = shared_network(
         ("transformers.AutoModelForImageClassification", weights_identity(model), dtype),
-        lambda: _load_transformers(model),
+        lambda: load_pretrained(AutoModelForImageClassification, model, "image classifier", trust_remote_code=False),
     )
     names = network.config.id2label
     return ClassificationModel(
@@ -78,10 +78,6 @@ def load_classification_model(model: str, weights: str | None, dtype: str) -> Cl
         num_classes=network.config.num_labels,
         class_names=[names[number] for number in range(network.config.num_labels)],
     )
-
-
-def _load_transformers(model: str) -> nn.Module:
-    return load_pretrained(AutoModelForImageClassification, model, "image classifier", trust_remote_code=False)
 
 
 def _transformers_preprocessing(model: str) -> Preprocessing:

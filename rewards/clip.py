@@ -34,9 +34,7 @@ class Clip(CosineReward):
             None uses the prompts.
         scale: 100 makes the customary CLIP score, 1 the cosine itself. CLIPScore also cuts at 0, where the gradient
             would vanish; images and prompts that belong together are far above.
-        dtype: "float32" or "bfloat16" for the network.
-        micro_batch_size: Images per pass, also with gradients; None for all at once.
-        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
+        dtype, micro_batch_size, compile: As in `NetworkReward`.
 
     Raises:
         RewardError: Without open_clip.

@@ -23,9 +23,7 @@ class Hps(Clip):
         weights: The published HPS_v2_compressed.pt or HPS_v2.1_compressed.pt (or the tensors as .safetensors).
         prompt_template: As for `clip`; None uses the prompts.
         scale: 1 as the authors' `hpsv2.score`, 100 as their benchmark's tables.
-        dtype: "float32" or "bfloat16" for the network.
-        micro_batch_size: Images per pass, also with gradients; None for all at once.
-        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
+        dtype, micro_batch_size, compile: As in `NetworkReward`.
 
     Raises:
         RewardError: Without open_clip.

@@ -31,9 +31,7 @@ class ImageClassifier(NetworkReward):
         label_map: None: class_labels are the model's classes, as those of ImageNet are in their usual order. "names":
             the model's class of the same name, or with it among its synonyms ("tench, Tinca tinca"). A mapping: class
             name -> the model's class, by index or name, or a list whose probabilities add up.
-        dtype: "float32" or "bfloat16" for the network.
-        micro_batch_size: Images per pass, also with gradients; None for all at once.
-        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
+        dtype, micro_batch_size, compile: As in `NetworkReward`.
 
     Images are resized, cut and normalised as the model's own settings say.
 

@@ -68,9 +68,7 @@ class ImageReward(NetworkReward):
         weights: The published ImageReward.pt (or the same tensors as .safetensors).
         med_config: The published med_config.json; None has the same settings built in.
         tokenizer: BERT's lower-case vocabulary: vocab.txt, a folder, or a hub id.
-        dtype: "float32" or "bfloat16" for the network; in bfloat16 scores move by about 0.01.
-        micro_batch_size: Images per pass, also with gradients; None for all at once.
-        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
+        dtype, micro_batch_size, compile: As in `NetworkReward`; in bfloat16 scores move by about 0.01.
 
     The published weights run in transformers' BLIP blocks, without the package image-reward and its old pins. Prompts
     are cut after 35 tokens, as there.

@@ -29,7 +29,7 @@ class NetworkReward(ABC):
             left aside: this argument alone decides.
         micro_batch_size: Images at a time; None for all. With gradients each portion is computed again in the backward
             pass, so that only one portion's activations are ever kept.
-        compile: `torch.compile` the network when images first come to its device.
+        compile: `torch.compile` the network when images first come to its device: slow at first, then faster on a GPU.
 
     Raises:
         ValueError: For another dtype or a micro_batch_size below 1.

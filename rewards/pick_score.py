@@ -20,9 +20,7 @@ class PickScore(CosineReward):
     Args:
         model: Folder or hub id of a transformers CLIPModel, as safetensors.
         processor: Folder or hub id of its tokenizer and image processor; the default is the authors' own choice.
-        dtype: "float32" or "bfloat16" for the network.
-        micro_batch_size: Images per pass, also with gradients; None for all at once.
-        compile: Compile the network (`torch.compile`) on first use: slow at first, then faster on a GPU.
+        dtype, micro_batch_size, compile: As in `NetworkReward`.
 
     Raises:
         CheckpointError: For files that are missing or cannot be loaded.

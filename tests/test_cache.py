@@ -28,7 +28,7 @@ from tiny_images import (
 from marval_rl.data import CroppedImages, MomentsCache, load_moments
 from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.moments.manifest import verify
-from marval_rl.data.moments.writer import build_cache
+from marval_rl.data.moments.writer import CacheJob, build_cache
 from marval_rl.errors import DataError
 
 
@@ -53,8 +53,10 @@ def build(images, codec, tmp_path):
     """`build(folder, source, codec, **settings)`: the manifest."""
 
     def run(folder: Path = tmp_path / "cache", source=None, codec=codec, **settings):
-        source = source or ImageFolder(images)
-        return build_cache(source, codec, settings.pop("image_size", SIZE), folder, **{**CACHE_SETTINGS, **settings})
+        stored = {name: settings.pop(name) for name in CacheJob.__dataclass_fields__ if name in settings}
+        stored = {"image_size": SIZE, **CACHE_SETTINGS, **stored}
+        job = CacheJob(source or ImageFolder(images), codec, folder=folder, **stored)
+        return build_cache(job, batch_size=4, **settings)
 
     return run
 
@@ -152,11 +154,8 @@ def test_a_cache_without_any_image_cannot_be_read(build, tmp_path):
 
 def encode(images: Path, folder: Path, rank: int, seconds_a_batch: float) -> None:
     build_cache(
-        ImageFolder(images),
-        tiny_codec(),
-        SIZE,
-        folder,
-        **CACHE_SETTINGS,
+        CacheJob(ImageFolder(images), tiny_codec(), SIZE, folder, **CACHE_SETTINGS),
+        batch_size=4,
         rank=rank,
         world_size=2,
         progress=lambda progress: time.sleep(seconds_a_batch),

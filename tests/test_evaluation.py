@@ -199,7 +199,7 @@ def test_real_images_are_measured_once_until_they_or_the_extractor_change(monkey
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(4, 8, 8), [0, 0, 1, 1], r"shape \[N, 1 or 3, H, W\], not \[4, 8, 8\]"),
+        (torch.zeros(4, 8, 8), [0, 0, 1, 1], r"shape \[B, 1 or 3, H, W\], not \[4, 8, 8\]"),
         (torch.zeros(4, 1, 4, 4), [0, 0, 1], r"class_labels has the shape \[3\] for 4 images"),
         (torch.zeros(0, 1, 4, 4), [], r"not \[0, 1, 4, 4\]"),
         (torch.full((4, 1, 4, 4), 1.2), [0, 0, 1, 1], "pixels must lie in 0..1, but they lie in 1.2..1.2"),

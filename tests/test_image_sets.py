@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_evaluation import NAMES, colour_student
 from tiny_models import tiny_model
 
+from marval_rl.data.moments.fingerprint import hash_weights
 from marval_rl.errors import DataError
 from marval_rl.evaluation import image_run as image_run_module
 from marval_rl.evaluation.evaluator import ImageEvaluator
@@ -23,7 +24,6 @@ from marval_rl.evaluation.image_set import (
     read_images,
     read_written_images,
     to_pixels,
-    weights_digest,
     write_images,
 )
 from marval_rl.models import PixelCodec
@@ -251,11 +251,11 @@ def test_other_settings_are_named(tmp_path, model, changes, message):
 
 
 def test_other_weights_under_the_same_name_are_noticed(tmp_path, model):
-    digest = weights_digest(model)
-    assert digest == weights_digest(colour_student())
+    digest = hash_weights(model)
+    assert digest == hash_weights(colour_student())
     with torch.no_grad():
         model.diffloss.net.final_layer.linear.bias[0] += 1e-6
-    assert weights_digest(model) != digest
+    assert hash_weights(model) != digest
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

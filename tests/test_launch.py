@@ -458,6 +458,7 @@ def test_the_end_of_a_process_waits_for_threads_but_ends_none_that_uses_torch():
     assert ended.stdout.splitlines() == ["threads end", "exit functions run"]
 
 
+SHORT = {"gsim_weight": 0, "steps_per_generation": 1, "eval_strategy": "no", "eval_on_start": False}
 CRASH = """
 import os
 import signal
@@ -480,8 +481,7 @@ def test_a_restarted_run_continues_from_its_checkpoint_to_the_end_of_an_undistur
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the tests have: more threads have other last digits
     (tmp_path / "rewards.py").write_text(CRASH)
-    settings = {"gsim_weight": 0, "steps_per_generation": 1, "max_steps": 8, "save_steps": 3, "eval_strategy": "no"}
-    settings |= {"eval_on_start": False, "model": tiny_runs.student}
+    settings = {**SHORT, "max_steps": 8, "save_steps": 3, "model": tiny_runs.student}
     settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness"}
     assert main(command_line("grpo", tmp_path / "undisturbed", **settings)) == 0
     crashing = command_line("grpo", tmp_path / "run", "--overwrite_output_dir", "--num_processes", "1", **settings)
@@ -515,15 +515,8 @@ def brightness(images, **columns):
 def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "rewards.py").write_text(PREEMPTION)
-    settings = {
-        "gsim_weight": 0,
-        "steps_per_generation": 1,
-        "max_steps": 1000,
-        "save_steps": 1000,
-        "eval_strategy": "no",
-        "eval_on_start": False,
-    }
-    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness", "model": tiny_runs.student}
+    settings = {**SHORT, "max_steps": 1000, "save_steps": 1000, "model": tiny_runs.student}
+    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness"}
     words = command_line("grpo", run, **settings)
     words += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.2"]
     words += ["--main_process_port", str(get_free_port())]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_student
 from tiny_recipes import read_lines
-from tiny_trainers import GRPO, darkness, logged, same, snapshot
+from tiny_trainers import GRPO, darkness, logged, power_cut_in_step, same, snapshot
 
 from marval_rl.cli.main import main
 from marval_rl.data import class_rows
@@ -169,20 +169,11 @@ def test_the_start_may_be_the_best(tmp_path):
     assert same(load_model(tmp_path / "best").state_dict(), tiny_student(1).state_dict())
 
 
-def test_a_resumed_run_keeps_the_best_of_before(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_the_best_of_before(tmp_path):
     settings = {"best_metric": "score", "save_strategy": "steps", "save_steps": 4}
     figures = {"score": {0: 1.0, 2: 3.0, 4: 2.0, 6: 2.5}}
-    original = MARTrainer.training_step
-
-    def training_step(self: MARTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 5:
-            raise OSError("the lights went out")
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MARTrainer, "training_step", training_step)
-        with pytest.raises(OSError, match="lights"):
-            scripted_trainer(tmp_path, figures, **settings).train()
+    with power_cut_in_step(5), pytest.raises(OSError, match="lights"):
+        scripted_trainer(tmp_path, figures, **settings).train()
     before = load_file(tmp_path / "best" / "model.safetensors")
     trainer = scripted_trainer(tmp_path, figures, **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

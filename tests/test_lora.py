@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny_models import tiny_student
 from tiny_recipes import comparable_lines, run_recipe
-from tiny_trainers import ANCHOR, GRPO, QUIET, anchor_of, darkness, logged, same, snapshot
+from tiny_trainers import ANCHOR, GRPO, QUIET, anchor_of, darkness, logged, power_cut_in_step, same, snapshot
 from torch import Tensor
 
 from marval_rl.data import class_rows
@@ -19,7 +19,6 @@ from marval_rl.models import MARModel, generate
 from marval_rl.models.checkpoints import load_model
 from marval_rl.recipes.network_arguments import LoraArguments
 from marval_rl.rewarding import RewardSet
-from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
 from marval_rl.trainers.lora import LORA_TARGETS, adapters_off, add_lora, merged_student
 from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
@@ -159,18 +158,10 @@ def test_the_final_folder_holds_the_merged_student_and_peft_loads_the_adapter(tm
     assert with_peft.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 
-def test_an_interrupted_run_with_adapters_ends_as_an_undisturbed_one(tiny_runs, tmp_path, monkeypatch):
+def test_an_interrupted_run_with_adapters_ends_as_an_undisturbed_one(tiny_runs, tmp_path):
     settings = {**tiny_runs.models_of("grpo"), "use_peft": True, "lora_r": 4, "learning_rate": 1e-3}
     assert run_recipe("grpo", tmp_path / "whole", **settings) == 0
-    original = MARTrainer.training_step
-
-    def training_step(self: MARTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 4:
-            raise OSError("the lights went out")
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MARTrainer, "training_step", training_step)
+    with power_cut_in_step(4):
         assert run_recipe("grpo", tmp_path / "broken", **settings) == 1
     torch.manual_seed(99)
     assert run_recipe("grpo", tmp_path / "broken", "--resume", **settings) == 0

@@ -18,7 +18,6 @@ from marval_rl.errors import RecipeError
 from marval_rl.recipes.reading import (
     build_configs,
     find_recipes,
-    parse_recipe,
     peek_setting,
     read_settings,
     resolved_recipe,
@@ -67,7 +66,7 @@ def write(tmp_path: Path):
 
 
 def parse(path, *overrides, types=(Method,)):
-    return parse_recipe(path, overrides, types)
+    return build_configs(read_settings(path, overrides, types), types)
 
 
 # precedence
@@ -330,7 +329,7 @@ def test_a_saved_recipe_builds_the_same_configuration(write, tmp_path):
     configs = build_configs(settings, types)
     saved = tmp_path / "run" / "recipe.yaml"
     save_recipe(saved, resolved_recipe(configs, settings))
-    method, training = parse_recipe(saved, [], types)
+    method, training = parse(saved, types=types)
     assert method == configs[0]
     assert training.to_dict() == configs[1].to_dict()
     assert training.lr_scheduler_type == "cosine" and training.max_steps == 3

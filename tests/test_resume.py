@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from kill_stress import same
 from safetensors.torch import load_file
 from tiny_recipes import COMMANDS, command_line, comparable_lines, run_recipe
+from tiny_trainers import power_cut_in_step
 
 from marval_rl.errors import CheckpointError
 from marval_rl.runtime.resume import find_checkpoint
-from marval_rl.trainers.base import MARTrainer
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +30,6 @@ def undisturbed(tiny_runs, tmp_path_factory) -> dict[str, Path]:
         runs[recipe] = tmp_path_factory.mktemp(recipe) / "undisturbed"
         assert run_recipe(recipe, runs[recipe], **tiny_runs.models_of(recipe)) == 0
     return runs
-
-
-def fail_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Lets every training end in this optimizer step as it would by a power cut: nothing more is written."""
-    original = MARTrainer.training_step
-
-    def training_step(self: MARTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise OSError("the lights went out")
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(MARTrainer, "training_step", training_step)
 
 
 def assert_same_end(run: Path, other: Path, last: str = "checkpoint-6") -> None:
@@ -56,34 +45,23 @@ def assert_same_end(run: Path, other: Path, last: str = "checkpoint-6") -> None:
             assert one.keys() == two.keys()
             assert all(torch.equal(one[name], two[name]) for name in one), file
     for file in ("optimizer.pt", "scheduler.pt"):
-        states = [torch.load(folder / last / file, weights_only=True) for folder in (run, other)]
-        assert_equal_nested(*states)
+        assert same(*(torch.load(folder / last / file, weights_only=True) for folder in (run, other))), file
     assert comparable_lines(run) == comparable_lines(other)
 
 
-def assert_equal_nested(one: Any, other: Any) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_nested(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal_nested(a, b)
-    else:
-        assert one == other
+def assert_resumed_alike(folder: Path, recipe: str, step: int, last: str, **settings: Any) -> None:
+    """A run that broke off in this step and was resumed ends as one that was left alone."""
+    assert run_recipe(recipe, folder / "whole", **settings) == 0
+    with power_cut_in_step(step):
+        assert run_recipe(recipe, folder / "broken", **settings) == 1
+    assert run_recipe(recipe, folder / "broken", "--resume", **settings) == 0
+    assert_same_end(folder / "broken", folder / "whole", last)
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)
-def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(
-    undisturbed, tiny_runs, tmp_path, monkeypatch, recipe
-):
+def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(undisturbed, tiny_runs, tmp_path, recipe):
     run, settings = tmp_path / "run", tiny_runs.models_of(recipe)
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 4)  # a step after the checkpoint, so that metrics.jsonl has a line too many
+    with power_cut_in_step(4):  # a step after the checkpoint, so that metrics.jsonl has a line too many
         assert run_recipe(recipe, run, **settings) == 1
     assert [line["step"] for line in comparable_lines(run)] == [0, 1, 2, 3, 3, 4]
     assert not (run / "checkpoint-6").exists() and not (run / "final").exists()
@@ -92,18 +70,13 @@ def test_a_run_that_was_interrupted_and_resumed_ends_as_an_undisturbed_one(
     assert_same_end(run, undisturbed[recipe])
 
 
-def test_the_figures_of_a_line_survive_a_checkpoint_in_between(tiny_runs, tmp_path, monkeypatch):
+def test_the_figures_of_a_line_survive_a_checkpoint_in_between(tiny_runs, tmp_path):
     # A line is the mean over 4 steps, the checkpoint lies in their middle.
     settings = {**tiny_runs.models_of("grpo"), "logging_steps": 4, "save_steps": 2, "max_steps": 4, "eval_steps": 4}
-    assert run_recipe("grpo", tmp_path / "whole", **settings) == 0
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 3)
-        assert run_recipe("grpo", tmp_path / "broken", **settings) == 1
-    assert run_recipe("grpo", tmp_path / "broken", "--resume", **settings) == 0
-    assert_same_end(tmp_path / "broken", tmp_path / "whole", last="checkpoint-4")
+    assert_resumed_alike(tmp_path, "grpo", 3, "checkpoint-4", **settings)
 
 
-def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monkeypatch):
+def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path):
     # 1297 images in batches of 500: an epoch ends after 3 steps, and the run breaks off in the second one.
     settings = {
         "max_steps": 5,
@@ -113,12 +86,7 @@ def test_several_epochs_are_resumed_in_the_same_order_of_the_data(tmp_path, monk
         "save_steps": 1,
         "lr_scheduler_kwargs": json.dumps({"num_decay_steps": 1}),
     }
-    assert run_recipe("teacher", tmp_path / "whole", **settings) == 0
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 4)
-        assert run_recipe("teacher", tmp_path / "broken", **settings) == 1
-    assert run_recipe("teacher", tmp_path / "broken", "--resume", **settings) == 0
-    assert_same_end(tmp_path / "broken", tmp_path / "whole", last="checkpoint-5")
+    assert_resumed_alike(tmp_path, "teacher", 4, "checkpoint-5", **settings)
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, tmp_path, capsys):
@@ -134,17 +102,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(undisturbed, tiny_runs, 
     assert_same_end(run, undisturbed["distill"])
 
 
-def test_resuming_a_finished_run_changes_nothing(undisturbed, tiny_runs, tmp_path):
+@pytest.mark.parametrize("named", [None, "checkpoint-3"])
+def test_a_finished_run_and_a_named_checkpoint_are_resumed_to_the_same_end(undisturbed, tiny_runs, tmp_path, named):
     run = tmp_path / "run"
     shutil.copytree(undisturbed["distill"], run)
-    assert run_recipe("distill", run, "--resume", **tiny_runs.models_of("distill")) == 0
-    assert_same_end(run, undisturbed["distill"])
-
-
-def test_a_checkpoint_can_be_named(undisturbed, tiny_runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed["distill"], run)
-    flags = ("--resume", str(run / "checkpoint-3"))
+    flags = ["--resume", *([] if named is None else [str(run / named)])]
     assert run_recipe("distill", run, *flags, **tiny_runs.models_of("distill")) == 0
     assert_same_end(run, undisturbed["distill"])
 
@@ -160,14 +122,6 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path, resu
     else:
         with pytest.raises(CheckpointError, match=r"checkpoint-2 is not a complete checkpoint: trainer_state"):
             find_checkpoint(tmp_path, str(torn))
-
-
-def test_checkpoints_are_compared_as_numbers(tmp_path):
-    for step in (900, 1000):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1000"
 
 
 # Real processes, real signals
@@ -242,7 +196,7 @@ def test_an_interrupted_process_keeps_a_checkpoint_and_is_resumed_to_the_same_we
     assert_same_end(tmp_path / "run", undisturbed, last="checkpoint-9")
 
 
-def test_other_folders_named_checkpoint_are_passed_over(tmp_path):
+def test_checkpoints_are_compared_as_numbers_and_other_folders_passed_over(tmp_path):
     for name in ("checkpoint-old", "checkpoint-", "checkpoint-3", "checkpoint-20"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text("{}")

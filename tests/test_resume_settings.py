@@ -187,7 +187,7 @@ def test_overwriting_removes_the_curves_of_the_run_and_of_no_other(tmp_path):
 def test_a_tracker_that_is_not_installed_is_named_before_work(train, tmp_path, complaint, monkeypatch, tracker):
     from marval_rl.runtime import settings
 
-    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "get_available_reporting_integrations", lambda: [])
     line = complaint(2, train(report_to=tracker, model=tmp_path / "nowhere"))
     assert line == f"report_to {tracker} needs a package that is not installed: pip install {tracker}"
 

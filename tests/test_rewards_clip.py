@@ -14,7 +14,7 @@ import torch
 from marval_rl.rewards import network_reward
 from marval_rl.rewards.clip import Clip, _warn_of_gelu
 from safetensors.torch import load_file, save_file
-from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_pictures, to_tensor, write_clip
+from tiny_rewards import CLIP_CONFIG, by_open_clip, golden_image, noise_images, to_pictures, to_tensor, write_clip
 from torch import Tensor
 
 from marval_rl.errors import CheckpointError, RewardError
@@ -39,16 +39,6 @@ def tiny_name(monkeypatch) -> str:
 @pytest.fixture(scope="module")
 def tensors(folder) -> dict[str, Tensor]:
     return load_file(folder / "open_clip_model.safetensors")
-
-
-def by_open_clip(folder: Path, pictures: list, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """The pixels and the cosines by open_clip itself, from pictures to scores."""
-    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    pixels = torch.stack([preprocess(picture) for picture in pictures])
-    with torch.no_grad():
-        images = model.eval().encode_image(pixels, normalize=True)
-        texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(prompts), normalize=True)
-    return pixels, (images * texts).sum(dim=1)
 
 
 def score(reward: Clip, images: Tensor, prompts: list[str]) -> Tensor:

@@ -9,7 +9,16 @@ import pytest
 import torch
 from marval_rl.rewards.hps import MODEL, Hps
 from PIL import Image
-from tiny_rewards import CLIP_CONFIG, golden_image, noise_images, to_pictures, to_tensor, write_clip, write_hps
+from tiny_rewards import (
+    CLIP_CONFIG,
+    by_open_clip,
+    golden_image,
+    noise_images,
+    to_pictures,
+    to_tensor,
+    write_clip,
+    write_hps,
+)
 from torch import Tensor
 
 from marval_rl.errors import CheckpointError
@@ -44,23 +53,13 @@ def padded(picture: Image.Image) -> Image.Image:
     return square
 
 
-def by_open_clip(folder: Path, squares: list[Image.Image], prompts: list[str]) -> Tensor:
-    """diag(image features @ text features^T), the authors' score."""
-    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    pixels = torch.stack([preprocess(square) for square in squares])
-    with torch.no_grad():
-        images = model.eval().encode_image(pixels, normalize=True)
-        texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(prompts), normalize=True)
-    return (images @ texts.T).diagonal()
-
-
 def score(reward: Hps, images: Tensor, prompts: list[str] = PROMPTS) -> Tensor:
     return reward(images=images, prompts=prompts, class_names=prompts)
 
 
 def test_scores_are_the_cosines_of_open_clip(weights, clip_folder):
     images = noise_images(3, SIZE, SIZE)
-    expected = by_open_clip(clip_folder, to_pictures(images), PROMPTS)
+    _, expected = by_open_clip(clip_folder, to_pictures(images), PROMPTS)
     found = score(Hps(weights), images)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(score(Hps(weights, scale=100.0), images), 100 * found)
@@ -74,7 +73,7 @@ def test_images_are_prepared_as_by_the_authors(weights, clip_folder):
         image, square = to_tensor(picture), padded(picture)
         off = reward.pixels(image)[0] * std + mean - to_tensor(square)[0]
         assert float(off.abs().max()) < 2 / 255
-        expected = by_open_clip(clip_folder, [square], PROMPTS[:1])
+        _, expected = by_open_clip(clip_folder, [square], PROMPTS[:1])
         assert float(score(reward, image, PROMPTS[:1])) == pytest.approx(float(expected), abs=3e-3)
 
 

@@ -21,7 +21,7 @@ from tiny_trainers import assert_equal_states, grey_student, grpo_trainer
 
 from marval_rl.cli.main import main
 from marval_rl.models.checkpoints import load_model
-from marval_rl.recipes.reading import parse_recipe
+from marval_rl.recipes.reading import build_configs, read_settings
 from marval_rl.reporting.images import sample_strips
 from marval_rl.reporting.run_folder import load_runs
 from marval_rl.runtime.model_card import write_model_card
@@ -197,8 +197,8 @@ def test_the_metrics_have_the_promised_names(runs, recipe):
 @pytest.mark.parametrize("recipe", COMMANDS)
 def test_the_written_recipe_parses_back_to_the_same_settings(runs, tiny_runs, recipe):
     arguments = command_line(recipe, runs[recipe], **tiny_runs.models_of(recipe))
-    given = parse_recipe(RECIPES / f"{recipe}.yaml", arguments[2:], CONFIGS[recipe])
-    written = parse_recipe(runs[recipe] / "recipe.yaml", [], CONFIGS[recipe])
+    read = [(RECIPES / f"{recipe}.yaml", arguments[2:]), (runs[recipe] / "recipe.yaml", [])]
+    given, written = (build_configs(read_settings(*each, CONFIGS[recipe]), CONFIGS[recipe]) for each in read)
     for one, other in zip(given, written, strict=True):
         assert public(one) == public(other)
 

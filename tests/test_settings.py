@@ -31,7 +31,7 @@ from marval_rl.evaluation.references import Rows
 from marval_rl.models import MARConfig
 from marval_rl.recipes import data_arguments, evaluation_arguments
 from marval_rl.recipes.data_arguments import DataArguments
-from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, TeacherArguments
+from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.rewarding import RewardSet
 from marval_rl.runtime.settings import (
     OPTIMIZERS,
@@ -482,9 +482,9 @@ def test_every_other_field_changes_what_is_made_of_it(monkeypatch):
     for name, (recipe, value, others) in PARTS.items():
         changed = uses_of(recipe, monkeypatch, **{**others, name: value})
         assert changed != uses_of(recipe, monkeypatch, **others), name
-    source = inspect.getsource(train_command)
+    source = inspect.getsource(train_command) + inspect.getsource(RewardArguments.rolled_out)
     for name in READ_BY_TRAIN:
-        assert any(text in source for text in (f"rewarded.{name}", f"data.{name}", f'"{name}"')), name
+        assert any(text in source for text in (f"rewarded.{name}", f"self.{name}", f"data.{name}", f'"{name}"')), name
 
 
 # ---- Warnings that users need come through ----

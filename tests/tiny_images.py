@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from marval_rl.data.image_folder import ImageFolder
-from marval_rl.data.moments.writer import build_cache
+from marval_rl.data.moments.writer import CacheJob, build_cache
 from marval_rl.models.vae import VAECodec
 
 SIZE = 16  # of the crops; the VAE halves it
-CACHE_SETTINGS = {"vae_name": "tiny", "shard_size": 8, "batch_size": 4}
+CACHE_SETTINGS = {"vae_name": "tiny", "shard_size": 8}
 NUM_SHARDS = 8  # of the 60 images
 
 
@@ -71,9 +71,8 @@ def write_partly_corrupt_folder(root: Path) -> Path:
 def write_cache(images: Path, folder: Path) -> Path:
     """A cache that nothing disturbed, by two processes one after the other."""
     for rank in (1, 0):
-        manifest = build_cache(
-            ImageFolder(images), tiny_codec(), SIZE, folder, **CACHE_SETTINGS, rank=rank, world_size=2
-        )
+        job = CacheJob(ImageFolder(images), tiny_codec(), SIZE, folder, **CACHE_SETTINGS)
+        manifest = build_cache(job, batch_size=4, rank=rank, world_size=2)
         assert (manifest is None) == (rank == 1)
     return folder
 

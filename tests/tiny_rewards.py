@@ -57,6 +57,16 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
+def by_open_clip(folder: Path, pictures: list[Image.Image], prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """The pixels and the cosines by open_clip itself, from pictures to scores."""
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    pixels = torch.stack([preprocess(picture) for picture in pictures])
+    with torch.no_grad():
+        images = model.eval().encode_image(pixels, normalize=True)
+        texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(prompts), normalize=True)
+    return pixels, (images * texts).sum(dim=1)
+
+
 def write_clip(folder: Path, preprocess: dict | None = None, **config: object) -> Path:
     """A folder for `local-dir:`: open_clip_config.json and weights that tell images and prompts well apart."""
     folder.mkdir(parents=True, exist_ok=True)

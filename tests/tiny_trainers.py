@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import tiny_model, tiny_student
 from tiny_text import text_model
@@ -119,3 +122,18 @@ def snapshots_by_step(trainer: MARTrainer, modules: dict[str, nn.Module]) -> lis
     average.update = after_each_step
     trainer.train()
     return states
+
+
+@contextmanager
+def power_cut_in_step(step: int) -> Iterator[None]:
+    """Within this context every training ends in this optimizer step, and writes nothing more."""
+    original = MARTrainer.training_step
+
+    def training_step(self: MARTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise OSError("the lights went out")
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MARTrainer, "training_step", training_step)
+        yield

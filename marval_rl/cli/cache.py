@@ -5,16 +5,14 @@
 import argparse
 import math
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from marval_rl.cli.arguments import add_recipe_argument, quiet_libraries
 from marval_rl.cli.launch import Launch
 from marval_rl.cli.processes import run_processes
-from marval_rl.data import LabelledImages
 from marval_rl.data.class_names import describe_classes
 from marval_rl.data.moments.cache_report import Reporter, print_summary
 from marval_rl.data.moments.changes import Changes, drop_changed_shards, find_changes
@@ -27,7 +25,7 @@ from marval_rl.data.moments.manifest import (
     write_manifest,
 )
 from marval_rl.data.moments.shards import DTYPES
-from marval_rl.data.moments.writer import build_cache, cache_settings
+from marval_rl.data.moments.writer import CacheJob, build_cache
 from marval_rl.errors import DataError, MarvalError, RecipeError
 from marval_rl.launched import Place, find_place, is_started_here
 from marval_rl.models.checkpoints import load_config
@@ -39,6 +37,7 @@ from marval_rl.models.vae import VAECodec
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import TeacherArguments
 from marval_rl.recipes.reading import build_configs, read_settings
+from marval_rl.runtime.settings import setting
 from marval_rl.text import dump_yaml
 from marval_rl.trainers.distill import DistillConfig
 
@@ -47,29 +46,15 @@ from marval_rl.trainers.distill import DistillConfig
 class CacheArguments:
     """How the cache is made."""
 
-    cache_dtype: str = field(default="float32", metadata={"help": "Type of the moments.", "choices": list(DTYPES)})
-    shard_size: int = field(default=1024, metadata={"help": "Images a file."})
-    cache_batch_size: int = field(default=32, metadata={"help": "Images the VAE encodes at once."})
-    num_processes: int = field(default=1, metadata={"help": "Processes on this machine; leave it out under torchrun."})
+    cache_dtype: str = setting("float32", "Type of the moments.", DTYPES)
+    shard_size: int = setting(1024, "Images a file.")
+    cache_batch_size: int = setting(32, "Images the VAE encodes at once.")
+    num_processes: int = setting(1, "Processes on this machine; leave it out under torchrun.")
 
     def __post_init__(self):
         for name in ("shard_size", "cache_batch_size", "num_processes"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, not {vars(self)[name]}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be encoded, and where to; the keyword arguments that `cache_settings` and `build_cache` share."""
-
-    source: LabelledImages
-    codec: Autoencoder
-    image_size: int
-    folder: Path
-    storage: dict[str, Any]
-
-    def settings(self) -> dict[str, Any]:
-        return cache_settings(self.source, self.codec, self.image_size, **self.storage)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,11 +94,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         return
     place = place or Place()
     manifest = build_cache(
-        job.source,
-        job.codec,
-        job.image_size,
-        job.folder,
-        **job.storage,
+        job,
         batch_size=cache.cache_batch_size,
         num_workers=given.get("dataloader_num_workers", 0),
         device=choose_device(place, use_cpu=given.get("use_cpu", False)),
@@ -130,7 +111,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         print_summary(job.folder, manifest)
 
 
-def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> Job:
+def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> CacheJob:
     """What the recipe says, with the VAE and the image size of the teacher where it does not say them."""
     vae, image_size = data.vae, data.image_size
     if source.teacher is not None and (vae is None or image_size is None):
@@ -141,13 +122,8 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
     if image_size is None:
         raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
     assert data.cache_dir is not None
-    storage = {
-        "vae_name": vae,
-        "dtype": cache.cache_dtype,
-        "shard_size": cache.shard_size,
-        "flip": data.flips,
-    }
-    return Job(data.load_images(), load_codec(vae), image_size, Path(data.cache_dir), storage)
+    storage = (Path(data.cache_dir), vae, cache.cache_dtype, cache.shard_size, data.flips)
+    return CacheJob(data.load_images(), load_codec(vae), image_size, *storage)
 
 
 def load_codec(name: str) -> Autoencoder:
@@ -161,7 +137,7 @@ def load_codec(name: str) -> Autoencoder:
     return VAECodec.from_pretrained(name)
 
 
-def encode_in_processes(job: Job, arguments: list[str], num_processes: int) -> None:
+def encode_in_processes(job: CacheJob, arguments: list[str], num_processes: int) -> None:
     """Encode in several processes, after errors that would occur in each of them were looked for once."""
     settings = job.settings()
     begin(job.folder, settings)

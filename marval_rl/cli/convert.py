@@ -130,7 +130,8 @@ def from_maskgen(args: argparse.Namespace, files: OfficialFiles) -> None:
 
 def to_official(source: Path, output: Path, overwrite: bool) -> None:
     """Writes a file that the official code loads, weights bit for bit as in the folder."""
-    kind = _model_type(source)
+    config = _config_of(source)
+    kind = config.get("model_type")
     is_text = kind in (MaskGenConfig.model_type, TATiTokConfig.model_type)
     _check_free(output, overwrite, wants_folder=is_text)
     if not source.is_dir():
@@ -138,7 +139,7 @@ def to_official(source: Path, output: Path, overwrite: bool) -> None:
     if is_text:
         to_maskgen(source, output, kind == TATiTokConfig.model_type)
         return
-    if _class_name(source) == AutoencoderKL.__name__:
+    if config.get("_class_name") == AutoencoderKL.__name__:
         model: Any = load_autoencoder(source)
         name, content = "VAE", vae_checkpoint(model, source)
     else:
@@ -177,20 +178,13 @@ def class_names(num_classes: int) -> list[str] | None:
     return list(IMAGENET_CLASS_NAMES)
 
 
-def _model_type(folder: Path) -> str | None:
-    """What a folder's config.json calls its model."""
+def _config_of(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says; nothing where there is none: `load_model` complains."""
     try:
-        return json.loads(read_text(folder / "config.json")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _class_name(folder: Path) -> str | None:
-    """The diffusers class of a folder; None for a MAR, which `load_model` checks."""
-    try:
-        return json.loads(read_text(folder / "config.json")).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        return None
+        config = json.loads(read_text(folder / "config.json"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _refuse_mar_options(args: argparse.Namespace, why: str) -> None:

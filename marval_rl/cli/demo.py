@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 RECIPES, QUICK_RECIPES = Path("recipes/mnist"), Path("recipes/digits")  # of this folder, or else of those that ship
 STEPS = 4  # unmasking steps of the student
@@ -148,18 +148,9 @@ def print_table(evaluations: dict[str, dict[str, Any]], before: str, after: str)
 
 def save_picture(grids: dict[str, Path], row_names: list[str], path: Path) -> Path:
     """The grids side by side, a title above each, the classes' names beside the rows."""
-    images = {title: Image.open(grid).convert("RGB") for title, grid in grids.items()}
-    gap, left, head = 16, 88, 26
-    height = max(image.height for image in images.values())
-    picture = Image.new("RGB", (left + sum(image.width + gap for image in images.values()), height + head), "white")
-    draw, x = ImageDraw.Draw(picture), left
-    for row, name in enumerate(row_names):
-        draw.text((8, head + (row + 0.5) * height / len(row_names)), name, fill="black", font_size=15, anchor="lm")
-    for title, image in images.items():
-        draw.text((x, 5), title, fill="black", font_size=15)
-        picture.paste(image, (x, head))
-        x += image.width + gap
-    picture.save(path)
+    from marval_rl.cli.sample import labelled
+
+    labelled({title: Image.open(grid).convert("RGB") for title, grid in grids.items()}, row_names).save(path)
     return path
 
 

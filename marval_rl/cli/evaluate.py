@@ -5,25 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from marval_rl import __version__
 from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, quiet_libraries, sampling_settings
+from marval_rl.cli.env import environment
 from marval_rl.cli.launch import add_launch_arguments
 from marval_rl.data.class_names import check_number, label_classes, read_class_names
+from marval_rl.data.moments.fingerprint import hash_weights
 from marval_rl.data.prompts import load_prompts
 from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.features import Inception
 from marval_rl.evaluation.image_run import ImageRun
-from marval_rl.evaluation.image_set import ImagePlan, weights_digest
+from marval_rl.evaluation.image_set import ImagePlan
 from marval_rl.evaluation.references import images_of_files, list_images
 from marval_rl.evaluation.speed import generation_speed
 from marval_rl.launched import check_company, launched_processes
@@ -46,7 +45,6 @@ DATA_SETTINGS = (
     *("dataset", "class_groups", "eval_dataset", "eval_holdout", "image_column", "label_column"),
     *("eval_features", "eval_reference", "eval_reference_images", "judges", "caption_column", "eval_prompts"),
 )
-VERSIONS = ("torch", "torch-fidelity", "open_clip_torch", "diffusers", "transformers", "numpy", "pillow")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,40 +131,27 @@ def evaluate_folder(args: argparse.Namespace, data: DataArguments) -> None:
     parts = [evaluator.measure(images.read(batch).to(evaluator.device)) for batch in batches]
     figures = evaluator.figures({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     settings = {"num_images": len(images), **described(data)}
-    results = {**figures, "notes": notes, "images": str(args.images), "settings": settings}
-    write_results({**results, **environment(evaluator.device)}, output)
+    results: dict[str, Any] = {**figures, "notes": notes, "images": str(args.images), "settings": settings}
+    write_results({**results, "device": str(evaluator.device), "environment": environment()}, output)
 
 
 # ---- A model ----
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    """This process among those that torchrun or `accelerate launch` started; alone without them."""
-
-    rank: int = 0
-    size: int = 1
-
-    def wait(self) -> None:
-        """Waits until all processes are here."""
-        if self.size > 1:
-            PartialState().wait_for_everyone()
-
-
-def join_world(args: argparse.Namespace) -> World:
-    """Meets the processes that a launcher started; gives each its GPU, unless --device names one."""
+def join_processes(args: argparse.Namespace) -> PartialState:
+    """Meets the processes that a launcher started, if one did; gives each its GPU, unless --device names one."""
     num_processes = launched_processes()
-    if num_processes == 1:
-        return World()
     state = PartialState(cpu=args.device == "cpu" or only_cpu_here(num_processes), timeout=SLOWEST_SHARE)
     check_company(state.num_processes)
-    args.device = args.device or str(state.device)
-    return World(state.process_index, state.num_processes)
+    if num_processes > 1:
+        args.device = args.device or str(state.device)
+    return state
 
 
 def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     """Generates and measures, or continues an evaluation that was interrupted."""
-    world = join_world(args)
+    state = join_processes(args)
+    rank, num_processes = state.process_index, state.num_processes
     if args.redraws is not None and args.redraws < 1:
         raise ValueError(f"--redraws must be at least 1, not {args.redraws}")
     check_output(output_file(args))
@@ -175,19 +160,18 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     evaluator = make_evaluator(args, data, model.config, device)
     runs = make_runs(args, data, asked or range(model.config.num_classes))
     notes = notes_on(evaluator, args.num_images)
-    if world.rank == 0:
-        if device.type == "cpu" and world.size > 1:
-            print(f"{world.size} processes on the CPU")
-        identity = {"model": args.model, "vae": model.config.vae, "weights_sha256": weights_digest(model)}
+    if rank == 0:
+        if device.type == "cpu" and num_processes > 1:
+            print(f"{num_processes} processes on the CPU")
+        identity = {"model": args.model, "vae": model.config.vae, "weights_sha256": hash_weights(model)}
         for image_run in runs:
             image_run.claim(identity)
-    world.wait()
+    state.wait_for_everyone()
     for image_run in runs:
-        image_run.do_share(model, codec, evaluator, world.rank, world.size, args.progress and world.rank == 0)
-    world.wait()
-    if world.size > 1:
-        PartialState().destroy_process_group()
-    if world.rank != 0:
+        image_run.do_share(model, codec, evaluator, rank, num_processes, args.progress and rank == 0)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    if rank != 0:
         return
 
     rows = [image_run.collect() for image_run in runs]
@@ -201,11 +185,11 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
         "batch_size": args.batch_size,
         "vae": model.config.vae,
         "prompt_template": prompt_template(args) if args.rewards else None,
-        "processes": world.size,
+        "processes": num_processes,
         **described(data),
     }
-    results = {**figures, **speed, "std": deviations, "notes": notes, "settings": settings}
-    results |= {"seed": args.seed, "model": args.model, **environment(device)}
+    results: dict[str, Any] = {**figures, **speed, "std": deviations, "notes": notes, "settings": settings}
+    results |= {"seed": args.seed, "model": args.model, "device": str(device), "environment": environment()}
     names = class_names(args, model.config) or [f"class {label}" for label in range(model.config.num_classes)]
     drawn = {name: torch.cat([one[name] for one in rows]) for name in rows[0]}
     results["per_class"] = evaluator.per_class(drawn, names)
@@ -334,28 +318,6 @@ def notes_on(evaluator: ImageEvaluator, count: int) -> list[str]:
             "and FID is biased upwards; compare it only with figures of equally many images, or read kid"
         )
     return notes
-
-
-def environment(device: torch.device | str) -> dict[str, Any]:
-    """What the figures were measured on and with."""
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "marval-rl": __version__,
-            "python": platform.python_version(),
-            **{package: _version(package) for package in VERSIONS},
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # of an extra
-        return None
 
 
 def output_file(args: argparse.Namespace) -> Path:

@@ -67,16 +67,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
             data.announce(images, config.process_index)
         data.fit(student.config, rewarded.model, images)
         teacher = source.load() if anchored else None
-        conditions = find_conditions(
-            student.config,
-            str(rewarded.model),
-            None if images is None else images.class_names,
-            rewarded.prompts_per_class,
-            rewarded.prompts,
-            rewarded.prompt_column,
-            rewarded.prompt_split,
-            data.eval_prompts,
-        )
+        names = None if images is None else images.class_names
+        asked = {**rewarded.rolled_out(), "eval_prompts": data.eval_prompts}
+        conditions = find_conditions(student.config, str(rewarded.model), names, **asked)
         conditions.give(student, teacher)
         return trainer_class(
             student,

@@ -17,13 +17,8 @@ from marval_rl.text import read_text
 IMAGENET = "imagenet"
 
 
-def _read_imagenet_classes() -> list[tuple[str, str]]:
-    lines = Path(__file__).with_name("imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
-    pairs = (line.split("\t") for line in lines if not line.startswith("#"))
-    return [(wnid, name) for wnid, name in pairs]
-
-
-_NAME_OF_WNID = dict(_read_imagenet_classes())  # sorted: the label is the position
+_LINES = Path(__file__).with_name("imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
+_NAME_OF_WNID = dict(line.split("\t") for line in _LINES if not line.startswith("#"))  # sorted: labels are positions
 IMAGENET_WNIDS = list(_NAME_OF_WNID)
 IMAGENET_CLASS_NAMES = list(_NAME_OF_WNID.values())  # "missile" and "sunglasses" name two classes each
 

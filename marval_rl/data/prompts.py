@@ -65,15 +65,20 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"cannot read the prompts {path}: {error}") from error
 
 
+def load_saved(folder: Path, split: str) -> datasets.Dataset:
+    """What `datasets.save_to_disk` wrote; of several splits this one. Raises DataError if it is not among them."""
+    found = datasets.load_from_disk(str(folder))
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise DataError(f"{folder} has no split {split!r}: it has {', '.join(found)}")
+    return found[split]
+
+
 def _read(name: str, path: Path, split: str) -> datasets.Dataset:
     try:
         if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise DataError(f"{path} has no split {split!r}: it has {', '.join(found)}")
-                found = found[split]
-            return found
+            return load_saved(path, split)
         if path.suffix in TABLES:
             if not path.is_file():
                 raise DataError(f"no prompts at {path}: the file does not exist")

@@ -12,7 +12,7 @@ from marval_rl.data.class_names import shorten
 from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.data.layout import is_split
-from marval_rl.errors import DataError
+from marval_rl.errors import DataError, first_line
 
 
 def load_labelled_images(
@@ -100,14 +100,11 @@ def _load_dataset(name: str, path: Path, split: str):
     """The `datasets.Dataset` that the name or path means."""
     import datasets
 
+    from marval_rl.data.prompts import load_saved
+
     try:
         if path.is_dir() and _is_saved(path):
-            found = datasets.load_from_disk(str(path))
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise DataError(f"{path} has no split {split!r}: it has {', '.join(found)}")
-                return found[split]
-            return found
+            return load_saved(path, split)
         if path.is_dir():
             return datasets.load_dataset("parquet", data_dir=str(path), split=split)
         files = sorted(map(str, path.parent.glob(path.name))) if "*" in path.name else [str(path)] * path.is_file()
@@ -126,7 +123,7 @@ def _load_dataset(name: str, path: Path, split: str):
             if path.exists() or "*" in name
             else f" (no such local path, so it was taken for a hub id; ./{name} is a path)"
         )
-        raise DataError(f"cannot load the split {split!r} of {name}{meant}: {_first_line(error)}") from error
+        raise DataError(f"cannot load the split {split!r} of {name}{meant}: {first_line(error)}") from error
 
 
 def _is_saved(folder: Path) -> bool:
@@ -148,23 +145,17 @@ def _holds_parquet(folder: Path, split: str) -> bool:
 
 
 def _check_parquet(files: list[str]) -> None:
-    """Raises DataError for a file that is no parquet file or is cut off: it ends, as it begins, with PAR1."""
+    """Raises DataError for a file that is no parquet file or is cut off, which `datasets` would not name."""
+    import pyarrow.parquet
+
     for file in files:
-        with open(file, "rb") as stream:
-            ends = stream.read(4)
-            stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - 4))
-            ends += stream.read(4)
-        if ends != b"PAR1PAR1":
-            raise DataError(f"{file} is no parquet file, or it is cut off")
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{file} is no parquet file, or it is cut off") from error
 
 
 def _looks_like_hub_id(name: str) -> bool:
     """A relative path in a folder that is there, and anything that begins with a dot, is meant to be local."""
     is_local = name.startswith((".", "/", "~")) or name.endswith(("/", ".parquet")) or Path(name).parent.is_dir()
     return name.count("/") == 1 and not is_local
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

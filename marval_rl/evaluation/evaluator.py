@@ -31,6 +31,7 @@ from marval_rl.evaluation.measures import (
 from marval_rl.evaluation.references import RealImages, Reference, Rows, measure_real
 from marval_rl.models.generation import balanced_labels
 from marval_rl.rewarding import RewardSet
+from marval_rl.rewarding.reward_set import checked_images
 
 JUDGED = ("accuracy", "log_probability", "confidence")  # by each judge
 REAL_DRAWS = 8  # random subsets of real images over which what they reach themselves is averaged
@@ -180,11 +181,7 @@ class ImageEvaluator:
 
     def evaluate(self, images: Tensor, class_labels: Tensor | None = None) -> Figures:
         """The figures of generated images [N, 1 or 3, H, W] in 0..1. Raises ValueError for invalid ones."""
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-            raise ValueError(f"images must have the shape [N, 1 or 3, H, W], not {list(images.shape)}")
-        low, high = (float(bound) for bound in images.aminmax())
-        if not (low >= 0 and high <= 1):  # also refuses NaN
-            raise ValueError(f"pixels must lie in 0..1, but they lie in {low:g}..{high:g}; clamp the images first")
+        images = checked_images(images)
         if class_labels is not None and class_labels.shape != images.shape[:1]:
             raise ValueError(f"class_labels has the shape {list(class_labels.shape)} for {len(images)} images")
         return self.figures(self.measure(to_pixels(images), class_labels))

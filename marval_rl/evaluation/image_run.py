@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from marval_rl.errors import DataError
@@ -57,7 +56,8 @@ class ImageRun:
         Raises:
             DataError: If the folder holds images or measures made otherwise, naming what differs.
         """
-        sampling = {**vars(self.sampling), "autocast_dtype": dtype_name(self.sampling.autocast_dtype)}
+        dtype = str(self.sampling.autocast_dtype or torch.float32).removeprefix("torch.")
+        sampling = {**vars(self.sampling), "autocast_dtype": dtype}
         settings = {**generator, **sampling, **vars(self.plan), "seed": self.seed, "keeps_images": self.keeps_images}
         claim_folder(self.folder, settings, "images", "Give the same settings, another folder, or delete it")
         if self.keeps_images:
@@ -84,14 +84,15 @@ class ImageRun:
         was_training = model.training
         model.eval()
         for batch in tqdm(self.plan.share(rank, world_size), desc="batches", leave=False, disable=not progress):
-            pixels = self._kept_pixels(batch)
+            indices = self.plan.indices(batch)
+            pixels = read_written_images(self.folder / IMAGES, indices) if self.keeps_images else None
             is_measured = read_rows(self._part_file(batch)) is not None
             if is_measured and (pixels is not None or not self.keeps_images):
                 continue
             if pixels is None:
                 pixels = generate_batch(model, codec, self.plan, batch, self.sampling, self.seed)
                 if self.keeps_images:
-                    write_images(self.folder / IMAGES, self.plan.indices(batch), pixels)
+                    write_images(self.folder / IMAGES, indices, pixels)
             if not is_measured:
                 rows = evaluator.measure(pixels.to(model.device), self.plan.labels(batch))
                 write_rows(self._part_file(batch), rows)
@@ -116,13 +117,3 @@ class ImageRun:
 
     def _part_file(self, batch: int) -> Path:
         return self.folder / MEASURES / f"{batch:06d}.safetensors"
-
-    def _kept_pixels(self, batch: int) -> Tensor | None:
-        if not self.keeps_images:
-            return None
-        return read_written_images(self.folder / IMAGES, self.plan.indices(batch))
-
-
-def dtype_name(dtype: torch.dtype | None) -> str:
-    """ "bfloat16" for torch.bfloat16, "float32" for None."""
-    return "float32" if dtype is None else str(dtype).removeprefix("torch.")

@@ -87,10 +87,5 @@ def find_conditions(
             )
         eval_classes = range(len(table), len(table) + len(held_out))
         table += held_out
-    return Conditions(table, _rows(labels, columns, repeats), eval_classes)
-
-
-def _rows(labels: Sequence[int], columns: dict[str, list[Any]], repeats: int) -> Dataset:
-    return Dataset.from_dict(
-        {"class_labels": list(labels) * repeats, **{name: values * repeats for name, values in columns.items()}}
-    )
+    rows = {name: values * repeats for name, values in {"class_labels": labels, **columns}.items()}
+    return Conditions(table, Dataset.from_dict(rows), eval_classes)

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from marval_rl.evaluation.evaluator import ImageEvaluator
 from marval_rl.models import MaskedConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
 from marval_rl.rewarding.loading import Offers
-from marval_rl.runtime.settings import Conditions, Needs
+from marval_rl.runtime.settings import Conditions, Needs, setting
 from marval_rl.trainers.anchors import READS_IMAGES
 
 TrainingData = CroppedImages | MomentsCache
@@ -28,61 +28,40 @@ TrainingData = CroppedImages | MomentsCache
 class DataArguments(EvaluationArguments):
     """The images, their classes, and what generated images are compared with."""
 
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"A bundled set ({', '.join(BUNDLED)}), a folder of class folders, parquet, a saved `datasets` "
-            "folder, or a hub id."
-        },
+    dataset: str | None = setting(
+        None,
+        f"A bundled set ({', '.join(BUNDLED)}), a folder of class folders, parquet, a saved `datasets` "
+        "folder, or a hub id.",
     )
-    class_groups: dict[str, list[str]] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Classes to merge: new name -> the names of its classes, which become its modes; or the name of "
-            "groups that a bundled set defines (parity)."
-        },
+    class_groups: dict[str, list[str]] | str | None = setting(
+        None,
+        "Classes to merge: new name -> the names of its classes, which become its modes; or the name of "
+        "groups that a bundled set defines (parity).",
     )
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Held-out images: the name of a split of `dataset` (val), or other images of its classes."},
+    eval_dataset: str | None = setting(
+        None, "Held-out images: the name of a split of `dataset` (val), or other images of its classes."
     )
-    eval_holdout: float = field(
-        default=0.0, metadata={"help": "Share of each class to hold out from training, where no split is held out."}
+    eval_holdout: float = setting(0.0, "Share of each class to hold out from training, where no split is held out.")
+    image_column: str = setting("image", "Column of images (parquet, `datasets`).")
+    label_column: str = setting("label", "Column of class labels (parquet, `datasets`).")
+    caption_column: str | None = setting(
+        None, "Column of captions (parquet, `datasets`), for a model of text; in place of label_column."
     )
-    image_column: str = field(default="image", metadata={"help": "Column of images (parquet, `datasets`)."})
-    label_column: str = field(default="label", metadata={"help": "Column of class labels (parquet, `datasets`)."})
-    caption_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of captions (parquet, `datasets`), for a model of text; in place of label_column."},
+    eval_prompts: str | None = setting(
+        None,
+        "Held-out prompts that evaluation generates, for a model of text: a file as `prompts` takes "
+        "(default: the prompts or captions that are trained on).",
     )
-    eval_prompts: str | None = field(
-        default=None,
-        metadata={
-            "help": "Held-out prompts that evaluation generates, for a model of text: a file as `prompts` takes "
-            "(default: the prompts or captions that are trained on)."
-        },
+    class_names: str | None = setting(
+        None, 'Names where the data has none: "imagenet", or a file of one name per line.'
     )
-    class_names: str | None = field(
-        default=None, metadata={"help": 'Names where the data has none: "imagenet", or a file of one name per line.'}
+    image_size: int | None = setting(None, "Images are cropped to this many pixels (default: the model's).")
+    image_channels: int | None = setting(
+        None, "1 turns images grey, 3 makes grey ones RGB (default: the model's; of a new one the data's)."
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Images are cropped to this many pixels (default: the model's)."}
-    )
-    image_channels: int | None = field(
-        default=None,
-        metadata={
-            "help": "1 turns images grey, 3 makes grey ones RGB (default: the model's; of a new one the data's)."
-        },
-    )
-    flip: bool | None = field(
-        default=None, metadata={"help": "Mirror half of the images (default: true; false for bundled digits)."}
-    )
-    vae: str | None = field(
-        default=None, metadata={"help": "diffusers AutoencoderKL of the latents: folder or hub id (default: none)."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of VAE moments by `marval-rl cache`; read instead of the images."}
-    )
+    flip: bool | None = setting(None, "Mirror half of the images (default: true; false for bundled digits).")
+    vae: str | None = setting(None, "diffusers AutoencoderKL of the latents: folder or hub id (default: none).")
+    cache_dir: str | None = setting(None, "Folder of VAE moments by `marval-rl cache`; read instead of the images.")
     counts_if: ClassVar[Conditions] = {
         Needs("images of your own (a data set that is not bundled)", ("dataset",), lambda name: name not in BUNDLED): (
             *("image_column", "label_column", "caption_column", "class_names", "eval_dataset", "eval_holdout"),
@@ -94,7 +73,8 @@ class DataArguments(EvaluationArguments):
     }
 
     def __post_init__(self):
-        self.check_evaluation()
+        if self.eval_reference_images < 2:
+            raise ValueError(f"eval_reference_images must be at least 2, not {self.eval_reference_images}")
         if self.image_channels not in (None, 1, 3):
             raise ValueError(f"image_channels must be 1 or 3, not {self.image_channels}")
         if self.image_channels is not None and (self.vae is not None or self.cache_dir is not None):
@@ -157,27 +137,19 @@ class DataArguments(EvaluationArguments):
         if self.dataset is None or self.eval_dataset is None:
             return None
         names = self._load(self.dataset).mode_names
-        columns = {
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "caption_column": self.caption_column,
-        }
-        return self._merge(load_held_out(self.dataset, self.eval_dataset, self.class_names, names, **columns))
+        return self._merge(load_held_out(self.dataset, self.eval_dataset, self.class_names, names, **self._columns()))
 
     def crop(self, source: LabelledImages, config: MaskedConfig) -> CroppedImages:
         """Images as a model generates them, never mirrored: to compare with."""
         return CroppedImages(source, config.image_size, flip=False, channels=config.image_channels)
 
+    def _columns(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in ("image_column", "label_column", "caption_column")}
+
     def _load(self, name: str | None) -> LabelledImages:
         if name is None:
             raise RecipeError(f"dataset is not set: name the images ({', '.join(BUNDLED)}, a folder, ...; --dataset)")
-        images = load_labelled_images(
-            name,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            class_names=self.class_names,
-            caption_column=self.caption_column,
-        )
+        images = load_labelled_images(name, class_names=self.class_names, **self._columns())
         if self.caption_column is not None and isinstance(images, ImageFolder):
             raise RecipeError(
                 f"caption_column {self.caption_column} counts only for parquet and `datasets`, and {name} names its "
@@ -206,20 +178,15 @@ class DataArguments(EvaluationArguments):
         if dataset is None:
             return
         names = list(dataset.class_names)
-        if config.takes_prompts:
-            self._fit_shape(config, model, dataset)
-            return
-        if config.num_classes != len(names) or (config.class_names is not None and config.class_names != names):
-            known = ", ".join((config.class_names or ["unnamed"])[:3])
-            raise ValueError(
-                f"{model} knows {config.num_classes} classes ({known}, ...), "
-                f"but the data has {len(names)} ({', '.join(names[:3])}, ...): "
-                "set --class_groups, or choose another model"
-            )
-        config.class_names = names
-        self._fit_shape(config, model, dataset)
-
-    def _fit_shape(self, config: MaskedConfig, model: str, dataset: TrainingData) -> None:
+        if not config.takes_prompts:
+            if config.num_classes != len(names) or (config.class_names is not None and config.class_names != names):
+                known = ", ".join((config.class_names or ["unnamed"])[:3])
+                raise ValueError(
+                    f"{model} knows {config.num_classes} classes ({known}, ...), "
+                    f"but the data has {len(names)} ({', '.join(names[:3])}, ...): "
+                    "set --class_groups, or choose another model"
+                )
+            config.class_names = names
         if isinstance(dataset, CroppedImages):
             dataset.image_size = self.image_size or config.image_size
             if self.image_channels is None:

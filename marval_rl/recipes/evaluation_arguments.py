@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: the recipe parser reads the field types.
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from marval_rl.evaluation.references import RealImages, Reference, images_of_dat
 from marval_rl.models import MaskedConfig
 from marval_rl.rewarding import load_reward
 from marval_rl.rewarding.loading import Offers
-from marval_rl.runtime.settings import EVALUATED, Conditions
+from marval_rl.runtime.settings import EVALUATED, Conditions, setting
 
 NONE = "none"
 
@@ -26,38 +26,24 @@ NONE = "none"
 class EvaluationArguments:
     """What generated images are compared with, and by what."""
 
-    eval_features: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Feature extractors: {KINDS}, or rewards with a method `features`. The first one gives "
-            "frechet_distance, kid, ... their plain names (default: the data's first judge if any, and pixels)."
-        },
+    eval_features: list[str] | None = setting(
+        None,
+        f"Feature extractors: {KINDS}, or rewards with a method `features`. The first one gives "
+        "frechet_distance, kid, ... their plain names (default: the data's first judge if any, and pixels).",
     )
-    eval_reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "Real images to compare with: a folder, or statistics in .npz or torch-fidelity's .pt; none to "
-            "leave them out (default: the held-out images, else a sample of the training images)."
-        },
+    eval_reference: str | None = setting(
+        None,
+        "Real images to compare with: a folder, or statistics in .npz or torch-fidelity's .pt; none to "
+        "leave them out (default: the held-out images, else a sample of the training images).",
     )
-    eval_reference_images: int = field(
-        default=5000, metadata={"help": "Real images of the data to compare with, at most."}
-    )
-    judges: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Rewards with a method `mode_log_probs`: accuracy, coverage of modes (default: the data set's)."
-        },
+    eval_reference_images: int = setting(5000, "Real images of the data to compare with, at most.")
+    judges: list[str] | None = setting(
+        None, "Rewards with a method `mode_log_probs`: accuracy, coverage of modes (default: the data set's)."
     )
 
     counts_if: ClassVar[Conditions] = {
         EVALUATED: ("eval_features", "eval_reference", "eval_reference_images", "judges"),
     }
-
-    def check_evaluation(self) -> None:
-        """Raises ValueError for invalid settings."""
-        if self.eval_reference_images < 2:
-            raise ValueError(f"eval_reference_images must be at least 2, not {self.eval_reference_images}")
 
     def make_evaluator(
         self,

@@ -12,7 +12,7 @@ from marval_rl.errors import RecipeError
 from marval_rl.models import MARConfig, MaskedConfig, MaskedModel
 from marval_rl.models.checkpoints import load_config, load_model
 from marval_rl.models.maskgen.config import MaskGenConfig
-from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
+from marval_rl.runtime.settings import EVALUATED, Conditions, Needs, setting
 from marval_rl.trainers.anchors import ANCHORED
 from marval_rl.trainers.lora import LORA_TARGETS
 
@@ -37,27 +37,23 @@ class ModelArguments:
     """Sizes of a teacher to pretrain; image size, channels and classes come from the data."""
 
     model_size: str | None = field(default=None, metadata=SIZE)
-    backbone: str = field(
-        default="mar",
-        metadata={"help": "mar knows classes, maskgen reads captions.", "choices": ["mar", "maskgen"]},
+    backbone: str = setting("mar", "mar knows classes, maskgen reads captions.", ["mar", "maskgen"])
+    text_tower: str = setting(
+        MaskGenConfig.text_tower,
+        "open_clip's name of the text tower, local-dir:FOLDER, or words: one-hot words, no tower.",
     )
-    text_tower: str = field(
-        default=MaskGenConfig.text_tower,
-        metadata={"help": "open_clip's name of the text tower, local-dir:FOLDER, or words: one-hot words, no tower."},
+    text_pretrained: str | None = setting(
+        MaskGenConfig.text_pretrained, "Tag of open_clip or file with the text tower's weights; null for a folder."
     )
-    text_pretrained: str | None = field(
-        default=MaskGenConfig.text_pretrained,
-        metadata={"help": "Tag of open_clip or file with the text tower's weights; null for a folder."},
-    )
-    patch_size: int = field(default=2, metadata={"help": "Latent cells (or pixels) along one side of a token."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of encoder and decoder."})
-    encoder_num_layers: int = field(default=2, metadata={"help": "Blocks of the encoder."})
-    decoder_num_layers: int = field(default=2, metadata={"help": "Blocks of the decoder."})
-    num_heads: int = field(default=4, metadata={"help": "Attention heads."})
-    buffer_size: int = field(default=4, metadata={"help": "Class tokens in front of the image tokens."})
-    head_hidden_size: int = field(default=128, metadata={"help": "Width of the diffusion head."})
-    head_num_layers: int = field(default=3, metadata={"help": "Residual blocks of the diffusion head."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout of attention and projections, in 0..1."})
+    patch_size: int = setting(2, "Latent cells (or pixels) along one side of a token.")
+    hidden_size: int = setting(128, "Width of encoder and decoder.")
+    encoder_num_layers: int = setting(2, "Blocks of the encoder.")
+    decoder_num_layers: int = setting(2, "Blocks of the decoder.")
+    num_heads: int = setting(4, "Attention heads.")
+    buffer_size: int = setting(4, "Class tokens in front of the image tokens.")
+    head_hidden_size: int = setting(128, "Width of the diffusion head.")
+    head_num_layers: int = setting(3, "Residual blocks of the diffusion head.")
+    dropout: float = setting(0.0, "Dropout of attention and projections, in 0..1.")
 
     counts_if: ClassVar[Conditions] = {
         Needs("no model_size, which sets all sizes", ("model_size",), lambda size: size is None): (
@@ -122,9 +118,7 @@ class ModelArguments:
 class TeacherArguments:
     """Which teacher."""
 
-    teacher: str | None = field(
-        default=None, metadata={"help": "Teacher: model folder, run folder, hub id or official .pth file."}
-    )
+    teacher: str | None = setting(None, "Teacher: model folder, run folder, hub id or official .pth file.")
     model_size: str | None = field(default=None, metadata=SIZE)
 
     counts_if: ClassVar[Conditions] = {ANCHORED: ("teacher",)}
@@ -152,28 +146,24 @@ class TeacherArguments:
 class RewardArguments:
     """The student, and what it is rewarded for."""
 
-    method: str = field(default="grpo", metadata={"help": "The gradient.", "choices": ["grpo", "reward_backprop"]})
-    model: str | None = field(default=None, metadata={"help": "Student: model folder, run folder or hub id."})
-    prompts: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts to generate images of, for a model of text: .txt (one a line), .jsonl, .parquet, .csv, a "
-            "saved `datasets` folder or a hub id; further columns go to the rewards (default: the images' captions)."
-        },
+    method: str = setting("grpo", "The gradient.", ["grpo", "reward_backprop"])
+    model: str | None = setting(None, "Student: model folder, run folder or hub id.")
+    prompts: str | None = setting(
+        None,
+        "Prompts to generate images of, for a model of text: .txt (one a line), .jsonl, .parquet, .csv, a "
+        "saved `datasets` folder or a hub id; further columns go to the rewards (default: the images' captions).",
     )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of prompts, for all but .txt."})
-    prompt_split: str = field(default="train", metadata={"help": "Split of prompts (saved `datasets`, hub)."})
-    prompts_per_class: int = field(default=100, metadata={"help": "How often an epoch asks for each class or prompt."})
+    prompt_column: str = setting("prompt", "Column of prompts, for all but .txt.")
+    prompt_split: str = setting("train", "Split of prompts (saved `datasets`, hub).")
+    prompts_per_class: int = setting(100, "How often an epoch asks for each class or prompt.")
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Rewards: names, file.py:attribute or package.module:attribute."}
     )
-    reward_kwargs: dict | None = field(
-        default=None, metadata={"help": "Reward name -> keyword arguments of its class."}
-    )
+    reward_kwargs: dict | None = setting(None, "Reward name -> keyword arguments of its class.")
     eval_reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Held-out rewards: measured in evaluation, never trained on."}
     )
-    eval_reward_kwargs: dict | None = field(default=None, metadata={"help": "As reward_kwargs, for eval_reward_funcs."})
+    eval_reward_kwargs: dict | None = setting(None, "As reward_kwargs, for eval_reward_funcs.")
 
     counts_if: ClassVar[Conditions] = {
         EVALUATED: ("eval_reward_funcs", "eval_reward_kwargs"),
@@ -181,27 +171,25 @@ class RewardArguments:
         Needs("prompts", ("prompts",), bool): ("prompt_column", "prompt_split"),
     }
 
+    def rolled_out(self) -> dict[str, Any]:
+        """The arguments of `find_conditions` that say which prompts are rolled out, and how often."""
+        named = ("prompts", "prompt_column", "prompt_split")
+        return {"repeats": self.prompts_per_class, **{name: vars(self)[name] for name in named}}
+
 
 @dataclass
 class LoraArguments:
     """Whether low-rank adapters of the student are trained in place of its weights; names as in TRL's `ModelConfig`."""
 
-    use_peft: bool = field(
-        default=False,
-        metadata={
-            "help": "Train LoRA adapters in place of the student's weights; they need about 10 x the learning rate."
-        },
+    use_peft: bool = setting(
+        False, "Train LoRA adapters in place of the student's weights; they need about 10 x the learning rate."
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the adapters; GRPO needs 0, its ratios compare two passes."}
-    )
-    lora_target: str = field(
-        default="all", metadata={"help": "Where adapters sit in the student.", "choices": list(LORA_TARGETS)}
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of linear layers, such as qkv, in place of lora_target."}
+    lora_r: int = setting(16, "Rank of the adapters.")
+    lora_alpha: int = setting(32, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = setting(0.0, "Dropout before the adapters; GRPO needs 0, its ratios compare two passes.")
+    lora_target: str = setting("all", "Where adapters sit in the student.", LORA_TARGETS)
+    lora_target_modules: list[str] | None = setting(
+        None, "Names of linear layers, such as qkv, in place of lora_target."
     )
 
     counts_if: ClassVar[Conditions] = {

@@ -5,7 +5,7 @@ dataclass has is an error. What we add: values from YAML are checked against the
 the key, the value and the nearest known name, and a run can write down its own recipe.
 
     settings = read_settings("recipes/digits/teacher.yaml", ["--max_steps", "10"], (PretrainConfig,))
-    configs = build_configs(settings, (PretrainConfig,))       # the two lines together are `parse_recipe`
+    configs = build_configs(settings, (PretrainConfig,))
     save_recipe("runs/teacher/recipe.yaml", resolved_recipe(configs, settings))
 """
 
@@ -27,6 +27,7 @@ from marval_rl.errors import RecipeError
 from marval_rl.paths import SHIPPED_RECIPES, expand_path, shipped_recipe
 from marval_rl.recipes.unknown_settings import explain_unknown
 from marval_rl.recipes.values import WrongType, convert, pick, rejoin_list
+from marval_rl.runtime.settings import default_of
 from marval_rl.text import dump_yaml, load_yaml, read_text, yaml_problem
 
 # Settings that are paths, some of them or else a hub id or a name: ~ and $VARIABLE are replaced in them.
@@ -37,14 +38,6 @@ PATH_SETTINGS = (
 )
 COMMAND_OPTIONS = ("dry_run", "resume", "debug", "help")  # not settings, but worth suggesting for `--dryrun`
 SECRET_KEYS = ("hub_token",)  # never written down: run folders are shared
-
-
-def parse_recipe(path: str | Path | None, overrides: Sequence[str], config_types: Sequence[type]) -> tuple:
-    """Returns one instance of each dataclass, filled from the recipe at `path` (if any), then from `--key value`.
-
-    Raises RecipeError for anything that is wrong in either.
-    """
-    return build_configs(read_settings(path, overrides, config_types), config_types)
 
 
 def read_settings(
@@ -89,8 +82,7 @@ def build_configs(settings: dict[str, Any], config_types: Sequence[type]) -> tup
     """
     for config_type in config_types:
         for f in dataclasses.fields(config_type):
-            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            if required and f.init and f.name not in settings:
+            if default_of(f) is dataclasses.MISSING and f.init and f.name not in settings:
                 raise RecipeError(f"{f.name} is not set: give it in the recipe, or as --{f.name} VALUE")
     try:
         return TrlParser(dataclass_types=config_types).parse_dict(settings)
@@ -120,13 +112,13 @@ def resolved_recipe(configs: Sequence[Any], settings: dict[str, Any]) -> dict[st
     """
     from transformers import TrainingArguments
 
-    foreign = {f.name: _default(f) for f in dataclasses.fields(TrainingArguments)}
+    foreign = {f.name: default_of(f) for f in dataclasses.fields(TrainingArguments)}
     recipe = dict(settings)
     for config in configs:
         for f in dataclasses.fields(config):
-            is_ours = f.name not in foreign or foreign[f.name] != _default(f)
+            is_ours = f.name not in foreign or foreign[f.name] != default_of(f)
             if f.init and is_ours:
-                recipe.setdefault(f.name, _default(f))
+                recipe.setdefault(f.name, default_of(f))
     return {key: _plain(value) for key, value in recipe.items() if key not in SECRET_KEYS}
 
 
@@ -242,12 +234,6 @@ def _checked(value: Any, f: dataclasses.Field, hint: Any, where: str) -> Any:
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
     return converted
-
-
-def _default(f: dataclasses.Field) -> Any:
-    if f.default is not dataclasses.MISSING:
-        return f.default
-    return f.default_factory() if f.default_factory is not dataclasses.MISSING else dataclasses.MISSING
 
 
 def _plain(value: Any) -> Any:

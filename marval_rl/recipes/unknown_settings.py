@@ -12,12 +12,8 @@ RENAMED = {  # former names
     "feature_extractor": "eval_features",
     "anchor_weight": "gsim_weight",
     "anchor_batch_size": "gsim_batch_size",
-    "guidance_scale": "gsim_guidance_scale",  # in RL; distillation keeps these names
-    "min_timestep": "gsim_min_timestep",
-    "max_timestep": "gsim_max_timestep",
-    "timestep_draws": "gsim_timestep_draws",
-    "mask_ratio_min": "gsim_mask_ratio_min",
-    "mask_ratio_std": "gsim_mask_ratio_std",
+    **{name: f"gsim_{name}" for name in ("guidance_scale", "min_timestep", "max_timestep", "timestep_draws")},
+    **{name: f"gsim_{name}" for name in ("mask_ratio_min", "mask_ratio_std")},  # in RL; distillation keeps these names
 }
 _ALL_STEPS = "all unmasking steps explore and are trained"
 _ADVANTAGES = "advantages are scaled by scale_rewards alone"

@@ -131,8 +131,9 @@ def differences(settings: list[dict]) -> dict[str, list[str]]:
 
 
 def evaluations(runs: list[Run]) -> dict[str, list[str]]:
-    """Each figure of evaluation.json, nested ones flattened, without the classes: label -> the value of each run."""
-    flat = [_flatten({key: value for key, value in run.evaluation.items() if key != "per_class"}) for run in runs]
+    """Each figure of evaluation.json, nested ones flattened: label -> the value of each run."""
+    elsewhere = ("per_class", "environment")
+    flat = [_flatten({key: run.evaluation[key] for key in run.evaluation if key not in elsewhere}) for run in runs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
     known = catalogue([f"eval_{key}" for key in keys], set())
     labels = {metric.key: metric.label for metric in known if metric.section != "other"}

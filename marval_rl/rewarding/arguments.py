@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from marval_rl.paths import path_or_id
+from marval_rl.text import parse_mapping
 
 PROMPTS_HELP = 'text, or JSON with "prompt", "class_name", "class_label" and columns of your own'
 
@@ -25,20 +25,6 @@ def parse_kwargs(text: str) -> dict[str, Any]:
         ValueError: For anything else.
     """
     try:
-        from marval_rl.text import parse_mapping
-    except ImportError:  # the environment of a reward that is served need not have PyYAML
-        return _parse_json(text)
-    try:
         return parse_mapping(text)
     except ValueError as error:
         raise ValueError(f"--reward_kwargs must be {error}, in YAML or JSON, not {text!r}") from None
-
-
-def _parse_json(text: str) -> dict[str, Any]:
-    try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--reward_kwargs is not valid JSON: {error}") from error
-    if not isinstance(kwargs, dict):
-        raise ValueError(f'--reward_kwargs must be a JSON object such as {{"score": "accuracy"}}, got {text}')
-    return kwargs

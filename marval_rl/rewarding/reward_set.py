@@ -89,7 +89,7 @@ class RewardSet:
                 gradient mode, working directory), or returns anything but B finite numbers or Nones.
             ValueError: For invalid arguments, and for with_grad with a reward that is not differentiable.
         """
-        images = _check_images(images)
+        images = checked_images(images)
         self._check_batch(images, prompts, class_labels, class_names, columns)
         if with_grad:
             self._check_gradients_possible(images)
@@ -132,8 +132,9 @@ class RewardSet:
             raise ValueError("with_grad needs images that require gradients, but these do not")
 
 
-def _check_images(images: Tensor) -> Tensor:
-    """Refuses invalid images, so that no reward is blamed for them; repeats a grey channel."""
+def checked_images(images: Tensor) -> Tensor:
+    """Images [B, 1 or 3, H, W] in 0..1 -> float32 [B, 3, H, W]. Raises ValueError for others, so that no reward is
+    blamed for them."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images must have the shape [B, 1 or 3, H, W], not {list(images.shape)}")
     low, high = torch.stack(images.detach().aminmax()).tolist()  # waits for the device

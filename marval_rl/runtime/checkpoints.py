@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from marval_rl.errors import CheckpointError, first_line
+from marval_rl.runtime.distributed import gather_objects
 
 UNFINISHED = "unfinished"  # the folder beside the checkpoints in which they are written and deleted
 MANIFEST = "manifest.json"  # written last
@@ -179,13 +180,13 @@ class CheckpointWriter:
         Raises:
             CheckpointError: In all of them, if one has failed. What was written is deleted.
         """
-        failures = share(self.failure)
+        failures = gather_objects(self.failure)
         failed = [f"process {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
         if not failed:
             return
         if self.rank == 0:
             remove_unfinished(self.output_dir)
-        share(None)  # the error is raised once the space is free again
+        gather_objects(None)  # the error is raised once the space is free again
         reason = failed[0] if self.layout.world_size > 1 else failed[0].removeprefix("process 0: ")
         raise write_error(self.output_dir, self.target, reason)
 
@@ -202,7 +203,7 @@ class CheckpointWriter:
             for path in files[self.rank :: self.layout.world_size]:
                 _to_disk(path)
                 entries[str(path.relative_to(self.folder))] = {"size": path.stat().st_size, "crc32": _crc32(path)}
-        shared = share(entries)
+        shared = gather_objects(entries)
         self.agree()
         if self.rank == 0:
             with self.attempt():
@@ -256,15 +257,6 @@ def buffer_file(rank: int) -> str:
 def remove_unfinished(output_dir: Path) -> None:
     """Delete the incomplete checkpoint of a run that was killed."""
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
-
-
-def share(value: Any) -> list[Any]:
-    """The value of each process, by rank."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _describe(error: Exception, file: Path | None) -> str:

@@ -65,12 +65,8 @@ def mean_over_processes(values: dict[str, list[Tensor]]) -> dict[str, float]:
         stacked = torch.stack(listed).double()
         known = stacked[~stacked.isnan()]
         own[name] = (known.sum().item(), len(known))
-    parts: list[dict[str, tuple[float, int]]] = [own]
-    if torch.distributed.is_initialized():
-        parts = [{}] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, own)
     totals: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for part in parts:
+    for part in gather_objects(own):
         for name, total in part.items():
             totals[name].append(total)
     sums = {name: (math.fsum(s for s, _ in listed), sum(n for _, n in listed)) for name, listed in totals.items()}
@@ -87,17 +83,13 @@ def failing_together(device: torch.device, *error_types: type[MarvalError]) -> I
         yield
     except error_types as error:
         failure = error
-    if torch.distributed.is_initialized():
-        failed = torch.tensor(float(failure is not None), device=device)
-        torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
-        if failed:
-            failures: list[MarvalError | None] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(failures, failure and type(failure)(str(failure)))
-            if failure is None:
-                rank, cause = next((rank, error) for rank, error in enumerate(failures) if error is not None)
-                failure = type(cause)(f"process {rank} failed: {cause}")
-    if failure is not None:
-        raise failure
+    if not in_any_process(failure is not None, device):
+        return
+    failures = gather_objects(failure and type(failure)(str(failure)))
+    if failure is None:
+        rank, cause = next((rank, error) for rank, error in enumerate(failures) if error is not None)
+        failure = type(cause)(f"process {rank} failed: {cause}")
+    raise failure
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

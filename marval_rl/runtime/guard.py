@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from marval_rl.errors import NonFiniteError
+from marval_rl.runtime.distributed import gather_objects
 
 
 class NonFiniteGuard:
@@ -92,11 +93,7 @@ class NonFiniteGuard:
         return {"skipped_steps": float(skipped)} if skipped else {}
 
     def _culprit(self) -> str:
-        own = next((name for name, finite in self._named if not finite), None)
-        names = [own]
-        if torch.distributed.is_initialized():
-            names = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(names, own)
+        names = gather_objects(next((name for name, finite in self._named if not finite), None))
         for rank, name in enumerate(names):
             if name is not None:
                 return f"{name} in process {rank}" if len(names) > 1 else name

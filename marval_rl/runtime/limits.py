@@ -8,12 +8,14 @@ Both are functions of the run's log history, which a checkpoint holds: a resumed
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
+
+from marval_rl.runtime.settings import setting
 
 BEST_FOLDER = "best"
 BEST_FILE = "best.json"  # {"step": int, "metric": str, "value": float}
@@ -27,32 +29,19 @@ History = Sequence[dict[str, Any]]  # TrainerState.log_history: what was logged,
 class LimitArguments:
     """What ends a run early, and what the best model is."""
 
-    max_frechet_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Stop when the Frechet distance exceeds this many times that of the first evaluation."},
+    max_frechet_ratio: float | None = setting(
+        None, "Stop when the Frechet distance exceeds this many times that of the first evaluation."
     )
-    min_diversity: float | None = field(
-        default=None,
-        metadata={"help": "Stop when diversity falls below this share of that of the first evaluation."},
+    min_diversity: float | None = setting(None, "Stop when it falls below this share of the first evaluation's.")
+    min_mode_coverage: float | None = setting(None, "Stop when it falls below this share of the first evaluation's.")
+    min_recall: float | None = setting(None, "Stop when it falls below this share of the first evaluation's.")
+    max_kl: float | None = setting(
+        None, "Stop when a logged KL divergence from the reference model exceeds this (needs beta > 0)."
     )
-    min_mode_coverage: float | None = field(
-        default=None,
-        metadata={"help": "Stop when mode coverage falls below this share of that of the first evaluation."},
-    )
-    min_recall: float | None = field(
-        default=None,
-        metadata={"help": "Stop when recall falls below this share of that of the first evaluation."},
-    )
-    max_kl: float | None = field(
-        default=None,
-        metadata={"help": "Stop when a logged KL divergence from the reference model exceeds this (needs beta > 0)."},
-    )
-    best_metric: str | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluation figure, such as rewards/held_out_classifier/mean, by which output_dir/best is kept: "
-            "the best averaged model within the limits."
-        },
+    best_metric: str | None = setting(
+        None,
+        "Evaluation figure, such as rewards/held_out_classifier/mean, by which output_dir/best is kept: "
+        "the best averaged model within the limits.",
     )
 
     def check_limits(self, beta: float, eval_strategy: str) -> None:
@@ -181,11 +170,11 @@ class LimitsCallback(TrainerCallback):
         wanted = {limit.metric: limit.setting for limit in self.limits if limit.metric.startswith("eval_")}
         if self.best_metric is not None:
             wanted[self.best_metric] = "best_metric"
-        for metric, setting in wanted.items():
+        for metric, asked_by in wanted.items():
             if all(entry.get(metric) is None for entry in history):
                 known = sorted(name.removeprefix("eval_") for name, value in history[-1].items() if value is not None)
                 raise ValueError(
-                    f"{setting} needs {metric.removeprefix('eval_')}, which evaluation does not measure here; it "
+                    f"{asked_by} needs {metric.removeprefix('eval_')}, which evaluation does not measure here; it "
                     f"measures {', '.join(known) or 'nothing'}"
                 )
 

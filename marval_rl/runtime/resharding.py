@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from marval_rl.errors import CheckpointError, first_line
-from marval_rl.runtime.checkpoints import UNFINISHED, Layout, remove_unfinished, share
+from marval_rl.runtime.checkpoints import UNFINISHED, Layout, remove_unfinished
+from marval_rl.runtime.distributed import from_first_process, gather_objects
 
 ADAM = ("exp_avg", "exp_avg_sq")
 
@@ -41,14 +42,14 @@ def load_resharded(checkpoint: Path, written: Layout, engine: Any, output_dir: P
             _join(next(checkpoint.glob("global_step*")), written.zero_stage, folder)
         except Exception as error:  # DeepSpeed's script may raise anything, such as AssertionError or KeyError
             failure = f"{type(error).__name__}: {first_line(error)}"
-    failure = share(failure)[0]
+    failure = from_first_process(failure)
     if failure is not None:
         raise CheckpointError(
             f"{checkpoint} was written by {written}, and DeepSpeed could not convert it: {failure}. Continue with "
             f"{written}, or start a new run from its weights"
         )
     _fill_partition(folder / "zero", engine)
-    share(None)  # all have read it
+    gather_objects(None)  # all have read it
     if torch.distributed.get_rank() == 0:
         remove_unfinished(output_dir)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import yaml
@@ -19,6 +20,7 @@ from marval_rl.runtime.checkpoints import (
     layout_of,
     step_of,
 )
+from marval_rl.runtime.distributed import from_first_process
 
 LATEST = "latest"
 AUTO = "auto"
@@ -47,8 +49,29 @@ FREE_ON_RESUME = frozenset(
 OF_ONE_START = ("output_dir", "overwrite_output_dir", "eval_on_start")  # they do not affect the steps that follow
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
+def decided_by_first(decide: Callable[P, T]) -> Callable[P, T]:
+    """A function that returns in all processes what it finds in the first one, or raises its MarvalError."""
+
+    @functools.wraps(decide)
+    def decide_for_all(*args: P.args, **kwargs: P.kwargs) -> T:
+        decided: Any = None
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            try:
+                decided = decide(*args, **kwargs)
+            except MarvalError as error:
+                decided = error
+        decided = from_first_process(decided)
+        if isinstance(decided, MarvalError):
+            raise decided
+        return decided
+
+    return decide_for_all
+
+
+@decided_by_first
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     """Find the checkpoint that `resume` names; for "latest" and "auto" the newest complete one of the run.
 
@@ -60,10 +83,6 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     Raises:
         CheckpointError: In all processes, if there is none to resume from, or the one named is damaged.
     """
-    return _decided_by_first(lambda: _find_checkpoint(output_dir, resume))
-
-
-def _find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     if resume not in (LATEST, AUTO):
         if (problem := _unusable(Path(resume))) is not None:
             raise CheckpointError(f"{resume} is not a complete checkpoint: {problem}")
@@ -94,6 +113,7 @@ def _unusable(checkpoint: Path) -> str | None:
     return problem
 
 
+@decided_by_first
 def changed_settings(
     checkpoint: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any], world_size: int
 ) -> list[str]:
@@ -111,12 +131,6 @@ def changed_settings(
     Raises:
         RecipeError: In all processes, for changes that would make it a different run.
     """
-    return _decided_by_first(lambda: _changed_settings(checkpoint, settings, defaults, world_size))
-
-
-def _changed_settings(
-    checkpoint: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any], world_size: int
-) -> list[str]:
     path = checkpoint.parent / "recipe.yaml"
     if not path.exists():
         return [f"{path} is missing: whether the settings are those of the run is not known"]
@@ -137,22 +151,6 @@ def _changed_settings(
     return [f"from here on {changes[name]}" for name in differing]
 
 
-def _decided_by_first(decide: Callable[[], T]) -> T:
-    """In all processes what `decide` returns in the first one, or the MarvalError that it raises there."""
-    if not torch.distributed.is_initialized():
-        return decide()
-    decided: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            decided = [decide()]
-        except MarvalError as error:
-            decided = [error]
-    torch.distributed.broadcast_object_list(decided)
-    if isinstance(decided[0], MarvalError):
-        raise decided[0]
-    return decided[0]
-
-
 def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
     """Rename checkpoints that are newer than the one to resume from to superseded-<step>, so that a later `--resume`
     ignores them."""
@@ -171,16 +169,6 @@ def set_aside_newer(output_dir: Path, checkpoint: Path) -> None:
 def kept_outputs(output_dir: Path) -> list[Path]:
     """The checkpoints and models of an earlier run, which are deleted only if the user asks for it."""
     return _found(output_dir, "checkpoint-*", "superseded-*", "final", "best")
-
-
-def earlier_outputs(output_dir: Path) -> list[Path]:
-    """All files of an earlier run; in `runs`, where TensorBoard writes, only those of TensorBoard."""
-    events = _found(output_dir, "runs/*/events.out.tfevents.*", "runs/*/*/events.out.tfevents.*")
-    return [
-        *kept_outputs(output_dir),
-        *_found(output_dir, UNFINISHED, "metrics.jsonl", "best.unfinished", "samples"),
-        *events,
-    ]
 
 
 def _found(output_dir: Path, *patterns: str) -> list[Path]:
@@ -204,8 +192,10 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
 
 
 def remove_earlier_run(output_dir: Path) -> None:
-    """Delete what `earlier_outputs` finds. Call it only once the new run is ready to begin."""
-    for path in earlier_outputs(output_dir):
+    """Delete the files of an earlier run, those of TensorBoard too. Call it only once the new run is ready to begin."""
+    others = (UNFINISHED, "metrics.jsonl", "best.unfinished", "samples")
+    events = ("runs/*/events.out.tfevents.*", "runs/*/*/events.out.tfevents.*")
+    for path in [*kept_outputs(output_dir), *_found(output_dir, *others, *events)]:
         if path.is_dir():
             shutil.rmtree(path)
             continue

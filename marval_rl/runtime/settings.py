@@ -7,10 +7,10 @@ these trainers do not support.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 
@@ -30,6 +30,12 @@ class Needs(NamedTuple):
     in_python: bool = True
 
 
+def setting(default: Any, help: str, choices: Iterable[Any] | None = None) -> Any:
+    """A field of a dataclass of settings: what the docs and `--help` say of it, and the values that it may have."""
+    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 Conditions = dict[Needs, tuple[str, ...]]  # the settings that count only if it is met
 
 EVALUATED = Needs('eval_strategy steps or epoch (it is "no")', ("eval_strategy",), lambda s: s != "no", in_python=False)
@@ -40,60 +46,34 @@ _EVALUATION = "evaluation generates images: eval_batch_size and eval_num_images 
 _TEXT = "it is for language models"
 _LOADER = "the order of the data is drawn from data_seed, and every batch is full"
 _FSDP = "several GPUs share a model by --accelerate_config zero2 or zero3"
+_AVERAGED = "images are generated in the precision of the averaged weights, float32"
 _OUTPUT = "all processes share one output_dir, and the first one writes and prints"
 REFUSED = {
-    "load_best_model_at_end": _BEST,
-    "metric_for_best_model": _BEST,
-    "greater_is_better": _BEST,
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _BEST),
     "save_only_model": "a run is resumed from the optimizer's state: for weights alone take the folder final/",
     "resume_from_checkpoint": "write --resume, or --resume CHECKPOINT",
     "ignore_data_skip": "a resumed run reads the data where it stopped",
     "restore_callback_states_from_checkpoint": "checkpoints restore all that this library's callbacks need",
     "enable_jit_checkpoint": "SIGTERM writes a checkpoint anyway",
-    "save_on_each_node": _OUTPUT,
-    "log_on_each_node": _OUTPUT,
-    "push_to_hub": _HUB,
-    "hub_token": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_always_push": _HUB,
-    "hub_revision": _HUB,
-    "per_device_eval_batch_size": _EVALUATION,
-    "prediction_loss_only": _EVALUATION,
-    "eval_do_concat_batches": _EVALUATION,
-    "eval_use_gather_object": _EVALUATION,
-    "eval_accumulation_steps": _EVALUATION,
-    "include_for_metrics": _EVALUATION,
-    "batch_eval_metrics": _EVALUATION,
-    "label_names": _EVALUATION,
-    "bf16_full_eval": "images are generated in the precision of the averaged weights, float32",
-    "fp16_full_eval": "images are generated in the precision of the averaged weights, float32",
-    "average_tokens_across_devices": _TEXT,
-    "include_num_input_tokens_seen": _TEXT,
-    "include_tokens_per_second": _TEXT,
-    "label_smoothing_factor": _TEXT,
-    "length_column_name": _TEXT,
-    "neftune_noise_alpha": _TEXT,
-    "use_cache": _TEXT,
-    "use_liger_kernel": _TEXT,
-    "liger_kernel_config": _TEXT,
-    "dataloader_drop_last": _LOADER,
-    "dataloader_in_order": _LOADER,
+    **dict.fromkeys(("save_on_each_node", "log_on_each_node"), _OUTPUT),
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _HUB),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), _HUB),
+    **dict.fromkeys(("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches"), _EVALUATION),
+    **dict.fromkeys(("eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics"), _EVALUATION),
+    **dict.fromkeys(("batch_eval_metrics", "label_names"), _EVALUATION),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), _AVERAGED),
+    **dict.fromkeys(("average_tokens_across_devices", "include_num_input_tokens_seen", "use_cache"), _TEXT),
+    **dict.fromkeys(("include_tokens_per_second", "label_smoothing_factor", "length_column_name"), _TEXT),
+    **dict.fromkeys(("neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config"), _TEXT),
+    **dict.fromkeys(("dataloader_drop_last", "dataloader_in_order", "group_by_length"), _LOADER),
+    **dict.fromkeys(("train_sampling_strategy", "accelerator_config"), _LOADER),
     "dataloader_persistent_workers": "workers live for one epoch, so that they know which",
     "dataloader_multiprocessing_context": "workers start as torch starts them on this system",
-    "train_sampling_strategy": _LOADER,
-    "group_by_length": _LOADER,
-    "accelerator_config": _LOADER,
     "remove_unused_columns": "all columns are passed to the rewards",
     "auto_find_batch_size": "--dry_run estimates the memory: set per_device_train_batch_size by it",
     "optim_target_modules": "the optimizer's parameter groups are the networks; use_peft trains parts of a student",
-    "torch_compile": "the networks are not compiled",
-    "torch_compile_backend": "the networks are not compiled",
-    "torch_compile_mode": "the networks are not compiled",
-    "fsdp": _FSDP,
-    "fsdp_config": _FSDP,
-    "parallelism_config": _FSDP,
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "the networks are not compiled"),
+    **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), _FSDP),
     "logging_nan_inf_filter": "steps that are not finite are skipped and named, see max_skipped_steps",
     "debug": "the first figure that is not finite is named, see max_skipped_steps",
     "skip_memory_metrics": "--dry_run prints an estimate of the memory",
@@ -109,22 +89,7 @@ REFUSED_VALUES = {
     ("lr_scheduler_type", "greedy"): _FIGURE,
 }
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")  # the tested ones
-
-TRACKERS = {  # name -> packages, one of which it needs
-    "azure_ml": ("azureml",),
-    "clearml": ("clearml",),
-    "codecarbon": ("codecarbon",),
-    "comet_ml": ("comet_ml",),
-    "dagshub": ("dagshub",),
-    "dvclive": ("dvclive",),
-    "flyte": ("flytekit",),
-    "mlflow": ("mlflow",),
-    "neptune": ("neptune",),
-    "swanlab": ("swanlab",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-}
+UNSEEN_TRACKERS = ("azure_ml", "flyte")  # not always among the installed ones that transformers lists
 
 
 def default_of(f: dataclasses.Field) -> Any:
@@ -239,7 +204,9 @@ def check_trackers(report_to: str | list[str] | None) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         if name in ("none", "all"):
             continue
-        if name not in TRACKERS:
-            raise ValueError(f"report_to {name} is not a known tracker: none, all, {', '.join(TRACKERS)}")
-        if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
-            raise ValueError(f"report_to {name} needs a package that is not installed: pip install {TRACKERS[name][0]}")
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to {name} is not a known tracker: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in (*get_available_reporting_integrations(), *UNSEEN_TRACKERS):
+            raise ValueError(f"report_to {name} needs a package that is not installed: pip install {name}")

@@ -12,7 +12,7 @@ trainers hand over what they have: the networks, the finished rollout and the di
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from marval_rl.losses.distribution import KERNELS
 from marval_rl.losses.policy import action_kl
 from marval_rl.models import MaskedModel
 from marval_rl.models.sampling import student_mean
-from marval_rl.runtime.settings import Conditions, Needs
+from marval_rl.runtime.settings import Conditions, Needs, setting
 from marval_rl.trainers.batches import EpochAware
 from marval_rl.trainers.distribution_matching import DistributionMatching, generate_differentiably
 from marval_rl.trainers.lora import adapters_off
@@ -42,21 +42,18 @@ READS_IMAGES = Needs(
 def gsim_field(name: str) -> Any:
     """A field with the default and the help of distillation's setting of that name."""
     original = GSIMArguments.__dataclass_fields__[name]
-    return field(
-        default=original.default, metadata={**original.metadata, "help": f"GSIM anchor: {original.metadata['help']}"}
-    )
+    metadata = original.metadata
+    return setting(original.default, f"GSIM anchor: {metadata['help']}", metadata.get("choices"))
 
 
 @dataclass
 class AnchorArguments(AuxiliaryArguments):
     """Arguments of the anchors."""
 
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference model."})
-    gsim_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the GSIM anchor, which needs the teacher; 0 is none."}
-    )
-    gsim_batch_size: int = field(
-        default=128, metadata={"help": "Contexts of the GSIM anchor: half from data, half from the student's rollouts."}
+    beta: float = setting(0.0, "Weight of the KL divergence from the reference model.")
+    gsim_weight: float = setting(0.0, "Weight of the GSIM anchor, which needs the teacher; 0 is none.")
+    gsim_batch_size: int = setting(
+        128, "Contexts of the GSIM anchor: half from data, half from the student's rollouts."
     )
     gsim_guidance_scale: float = gsim_field("guidance_scale")
     gsim_guidance_schedule: str = gsim_field("guidance_schedule")
@@ -66,29 +63,19 @@ class AnchorArguments(AuxiliaryArguments):
     gsim_mask_ratio_min: float = gsim_field("mask_ratio_min")
     gsim_mask_ratio_std: float = gsim_field("mask_ratio_std")
     gsim_mask_law: str | None = gsim_field("mask_law")
-    auxiliary_warmup_steps: int = field(
-        default=40, metadata={"help": "First steps that train the auxiliary network only (with the GSIM anchor)."}
+    auxiliary_warmup_steps: int = setting(
+        40, "First steps that train the auxiliary network only (with the GSIM anchor)."
     )
-    distribution_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of MMD^2 (0 to about 1) between generated and real images of a class; 0 is none."},
+    distribution_weight: float = setting(
+        0.0, "Weight of MMD^2 (0 to about 1) between generated and real images of a class; 0 is none."
     )
-    distribution_features: str = field(
-        default="pixels",
-        metadata={"help": "Distribution anchor: in whose features, as in eval_features; they must have a gradient."},
+    distribution_features: str = setting(
+        "pixels", "Distribution anchor: in whose features, as in eval_features; they must have a gradient."
     )
-    distribution_kernel: str = field(
-        default="rbf", metadata={"help": "Distribution anchor: kernel of MMD.", "choices": list(KERNELS)}
-    )
-    distribution_real_images: int = field(
-        default=20_000, metadata={"help": "Distribution anchor: real images that are compared with, at most."}
-    )
-    distribution_queue: int = field(
-        default=0,
-        metadata={
-            "help": "Distribution anchor: recent generated images that stand beside a batch, where it holds few of a "
-            "class."
-        },
+    distribution_kernel: str = setting("rbf", "Distribution anchor: kernel of MMD.", KERNELS)
+    distribution_real_images: int = setting(20_000, "Distribution anchor: real images that are compared with, at most.")
+    distribution_queue: int = setting(
+        0, "Distribution anchor: recent generated images that stand beside a batch, where it holds few of a class."
     )
 
     counts_if: ClassVar[Conditions] = {

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from marval_rl.launched import SIZE_VARIABLES, check_company, launched_processes
 from marval_rl.models import MaskedConfig
 from marval_rl.models.unmasking import MASK_LAWS, draw_num_masked
 from marval_rl.paths import deepspeed_config
-from marval_rl.runtime.settings import EVALUATED, Conditions, Needs, check_python
+from marval_rl.runtime.settings import EVALUATED, Conditions, Needs, check_python, setting
 
 # Newer versions of transformers have both names, older ones the first alone.
 _CHECKPOINTING = tuple(
@@ -59,15 +59,13 @@ def only_cpu_here(num_processes: int) -> bool:
 class MaskingArguments:
     """How many tokens a training step masks; see `draw_num_masked`."""
 
-    mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest share of tokens masked."})
-    mask_ratio_std: float = field(default=0.25, metadata={"help": "Deviation of the truncated normal of mask ratios."})
-    mask_law: str | None = field(
-        default=None,
-        metadata={
-            "help": "Law of the mask ratio: truncated_normal (MAR's) or arccos (MaskGen's), which reads no other "
-            "setting (default: the model's own).",
-            "choices": list(MASK_LAWS),
-        },
+    mask_ratio_min: float = setting(0.7, "Smallest share of tokens masked.")
+    mask_ratio_std: float = setting(0.25, "Deviation of the truncated normal of mask ratios.")
+    mask_law: str | None = setting(
+        None,
+        "Law of the mask ratio: truncated_normal (MAR's) or arccos (MaskGen's), which reads no other "
+        "setting (default: the model's own).",
+        MASK_LAWS,
     )
 
     def draw_num_masked(self, config: MaskedConfig) -> int:
@@ -97,42 +95,35 @@ class MaskingArguments:
 class MARTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the defaults and options of this library's trainers."""
 
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1: num_train_epochs over the data."})
-    logging_steps: float = field(default=10, metadata={"help": "Write metrics every this many steps."})
-    save_strategy: SaveStrategy | str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
-    save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every this many steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
-    eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": '"no", "steps" or "epoch".'})
-    eval_steps: float | None = field(default=200, metadata={"help": "Generate and judge images every this many steps."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: the starting point."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 - the order that the argument parser takes apart
-        default="none", metadata={"help": 'Trackers as in transformers ("wandb", "tensorboard", ...); none by default.'}
+    max_steps: int = setting(1000, "Optimizer steps; -1: num_train_epochs over the data.")
+    logging_steps: float = setting(10, "Write metrics every this many steps.")
+    save_strategy: SaveStrategy | str = setting("steps", '"no", "steps" or "epoch".')
+    save_steps: float = setting(200, "Write a checkpoint every this many steps.")
+    save_total_limit: int | None = setting(2, "Keep this many checkpoints.")
+    eval_strategy: IntervalStrategy | str = setting("steps", '"no", "steps" or "epoch".')
+    eval_steps: float | None = setting(200, "Generate and judge images every this many steps.")
+    eval_on_start: bool = setting(True, "Evaluate before the first step: the starting point.")
+    report_to: None | str | list[str] = setting(  # noqa: RUF036 - the order that the argument parser takes apart
+        "none", 'Trackers as in transformers ("wandb", "tensorboard", ...); none by default.'
     )
-    seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and all noise."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the global gradient norm."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: columns are passed to rewards."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in page-locked memory."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir first."})
-    max_skipped_steps: int = field(
-        default=10,
-        metadata={"help": "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."},
+    seed: int = setting(0, "Seed of initialisation, data order and all noise.")
+    max_grad_norm: float = setting(1.0, "Clip the global gradient norm.")
+    remove_unused_columns: bool = setting(False, "Kept False: columns are passed to rewards.")
+    dataloader_pin_memory: bool = setting(False, "Pin batches in page-locked memory.")
+    overwrite_output_dir: bool = setting(False, "Delete an earlier run in output_dir first.")
+    max_skipped_steps: int = setting(
+        10, "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."
     )
-    profile: int = field(
-        default=0,
-        metadata={"help": "Trace so many steps after the first, and print what their time went into; 0 for none."},
+    profile: int = setting(0, "Trace so many steps after the first, and print what their time went into; 0 for none.")
+    ema_decay: float = setting(0.999, "Decay of the weight average that is sampled and saved.")
+    eval_num_images: int = setting(500, "Images generated at each evaluation.")
+    eval_batch_size: int = setting(250, "Images generated at once in evaluation.")
+    eval_unmasking_steps: int = setting(16, "K, unmasking steps in evaluation.")
+    eval_seed: int = setting(1234, "Seed of evaluation: the same images at every step.")
+    eval_redraws: int = setting(
+        1, "Sets of images at each evaluation: the figures are means, with their deviations as <name>/std."
     )
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the weight average that is sampled and saved."})
-    eval_num_images: int = field(default=500, metadata={"help": "Images generated at each evaluation."})
-    eval_batch_size: int = field(default=250, metadata={"help": "Images generated at once in evaluation."})
-    eval_unmasking_steps: int = field(default=16, metadata={"help": "K, unmasking steps in evaluation."})
-    eval_seed: int = field(default=1234, metadata={"help": "Seed of evaluation: the same images at every step."})
-    eval_redraws: int = field(
-        default=1,
-        metadata={
-            "help": "Sets of images at each evaluation: the figures are means, with their deviations as <name>/std."
-        },
-    )
-    sample_grid_columns: int = field(default=10, metadata={"help": "Images per class in the sample grids."})
+    sample_grid_columns: int = setting(10, "Images per class in the sample grids.")
 
     counts_if: ClassVar[Conditions] = {
         EVALUATED: (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from marval_rl.models import MaskedModel
+from marval_rl.runtime.settings import setting
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.score_matching import AuxiliaryArguments, GSIMArguments, ScoreMatching
@@ -20,12 +21,12 @@ class DistillConfig(AuxiliaryArguments, GSIMArguments, MARTrainingArguments):
     """Arguments of `DistillTrainer`. One step updates the auxiliary network; every `auxiliary_updates`-th the
     student too."""
 
-    max_steps: int = field(default=2000, metadata={"help": "Optimizer steps, counted in auxiliary updates."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the student."})
-    adam_beta1: float = field(default=0.0, metadata={"help": "beta1 of Adam; 0 as the two networks chase each other."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of both networks."})
-    ema_decay: float = field(default=0.998, metadata={"help": "Decay of the student's average, per student update."})
-    student_timestep: int = field(default=700, metadata={"help": "t*, the timestep at which the student denoises."})
+    max_steps: int = setting(2000, "Optimizer steps, counted in auxiliary updates.")
+    learning_rate: float = setting(2e-4, "Learning rate of the student.")
+    adam_beta1: float = setting(0.0, "beta1 of Adam; 0 as the two networks chase each other.")
+    weight_decay: float = setting(0.0, "Weight decay of both networks.")
+    ema_decay: float = setting(0.998, "Decay of the student's average, per student update.")
+    student_timestep: int = setting(700, "t*, the timestep at which the student denoises.")
 
 
 def student_from_teacher(teacher: MaskedModel, student_timestep: int) -> MaskedModel:

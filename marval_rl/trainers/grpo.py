@@ -115,7 +115,7 @@ class MARGRPOTrainer(RewardTrainer):
             # In the precision and the portions of training, so that the same kernels find the same log-probabilities.
             for images, part_labels in zip(mine.split(size), labels.split(size), strict=True):
                 inputs = {"class_labels": part_labels, "order": noise["order"][images], "noise": noise["noise"][images]}
-                parts.append(self.roll_out(inputs, noise["exploration"][images]))
+                parts.append(self.roll_out(self.mar, inputs, noise["exploration"][images], args.num_unmasking_steps))
         self.mar.train()
         rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -138,29 +138,31 @@ class MARGRPOTrainer(RewardTrainer):
         self.buffer |= {**rollout, "advantages": advantages[mine], "weights": weights[mine]}
 
     @torch.no_grad()
-    def roll_out(self, inputs: dict[str, Tensor], exploration: Tensor) -> dict[str, Tensor]:
+    def roll_out(
+        self, model: MaskedModel, inputs: dict[str, Tensor], exploration: Tensor, num_unmasking_steps: int
+    ) -> dict[str, Tensor]:
         """Sample a_k ~ N(mu(z_k, s_k), policy_std^2) in every unmasking step.
 
         The state s_k follows from the final tokens, the order and k: a rollout needs no other memory.
 
         Args:
+            model: The student, or its average.
             inputs: class_labels [B], order [B, L] and noise z [B, L, C].
             exploration: xi [B, L, C].
+            num_unmasking_steps: K.
 
         Returns:
             The inputs, with tokens [B, L, C] and log_prob [B, K].
         """
-        args, config = self.args, self.mar.config
-        predict = partial(student_mean, self.mar, inputs)
+        args, log_probs = self.args, []
         steps = unmask(
-            predict,
+            partial(student_mean, model, inputs),
             inputs["order"],
-            config.token_channels,
-            args.num_unmasking_steps,
+            model.config.token_channels,
+            num_unmasking_steps,
             exploration=exploration,
             policy_std=args.policy_std,
         )
-        log_probs = []
         for step in steps:
             log_probs.append(action_log_prob(step.revealed, step.mean, args.policy_std, args.log_prob_reduction))
         return {**inputs, "tokens": step.tokens, "log_prob": torch.stack(log_probs, dim=1)}
@@ -208,15 +210,9 @@ class MARGRPOTrainer(RewardTrainer):
                 source.normal(rows, config.token_channels).view(len(index), config.num_tokens, -1) for _ in range(2)
             )
             inputs = {"class_labels": labels.to(device), "order": order, "noise": noise}
-            *_, last = unmask(
-                partial(student_mean, self.ema.module.eval(), inputs),
-                order,
-                config.token_channels,
-                self.sampling_settings().num_unmasking_steps,
-                exploration=exploration,
-                policy_std=args.policy_std,
-            )
-            parts.append(self.decode_tokens(last.tokens, inputs["class_labels"]).cpu())
+            steps = self.sampling_settings().num_unmasking_steps
+            rollout = self.roll_out(self.ema.module.eval(), inputs, exploration, steps)
+            parts.append(self.decode_tokens(rollout["tokens"], inputs["class_labels"]).cpu())
         explored = torch.cat(parts).expand(-1, 3, -1, -1)
         save_image_grid(explored, class_labels, self.sample_file("exploration_"), args.sample_grid_columns)
 

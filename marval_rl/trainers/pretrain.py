@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from marval_rl.models import MaskedModel
 from marval_rl.models.diffusion import add_noise, diffusion_losses
 from marval_rl.models.generation import SamplingSettings
 from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions
-from marval_rl.runtime.settings import EVALUATED, Conditions, Needs
+from marval_rl.runtime.settings import EVALUATED, Conditions, Needs, setting
 from marval_rl.trainers.arguments import MARTrainingArguments, MaskingArguments
 from marval_rl.trainers.base import MARTrainer
 from marval_rl.trainers.optimization import decay_groups
@@ -22,20 +22,16 @@ from marval_rl.trainers.optimization import decay_groups
 class PretrainConfig(MaskingArguments, MARTrainingArguments):
     """Arguments of `PretrainTrainer`. The defaults are those of the official code where it has them."""
 
-    learning_rate: float = field(default=8e-4, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of the backbone's matrices."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "beta2 of AdamW."})
-    max_grad_norm: float = field(default=3.0, metadata={"help": "Clip the global gradient norm."})
-    ema_decay: float = field(
-        default=0.9999, metadata={"help": "Decay of the weight average that is sampled and saved."}
-    )
-    label_dropout: float = field(default=0.1, metadata={"help": "Share of labels replaced by the null class."})
-    timestep_draws: int = field(
-        default=4, metadata={"help": "(t, noise) draws per token and step (diffusion_batch_mul)."}
-    )
-    eval_guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale in evaluation; 1.0 is none."})
-    eval_guidance_schedule: str = field(default="linear", metadata={"help": '"linear" or "constant".'})
-    eval_diffusion_steps: int = field(default=100, metadata={"help": "Diffusion steps in evaluation."})
+    learning_rate: float = setting(8e-4, "Peak learning rate of AdamW.")
+    weight_decay: float = setting(0.02, "Weight decay of the backbone's matrices.")
+    adam_beta2: float = setting(0.95, "beta2 of AdamW.")
+    max_grad_norm: float = setting(3.0, "Clip the global gradient norm.")
+    ema_decay: float = setting(0.9999, "Decay of the weight average that is sampled and saved.")
+    label_dropout: float = setting(0.1, "Share of labels replaced by the null class.")
+    timestep_draws: int = setting(4, "(t, noise) draws per token and step (diffusion_batch_mul).")
+    eval_guidance_scale: float = setting(1.0, "Guidance scale in evaluation; 1.0 is none.")
+    eval_guidance_schedule: str = setting("linear", '"linear" or "constant".')
+    eval_diffusion_steps: int = setting(100, "Diffusion steps in evaluation.")
 
     counts_if: ClassVar[Conditions] = {
         EVALUATED: ("eval_guidance_scale", "eval_guidance_schedule", "eval_diffusion_steps"),

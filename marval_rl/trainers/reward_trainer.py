@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from marval_rl.rewarding import Reward, RewardScores, RewardSet
 from marval_rl.runtime.distributed import failing_together
 from marval_rl.runtime.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
 from marval_rl.runtime.profiling import REWARD, phase
+from marval_rl.runtime.settings import setting
 from marval_rl.trainers.anchors import AnchorArguments, Anchors
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.base import MARTrainer
@@ -37,18 +38,17 @@ from marval_rl.trainers.student_networks import StudentNetworks, auxiliary_netwo
 class RewardTrainingArguments(AnchorArguments, LimitArguments, MARTrainingArguments):
     """Arguments that both reward trainers take."""
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the student."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the student."})
-    ema_decay: float = field(default=0.98, metadata={"help": "Decay of the weight average that is sampled and saved."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each reward; default 1."})
-    num_unmasking_steps: int = field(default=8, metadata={"help": "K, unmasking steps of a rollout."})
-    eval_unmasking_steps: int | None = field(  # type: ignore[assignment]  # set in __post_init__
-        default=None, metadata={"help": "K in evaluation (default: as in training)."}
+    learning_rate: float = setting(1e-5, "Learning rate of the student.")
+    weight_decay: float = setting(0.0, "Weight decay of the student.")
+    ema_decay: float = setting(0.98, "Decay of the weight average that is sampled and saved.")
+    reward_weights: list[float] | None = setting(None, "A weight for each reward; default 1.")
+    num_unmasking_steps: int = setting(8, "K, unmasking steps of a rollout.")
+    eval_unmasking_steps: int | None = setting(  # type: ignore[assignment]  # set in __post_init__
+        None, "K in evaluation (default: as in training)."
     )
-    prompt_template: str = field(default="{name}", metadata={"help": "Prompt of a class; {name} is the class's name."})
-    policy_std: float = field(
-        default=0.1,
-        metadata={"help": "Standard deviation of the policy, in latent units; it is the unit of the KL, too."},
+    prompt_template: str = setting("{name}", "Prompt of a class; {name} is the class's name.")
+    policy_std: float = setting(
+        0.1, "Standard deviation of the policy, in latent units; it is the unit of the KL, too."
     )
 
     def __post_init__(self):

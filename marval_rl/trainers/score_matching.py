@@ -14,7 +14,7 @@ sample:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from marval_rl.models import MaskedModel
 from marval_rl.models.diffusion import add_noise, predict_start
 from marval_rl.models.head import guide
 from marval_rl.models.unmasking import linear_guidance_scale, random_order
-from marval_rl.runtime.settings import Conditions, Needs
+from marval_rl.runtime.settings import Conditions, Needs, setting
 from marval_rl.trainers.arguments import MaskingArguments
 from marval_rl.trainers.student_networks import StudentNetworks
 
@@ -34,19 +34,17 @@ from marval_rl.trainers.student_networks import StudentNetworks
 class GSIMArguments(MaskingArguments):
     """Where scores are matched."""
 
-    guidance_scale: float = field(default=1.2, metadata={"help": "Guidance of the teacher's score; 1.0 is none."})
-    guidance_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "constant, or linear: the guidance of the teacher's score grows with the tokens known, as in "
-            "sampling one token a step.",
-            "choices": ["constant", "linear"],
-        },
+    guidance_scale: float = setting(1.2, "Guidance of the teacher's score; 1.0 is none.")
+    guidance_schedule: str = setting(
+        "constant",
+        "constant, or linear: the guidance of the teacher's score grows with the tokens known, as in "
+        "sampling one token a step.",
+        ["constant", "linear"],
     )
-    min_timestep: int = field(default=20, metadata={"help": "Lowest timestep at which scores are matched."})
-    max_timestep: int = field(default=950, metadata={"help": "Highest timestep at which scores are matched."})
-    timestep_draws: int = field(default=1, metadata={"help": "(t, noise) draws for each token and update."})
-    huber_r: float = field(default=1e-5, metadata={"help": "r of the pseudo-Huber distance."})
+    min_timestep: int = setting(20, "Lowest timestep at which scores are matched.")
+    max_timestep: int = setting(950, "Highest timestep at which scores are matched.")
+    timestep_draws: int = setting(1, "(t, noise) draws for each token and update.")
+    huber_r: float = setting(1e-5, "r of the pseudo-Huber distance.")
 
     counts_if: ClassVar[Conditions] = {
         Needs("a guidance_scale other than 1", ("guidance_scale",), lambda scale: scale != 1): ("guidance_schedule",),
@@ -57,13 +55,9 @@ class GSIMArguments(MaskingArguments):
 class AuxiliaryArguments:
     """How the auxiliary score network is trained."""
 
-    auxiliary_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the auxiliary network."})
-    auxiliary_updates: int = field(
-        default=4, metadata={"help": "Steps for each student update: all of them train the auxiliary network."}
-    )
-    auxiliary_warmup_steps: int = field(
-        default=100, metadata={"help": "First steps that train the auxiliary network only."}
-    )
+    auxiliary_learning_rate: float = setting(3e-4, "Learning rate of the auxiliary network.")
+    auxiliary_updates: int = setting(4, "Steps for each student update: all of them train the auxiliary network.")
+    auxiliary_warmup_steps: int = setting(100, "First steps that train the auxiliary network only.")
 
     @property
     def has_auxiliary(self) -> bool:

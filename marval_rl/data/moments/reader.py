@@ -16,7 +16,7 @@ from marval_rl.data.datasets import FlippingDataset
 from marval_rl.data.moments.changes import changes_since
 from marval_rl.data.moments.manifest import MANIFEST, SETTINGS, read_manifest
 from marval_rl.data.moments.npz import NpzMoments
-from marval_rl.errors import DataError
+from marval_rl.errors import DataError, first_line
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
@@ -106,9 +106,8 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
             tensors[name] = data[start:stop].view(STORED_DTYPES[entry["dtype"]]).view(entry["shape"])
         return tensors
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"cannot read the shard {path}: {first}; `marval-rl cache RECIPE --verify` checks all"
+            f"cannot read the shard {path}: {first_line(error)}; `marval-rl cache RECIPE --verify` checks all"
         ) from error
 
 

@@ -37,56 +37,64 @@ class CacheProgress:
     num_skipped: int
 
 
-def cache_settings(
-    source: LabelledImages,
-    codec: Autoencoder,
-    image_size: int,
-    *,
-    vae_name: str,
-    dtype: str = "float32",
-    shard_size: int = 1024,
-    flip: bool = True,
-) -> dict[str, Any]:
-    """What cache.json records. `dtype` is one of DTYPES; the codec is asked for one image.
+@dataclass(frozen=True)
+class CacheJob:
+    """What is encoded, where to, and how it is stored.
 
-    Raises ValueError for a shard size below 1, an unknown dtype or an image size that does not suit the VAE.
+    Attributes:
+        source: The images.
+        codec: The VAE.
+        image_size: Pixels along one side after the centre crop.
+        folder: Of the cache; made if needed.
+        vae_name: Recorded for readers; a VAE of the same weights may go by another name when the cache is resumed.
+        dtype: Of the stored moments, one of DTYPES.
+        shard_size: Images a shard; the corrupt ones among them leave it smaller.
+        flip: Store the moments of the flipped images too.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, not {shard_size}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown cache_dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    stride = codec.stride
-    if image_size < 1 or image_size % stride:
-        raise ValueError(f"image_size {image_size} is not a multiple of the VAE's stride {stride}")
-    probe = torch.zeros(1, 3, image_size, image_size, device=codec.network.device)
-    return {
-        "format": FORMAT,
-        "source_sha256": hash_images(source),
-        "source_images": len(source),
-        "source_folder": source.folder,
-        "source_holdout": source.holdout,
-        "class_names": source.mode_names,
-        "image_size": image_size,
-        "vae": vae_name,
-        "vae_sha256": hash_weights(codec.network),
-        "scale": codec.scale,
-        "moments_shape": list(codec.moments(probe).shape[1:]),
-        "dtype": dtype,
-        "shard_size": shard_size,
-        "flip": flip,
-    }
+
+    source: LabelledImages
+    codec: Autoencoder
+    image_size: int
+    folder: Path
+    vae_name: str
+    dtype: str = "float32"
+    shard_size: int = 1024
+    flip: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        """What cache.json records; the codec is asked for one image.
+
+        Raises ValueError for a shard size below 1, an unknown dtype or an image size that does not suit the VAE.
+        """
+        source, codec, size = self.source, self.codec, self.image_size
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, not {self.shard_size}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown cache_dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if size < 1 or size % codec.stride:
+            raise ValueError(f"image_size {size} is not a multiple of the VAE's stride {codec.stride}")
+        probe = torch.zeros(1, 3, size, size, device=codec.network.device)
+        return {
+            "format": FORMAT,
+            "source_sha256": hash_images(source),
+            "source_images": len(source),
+            "source_folder": source.folder,
+            "source_holdout": source.holdout,
+            "class_names": source.mode_names,
+            "image_size": size,
+            "vae": self.vae_name,
+            "vae_sha256": hash_weights(codec.network),
+            "scale": codec.scale,
+            "moments_shape": list(codec.moments(probe).shape[1:]),
+            "dtype": self.dtype,
+            "shard_size": self.shard_size,
+            "flip": self.flip,
+        }
 
 
 def build_cache(
-    source: LabelledImages,
-    codec: Autoencoder,
-    image_size: int,
-    folder: str | Path,
+    job: CacheJob,
     *,
-    vae_name: str,
-    dtype: str = "float32",
-    shard_size: int = 1024,
-    flip: bool = True,
     batch_size: int = 32,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
@@ -101,17 +109,10 @@ def build_cache(
     and listed with their reasons in the shard's sidecar and in the manifest.
 
     Args:
-        source: The images.
-        codec: The VAE; moved to `device`.
-        image_size: Pixels along one side after the centre crop.
-        folder: Of the cache; made if needed.
-        vae_name: Recorded for readers; a VAE of the same weights may go by another name when the cache is resumed.
-        dtype: Of the stored moments, one of DTYPES.
-        shard_size: Images a shard; the corrupt ones among them leave it smaller.
-        flip: Store the moments of the flipped images too.
+        job: The images, the VAE, and the folder.
         batch_size: Images the VAE encodes at once.
         num_workers: Processes that decode images; 0 decodes in this one.
-        device: Where the VAE runs.
+        device: Where the VAE is moved to, and runs.
         rank, world_size: This process among those that fill the cache.
         progress: Told how far it is after each batch.
         report_changes: Told which of this process's images changed since they were encoded; they are encoded again.
@@ -124,11 +125,8 @@ def build_cache(
             moments are not finite as `dtype`.
         ValueError: For settings that make no sense.
     """
-    folder = Path(folder)
-    codec.to(device)
-    settings = cache_settings(
-        source, codec, image_size, vae_name=vae_name, dtype=dtype, shard_size=shard_size, flip=flip
-    )
+    source, codec, folder = job.source, job.codec.to(device), job.folder
+    settings = job.settings()
     begin(folder, settings)
     changes = drop_changed_shards(folder, settings, source, rank, world_size)
     if report_changes is not None:
@@ -140,7 +138,7 @@ def build_cache(
     mine = [shard for shard in missing if shard % world_size == rank]
     batches = {shard: _batches(shard, settings, batch_size) for shard in mine}
     loader = DataLoader(
-        Crops(source, image_size),
+        Crops(source, job.image_size),
         batch_sampler=[batch for shard in mine for batch in batches[shard]],
         num_workers=num_workers,
         collate_fn=list,

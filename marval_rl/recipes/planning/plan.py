@@ -138,16 +138,8 @@ def plan_reward_training(
     plan.is_text = student.takes_prompts
     names = None if dataset is None else dataset.class_names
     with plan.needing(GET_PROMPTS) if student.takes_prompts else nullcontext():
-        conditions = find_conditions(
-            student,
-            str(rewarded.model),
-            names,
-            rewarded.prompts_per_class,
-            rewarded.prompts,
-            rewarded.prompt_column,
-            rewarded.prompt_split,
-            data.eval_prompts,
-        )
+        asked = {**rewarded.rolled_out(), "eval_prompts": data.eval_prompts}
+        conditions = find_conditions(student, str(rewarded.model), names, **asked)
         plan.rows = len(conditions.rows)
         if conditions.names is not None:
             plan.data = f"{len(conditions.names)} prompts: {shorten(conditions.names)}"
@@ -199,16 +191,12 @@ def _vae(plan: TrainingPlan, name: str | None, is_text: bool = False) -> int | N
     """Parameters of the VAE, or of a model of text's tokenizer; None without one, or where it is missing."""
     if name is None:
         return None
-    if is_text:
-        from marval_rl.models.maskgen.codec import load_tokenizer
-
-        with plan.needing(GET_TOKENIZER):
-            return sum(parameter.numel() for parameter in load_tokenizer(name).parameters())
-        return None
+    from marval_rl.models.maskgen.codec import load_tokenizer
     from marval_rl.models.vae import load_autoencoder
 
-    with plan.needing(GET_VAE):
-        return sum(parameter.numel() for parameter in load_autoencoder(name).parameters())
+    with plan.needing(GET_TOKENIZER if is_text else GET_VAE):
+        network = load_tokenizer(name) if is_text else load_autoencoder(name)
+        return sum(parameter.numel() for parameter in network.parameters())
     return None
 
 

@@ -1,5 +1,5 @@
 """Rewards in another process, environment or machine: the format of requests, the server, and the client.
 
-The server's side needs torch, safetensors, Pillow, FastAPI and uvicorn only, in whatever versions a reward's own
+The server's side needs torch, safetensors, Pillow, PyYAML, FastAPI and uvicorn, in whatever versions a reward's own
 environment has; nothing here may import transformers or trl.
 """

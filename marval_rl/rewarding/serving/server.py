@@ -1,7 +1,7 @@
 """Serves a reward by HTTP, to whoever scores with the reward `remote`.
 
 `marval-rl rewards serve SPEC`, or `python -m marval_rl.rewarding.serving.server SPEC` in an environment that has a
-reward's own dependencies and not this package's: torch, safetensors, Pillow, FastAPI and uvicorn are enough.
+reward's own dependencies and not this package's: torch, safetensors, Pillow, PyYAML, FastAPI and uvicorn are enough.
 """
 
 from __future__ import annotations
