@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_images import noise_image
 from tiny_recipes import CONFIGS, is_finite, read_lines, training_lines
 from tiny_rewards import image_reward_arguments, write_clip, write_image_reward, write_pick_score
+from tiny_trainers import power_cut_in_step
 
 from marval_rl.cli.main import main
 from marval_rl.data.class_names import IMAGENET_WNIDS
@@ -168,14 +169,11 @@ def test_epochs_are_a_length_of_training(files, tmp_path):
     assert_trained(tmp_path, steps=24)
 
 
-def test_a_run_on_flipped_moments_resumes_as_if_undisturbed(files, tmp_path, monkeypatch):
-    from test_resume import fail_in_step
-
+def test_a_run_on_flipped_moments_resumes_as_if_undisturbed(files, tmp_path):
     settings = {**files.settings, "teacher": files.teacher, "max_steps": 14, "eval_strategy": "no", "save_steps": 5}
     runs = [tmp_path / name for name in ("whole", "broken")]
     assert main(command("distill", "base.yaml", **settings, output_dir=runs[0])) == 0
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 13)  # in the second epoch, whose flips are others than the first one's
+    with power_cut_in_step(13):  # in the second epoch, whose flips are others than the first one's
         assert main(command("distill", "base.yaml", **settings, output_dir=runs[1])) == 1
     assert main(command("distill", "base.yaml", "--resume", **settings, output_dir=runs[1])) == 0
     whole, broken = (load_file(run / "final" / "model.safetensors") for run in runs)

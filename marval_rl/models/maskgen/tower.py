@@ -84,20 +84,23 @@ class TextTower:
         """The features of prompts and of the empty one, on the CPU in `dtype`; computed in float32 on `device`."""
         self.network.to(device)
         ids = self.tokenizer([*prompts, ""], self.length)
-        # With room for one more token a prompt that was cut ends later.
-        cut = (ids[:-1] != self.tokenizer(prompts, self.length + 1)[:, : self.length]).any(dim=1) if prompts else []
-        if any(cut):
-            first = next(prompt for prompt, is_cut in zip(prompts, cut, strict=True) if is_cut)
-            warnings.warn(
-                f"the text tower reads {self.length} tokens of a prompt: the end of {int(sum(cut))} of {len(prompts)} "
-                f"counts for nothing, the first of them {first!r}",
-                stacklevel=2,
-            )
+        self._note_cut(prompts, ids)
         parts = []
         for part in tqdm(ids.split(PROMPTS_AT_ONCE), desc="encoding prompts", disable=not progress, leave=False):
             parts.append([output.to("cpu", dtype) for output in self.outputs(part.to(device))])
         tokens, pooled, final = (torch.cat(column) for column in zip(*parts, strict=True))
         return PromptFeatures(list(prompts), tokens, pooled, final)
+
+    def _note_cut(self, prompts: Sequence[str], ids: Tensor) -> None:
+        """Warn of prompts whose end is cut off: with room for one more token they end later."""
+        longer = self.tokenizer([*prompts, ""], self.length + 1)[:, : self.length]
+        cut = [prompt for prompt, differs in zip(prompts, (ids != longer).any(dim=1)[:-1], strict=True) if differs]
+        if cut:
+            warnings.warn(
+                f"the text tower reads {self.length} tokens of a prompt: the end of {len(cut)} of {len(prompts)} "
+                f"counts for nothing, the first of them {cut[0]!r}",
+                stacklevel=3,
+            )
 
 
 def load_tower(model: str, pretrained: str | None) -> TextTower:
