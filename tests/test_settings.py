@@ -138,6 +138,7 @@ READ_BY: dict[str, Any] = {
         ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), "marval_rl.trainers.base"
     ),
     **dict.fromkeys(("eval_batch_size", "max_skipped_steps", "profile"), "marval_rl.trainers.base"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend"), "marval_rl.trainers.base"),
     "overwrite_output_dir": "marval_rl.cli.training",
 }
 

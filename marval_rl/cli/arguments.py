@@ -86,23 +86,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, model_is_optional
     parser.add_argument("--guidance_schedule", default="linear", choices=["linear", "constant"])
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (default: 1.0)")
     parser.add_argument("--diffusion_steps", type=int, metavar="N", help="of a teacher (default: the model's)")
-    add_chain_arguments(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks first: minutes, for many images on a GPU"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
     parser.add_argument("--batch_size", type=int, default=250, help="images at once (default: 250)")
     add_device_arguments(parser)
-
-
-def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how a teacher's chain becomes cheaper."""
-    parser.add_argument(
-        "--last_diffusion_steps",
-        type=int,
-        metavar="N",
-        help="of a teacher: annealed over the unmasking steps, from --diffusion_steps to these (default: not)",
-    )
-    parser.add_argument(
-        "--diffusion_sampler", default="ddpm", choices=["ddpm", "ddim"], help="of a teacher (default: ddpm)"
-    )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +140,10 @@ def load_for_sampling(
         raise ValueError(f"{args.model} knows classes, and prompts were given: leave them out")
     model = model.to(device)
     model.condition_on(prompts or [])
+    if args.compile:
+        from marval_rl.models.compiling import compile_blocks
+
+        compile_blocks(model)
     return model, codec_for(model.config).to(device), device
 
 
@@ -164,8 +157,6 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
         guidance_schedule=args.guidance_schedule,
         temperature=args.temperature,
         num_diffusion_steps=args.diffusion_steps,
-        last_diffusion_steps=args.last_diffusion_steps,
-        diffusion_sampler=args.diffusion_sampler,
         autocast_dtype=autocast_dtype(args),
     )
 

@@ -85,8 +85,7 @@ def generate_frames(args: argparse.Namespace, animated: bool) -> tuple[Tensor, T
     model, codec, device = load_for_sampling(args, given_prompts(args))
     settings, config = sampling_settings(args), model.config
     if args.compare is not None and config.is_one_step:  # a teacher beside it may be guided
-        of_chain = {"num_diffusion_steps": None, "last_diffusion_steps": None, "diffusion_sampler": "ddpm"}
-        settings = replace(settings, guidance_scale=1.0, **of_chain)
+        settings = replace(settings, guidance_scale=1.0, num_diffusion_steps=None)
     chosen = parse_classes(args.classes, config.class_names, config.num_classes)
     labels = torch.tensor(chosen).repeat_interleave(args.per_class)
     shared = {"seed": args.seed, "batch_size": args.batch_size, "device": device, "progress": args.progress}

@@ -5,46 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marval_rl.models.config import MaskedConfig
-from marval_rl.models.diffusion import DiffusionSchedule, annealed_steps, make_schedule, reverse_step
+from marval_rl.models.diffusion import DiffusionSchedule, reverse_step
 from marval_rl.models.head import DiffusionHead, ResidualBlock
 from marval_rl.models.noise import Noise
 
-DIFFUSION_SAMPLERS = ("ddpm", "ddim")
+ROWS_AT_ONCE = 256  # of a product for the modulations of several timesteps
 
 
 class ChainHead:
     """A head whose work for each timestep is done once, and whose blocks are modulated by one matrix product.
 
-    The modulation SiLU(t + c) W couples timestep and condition, so only t and c themselves are computed beforehand. Of
-    a block's adaptive norm (1 + scale) (g n + b) + shift, with n the normalised input, the products with the norm's own
-    g and b are folded into W: what is left is n a + s.
+    The modulation SiLU(t + c) W does not depend on the state of the chain, so it is computed for several timesteps at
+    once: W is most of the head's weights, and with few rows reading them takes most of a step. Of a block's adaptive
+    norm (1 + scale) (g n + b) + shift, with n the normalised input, the products with the norm's own g and b are folded
+    into W: what is left is n a + s.
 
     Args:
         head: The diffusion head; its weights are copied, so a change of them needs a new one.
-        schedules: Those of the chains.
-        device: That of the head.
+        timesteps: Those of the chain, int64 [T].
 
     Raises:
         ValueError: If a modulation has adapters that are not merged.
     """
 
-    def __init__(self, head: DiffusionHead, schedules: Sequence[DiffusionSchedule], device: torch.device):
+    def __init__(self, head: DiffusionHead, timesteps: Tensor):
         net: Any = head.net
         for layer in (*(block.adaLN_modulation[1] for block in net.res_blocks), net.final_layer.adaLN_modulation[1]):
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"a modulation of the head is a {type(layer).__name__}: merge its adapters first")
         self.net = net
         self.width = net.input_proj.out_features
-        timesteps = np.unique(np.concatenate([schedule.timesteps for schedule in schedules]))
-        self.rows = {timestep: row for row, timestep in enumerate(timesteps.tolist())}
-        self.times = net.time_embed(torch.from_numpy(timesteps).to(device))  # [T, W]
-        with torch.autocast(device.type, enabled=False):
+        self.times = net.time_embed(timesteps)  # [T, W]
+        with torch.autocast(timesteps.device.type, enabled=False):
             parts = [part for block in net.res_blocks for part in _folded_block(block)]
             final = net.final_layer.adaLN_modulation[1]
             (shift, scale), (shift_bias, scale_bias) = final.weight.chunk(2), final.bias.chunk(2)
@@ -57,23 +53,29 @@ class ChainHead:
         """What is computed of the conditions [..., D] before the chain: [..., W]."""
         return self.net.cond_embed(condition)
 
-    def __call__(self, x: Tensor, timestep: int, conditions: Tensor) -> Tensor:
-        """The head's output [..., N, 2C].
+    def modulations(self, conditions: Tensor, first: int, end: int) -> Tensor:
+        """What `__call__` needs beside x, at the timesteps of the indices first..end - 1.
+
+        conditions [..., N, W], of `conditions`. Returns [end - first, ..., N, M W], with M = 3 blocks + 2.
+        """
+        times = self.times[first:end].view(-1, *[1] * (conditions.ndim - 1), self.width)
+        return F.linear(F.silu(conditions + times), self.weight, self.bias)
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The head's output [..., N, 2C] at one timestep.
 
         Args:
             x: [N, C], the same for all leading dimensions of the conditions.
-            timestep: One of the schedules'.
-            conditions: [..., N, W], of `conditions`.
+            modulation: [..., N, M W], of `modulations`.
         """
         net, norm_shape = self.net, (self.width,)
-        y = F.silu(conditions + self.times[self.rows[timestep]])
-        parts = F.linear(y, self.weight, self.bias).split(self.width, dim=-1)
+        parts = modulation.split(self.width, dim=-1)
         x = net.input_proj(x)
         for number, block in enumerate(net.res_blocks):
             factor, shift, gate = parts[3 * number : 3 * number + 3]
             hidden = torch.addcmul(shift, F.layer_norm(x, norm_shape, eps=1e-6).to(factor.dtype), factor)
             x = torch.addcmul(x, gate, block.mlp(hidden).to(gate.dtype))
-        hidden = torch.addcmul(parts[-1], F.layer_norm(x, norm_shape, eps=1e-6).to(y.dtype), parts[-2])
+        hidden = torch.addcmul(parts[-1], F.layer_norm(x, norm_shape, eps=1e-6).to(modulation.dtype), parts[-2])
         return net.final_layer.linear(hidden)
 
 
@@ -105,7 +107,6 @@ def sample_chain(
     guidance_scale: float | None = None,
     temperature: float = 1.0,
     clip_range: float | None = None,
-    deterministic: bool = False,
     return_trajectory: bool = False,
 ) -> Tensor:
     """The reverse diffusion chain for N tokens.
@@ -118,14 +119,13 @@ def sample_chain(
         guidance_scale: None for no guidance.
         temperature: Scales the noise added in each step.
         clip_range: Predicted clean tokens are clamped to +- this; None for no limit.
-        deterministic: DDIM's chain, whose only noise is the state it starts from.
         return_trajectory: Return every state, [steps, N, C], instead of the last.
 
     Returns:
         Tokens [N, C], float32.
     """
     if isinstance(head, DiffusionHead):
-        head = chain_head(head, [schedule], condition.device)
+        head = chain_head(head, schedule, condition.device)
     rows = condition.shape[0] // (1 if guidance_scale is None else 2)
     channels = head.net.input_proj.in_features
     conditions = head.conditions(condition)
@@ -133,57 +133,26 @@ def sample_chain(
         conditions = conditions.view(2, rows, -1)
     x = noise.normal(rows, channels)  # [N, C]
     states = []
-    timesteps = schedule.timesteps.tolist()
+    at_once = max(1, ROWS_AT_ONCE // condition.shape[0])
+    modulations: Sequence[Tensor] = ()  # of the timesteps that come next, the next one last
     for index in reversed(range(len(schedule))):
-        output = head(x, timesteps[index], conditions).float()
+        if not modulations:
+            modulations = head.modulations(conditions, max(0, index + 1 - at_once), index + 1).unbind()
+        *modulations, modulation = modulations
+        output = head(x, modulation).float()
         if guidance_scale is not None:  # as `guide`, in place: the variance values stay the labels' own
             labelled, null = output.unbind()
             torch.lerp(null[:, :channels], labelled[:, :channels], guidance_scale, out=labelled[:, :channels])
             output = labelled
         # MAR draws noise for both halves and for index 0 too; drawing alike keeps a seed's images the same.
-        step_noise = None
-        if not deterministic:
-            step_noise = noise.normal(rows, channels, num_unused_rows=condition.shape[0] - rows)
+        step_noise = noise.normal(rows, channels, num_unused_rows=condition.shape[0] - rows)
         x = reverse_step(schedule, output, x, index, step_noise, temperature, clip_range)
         if return_trajectory:
             states.append(x)
     return torch.stack(states) if return_trajectory else x
 
 
-def chain_head(head: DiffusionHead, schedules: Sequence[DiffusionSchedule], device: torch.device) -> ChainHead:
-    """The head for the chains of these schedules, at inference."""
+def chain_head(head: DiffusionHead, schedule: DiffusionSchedule, device: torch.device) -> ChainHead:
+    """The head for the chain of this schedule, at inference."""
     with torch.no_grad():
-        return ChainHead(head, schedules, device)
-
-
-def chain_schedules(
-    config: MaskedConfig, count: int, num_diffusion_steps: int | None, last_diffusion_steps: int | None
-) -> list[DiffusionSchedule]:
-    """The schedule of each of `count` unmasking steps; other arguments as `generate`'s."""
-    first = config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
-    last = first if last_diffusion_steps is None else last_diffusion_steps
-    return [make_schedule(config.num_train_timesteps, length) for length in annealed_steps(first, last, count)]
-
-
-def check_chain_settings(
-    config: MaskedConfig,
-    guidance_scale: float,
-    num_diffusion_steps: int | None,
-    last_diffusion_steps: int | None,
-    diffusion_sampler: str,
-    temperature: float,
-) -> None:
-    """Raises ValueError for what has no effect on this model, or contradicts itself; arguments as `generate`'s."""
-    if diffusion_sampler not in DIFFUSION_SAMPLERS:
-        raise ValueError(f'diffusion_sampler must be {" or ".join(DIFFUSION_SAMPLERS)}, not "{diffusion_sampler}"')
-    if config.is_one_step and guidance_scale != 1.0:
-        raise ValueError(
-            f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed in distillation"
-        )
-    of_chain = {"num_diffusion_steps": num_diffusion_steps, "last_diffusion_steps": last_diffusion_steps}
-    of_chain["diffusion_sampler"] = None if diffusion_sampler == "ddpm" else diffusion_sampler
-    for name, value in of_chain.items():
-        if config.is_one_step and value is not None:
-            raise ValueError(f"{name} {value} was given to a one-step student, which runs no chain: leave it out")
-    if diffusion_sampler == "ddim" and temperature != 1.0:
-        raise ValueError(f"temperature {temperature} scales the noise of a chain, and ddim adds none: leave one out")
+        return ChainHead(head, torch.from_numpy(schedule.timesteps).to(device))

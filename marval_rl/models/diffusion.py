@@ -35,12 +35,6 @@ def respaced_timesteps(num_timesteps: int, num_steps: int) -> np.ndarray:
     return np.array(steps, dtype=np.int64)
 
 
-def annealed_steps(first: int, last: int, count: int) -> list[int]:
-    """Diffusion steps of each of `count` unmasking steps, on a line from `first` to `last` (DiSA, arXiv 2505.20297):
-    the more tokens are known, the less is left to decide."""
-    return [round(first + (last - first) * k / max(1, count - 1)) for k in range(count)]
-
-
 @dataclass(frozen=True)
 class DiffusionSchedule:
     """A discrete Gaussian diffusion process, possibly respaced. All arrays are float64 [T] but `timesteps` (int64)."""
@@ -98,7 +92,7 @@ def forget_tensors() -> None:
     _on_device.cache_clear()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def make_schedule(num_timesteps: int = 1000, num_steps: int | None = None) -> DiffusionSchedule:
     """The cosine process of `num_timesteps`, respaced to `num_steps` (None: all of them)."""
     all_alphas_cumprod = np.cumprod(1 - cosine_betas(num_timesteps))
@@ -199,23 +193,22 @@ def reverse_step(
     model_output: Tensor,
     x_t: Tensor,
     index: int,
-    noise: Tensor | None,
+    noise: Tensor,
     temperature: float = 1.0,
     clip_range: float | None = None,
 ) -> Tensor:
     """One ancestral step x_t -> x_{t-1} at respaced `index`; no noise is added at index 0. x_t, noise [N, C].
 
-    As `posterior` has it, with what depends on the index alone computed once, in float64. Without noise it is DDIM's
-    step (arXiv 2010.02502, equation 12 with sigma_t = 0), its noise prediction that of the clipped x_0.
+    As `posterior` has it, with what depends on the index alone computed once, in float64.
     """
-    c = reverse_constants(schedule, noise is None)[index]
+    c = reverse_constants(schedule)[index]
     eps, fraction = model_output.chunk(2, dim=-1)
     if clip_range is None:
         mean = torch.add(x_t * c.mean_of_x, eps, alpha=-c.mean_of_noise)
     else:
         x_start = torch.add(x_t * c.start_of_x, eps, alpha=-c.start_of_noise).clamp_(-clip_range, clip_range)
         mean = torch.add(x_t * c.mean_of_x_t, x_start, alpha=c.mean_of_start)
-    if index == 0 or noise is None:
+    if index == 0:
         return mean
     std = (fraction * c.half_log_range).add_(c.log_middle).exp_()
     return torch.addcmul(mean, std, noise, value=temperature)
@@ -238,14 +231,11 @@ class ReverseConstants(NamedTuple):
     half_log_range: float
 
 
-@lru_cache(maxsize=64)
-def reverse_constants(schedule: DiffusionSchedule, deterministic: bool = False) -> list[ReverseConstants]:
-    """Of each step of the chain; of DDIM's, where it is deterministic."""
+@lru_cache(maxsize=32)
+def reverse_constants(schedule: DiffusionSchedule) -> list[ReverseConstants]:
+    """Of each step of the chain."""
     alpha, sigma = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     of_start, of_x_t = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
-    if deterministic:  # alpha_{t-1} x_0 + sigma_{t-1} e, with e = (x_t - alpha_t x_0) / sigma_t
-        of_x_t = np.concatenate([[0.0], sigma[:-1]]) / sigma
-        of_start = np.concatenate([[1.0], alpha[:-1]]) - of_x_t * alpha
     low, high = schedule.posterior_log_variance_clipped, schedule.log_betas
     columns = [1 / alpha, sigma / alpha, of_start, of_x_t, of_start / alpha + of_x_t, of_start * sigma / alpha]
     columns += [(low + high) / 4, (high - low) / 4]  # of the deviation, half of the variance's logarithm

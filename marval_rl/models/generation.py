@@ -15,7 +15,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from marval_rl.models.chain import chain_head, chain_schedules, check_chain_settings, sample_chain
+from marval_rl.models.chain import chain_head, sample_chain
+from marval_rl.models.diffusion import make_schedule
 from marval_rl.models.latents import LatentCodec, unpatchify
 from marval_rl.models.masked import MaskedModel
 from marval_rl.models.matmul import quick_products
@@ -37,8 +38,6 @@ class SamplingSettings:
     guidance_schedule: str = "linear"
     temperature: float = 1.0
     num_diffusion_steps: int | None = None
-    last_diffusion_steps: int | None = None
-    diffusion_sampler: str = "ddpm"
     autocast_dtype: torch.dtype | None = None
 
 
@@ -88,8 +87,6 @@ def generate(
     guidance_schedule: str = "linear",
     temperature: float = 1.0,
     num_diffusion_steps: int | None = None,
-    last_diffusion_steps: int | None = None,
-    diffusion_sampler: str = "ddpm",
     batch_size: int | None = None,
     order: Tensor | None = None,
     generator: torch.Generator | Noise | None = None,
@@ -107,8 +104,6 @@ def generate(
         guidance_schedule: "linear" in the share of revealed tokens, or "constant".
         temperature: Scales the noise added in each reverse step; for a student the noise z it starts from.
         num_diffusion_steps: Length of the teacher's reverse chain (None: the configuration's).
-        last_diffusion_steps: That of the last unmasking step; those between lie on a line (None: all alike).
-        diffusion_sampler: Of the teacher: "ddpm", MAR's ancestral chain, or "ddim", the deterministic one.
         order: Unmasking order, int64 [B, L]; None draws a random one for each image.
         generator: Source of all randomness: a generator on the model's device, None for the global one, or an
             `IndexedNoise`, with which an image does not depend on its batch.
@@ -129,9 +124,15 @@ def generate(
         check_class_labels(class_labels, config.num_classes)
         if batch_size not in (None, batch):
             raise ValueError(f"batch_size {batch_size} contradicts the {batch} class_labels")
-    check_chain_settings(
-        config, guidance_scale, num_diffusion_steps, last_diffusion_steps, diffusion_sampler, temperature
-    )
+    if config.is_one_step and guidance_scale != 1.0:
+        raise ValueError(
+            f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed in distillation"
+        )
+    if config.is_one_step and num_diffusion_steps is not None:
+        raise ValueError(
+            f"num_diffusion_steps {num_diffusion_steps} was given to a one-step student, which runs no chain: leave it "
+            "out"
+        )
     noise = as_noise(generator, device)
     if order is None:
         order = noise.order(batch, config.num_tokens)
@@ -141,13 +142,13 @@ def generate(
         # Drawn for all tokens at once, by position: an image's noise does not depend on K.
         token_noise = temperature * noise.normal(batch * config.num_tokens, config.token_channels)
         token_noise = token_noise.view(batch, config.num_tokens, config.token_channels)
+    else:
+        num_diffusion_steps = config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
+        schedule = make_schedule(config.num_train_timesteps, num_diffusion_steps)
     guided = guidance_scale != 1.0
     pairs = unmasking_steps(config.num_tokens, num_unmasking_steps)
     scales = guidance_scales(config.num_tokens, num_unmasking_steps, guidance_scale, guidance_schedule)
     scale_of = dict(zip(pairs, scales, strict=True))
-    if not config.is_one_step:
-        schedules = chain_schedules(config, len(pairs), num_diffusion_steps, last_diffusion_steps)
-        schedule_of = dict(zip(pairs, schedules, strict=True))
     conditions: list[Tensor] = []
 
     def predict(tokens: Tensor, num_masked: int, num_kept: int) -> Tensor:
@@ -164,18 +165,10 @@ def generate(
                 condition = model(
                     tokens, class_labels, order, num_masked, num_kept, guidance_pass=guided, asked=asked
                 ).condition
+            scale = scale_of[num_masked, num_kept] if guided else None
             asked_rows = condition.flatten(0, 1)
             with quick_products(device, len(asked_rows), config.head_hidden_size):
-                revealed = sample_chain(
-                    head,
-                    schedule_of[num_masked, num_kept],
-                    asked_rows,
-                    noise,
-                    guidance_scale=scale_of[num_masked, num_kept] if guided else None,
-                    temperature=temperature,
-                    clip_range=config.clip_sample_range,
-                    deterministic=diffusion_sampler == "ddim",
-                )
+                revealed = sample_chain(head, schedule, asked_rows, noise, scale, temperature, config.clip_sample_range)
             revealed = revealed.view(batch, -1, config.token_channels)
         if return_steps:
             conditions.append(condition)
@@ -186,7 +179,7 @@ def generate(
     precision = nullcontext() if autocast_dtype is None else torch.autocast(device.type, autocast_dtype)
     with precision:  # once around all steps, so that the weights are cast once
         if not config.is_one_step:
-            head = chain_head(model.diffloss, schedules, device)
+            head = chain_head(model.diffloss, schedule, device)
         for step in tqdm(steps, desc="unmasking", total=len(pairs), leave=False, disable=not progress):
             if return_steps:
                 scale = scale_of[step.num_masked, step.num_kept]

@@ -117,6 +117,13 @@ class MARTrainingArguments(TrainingArguments):
         default=10,
         metadata={"help": "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."},
     )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the transformer blocks: it takes minutes at the start, and pays on GPUs."},
+    )
+    torch_compile_backend: str | None = field(
+        default=None, metadata={"help": "What compiles them, by torch.compile's names (default: inductor)."}
+    )
     profile: int = field(
         default=0,
         metadata={"help": "Trace so many steps after the first, and print what their time went into; 0 for none."},
@@ -165,6 +172,7 @@ class MARTrainingArguments(TrainingArguments):
         Needs("gradient_checkpointing", _CHECKPOINTING, lambda *values: any(values)): (
             *("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
         ),
+        Needs("torch_compile true", ("torch_compile",), bool): ("torch_compile_backend",),
         Needs("a tracker in report_to", ("report_to",), lambda t: t not in (None, "none", [], ["none"])): ("run_name",),
         Needs("report_to trackio", ("report_to",), lambda t: "trackio" in (t or ())): (
             *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),

@@ -17,8 +17,7 @@ from mar_reference import (
 )
 from torch import Tensor
 
-from marval_rl.models import GenerationOutput, MARModel, diffusion, generate
-from marval_rl.models import chain as chains
+from marval_rl.models import GenerationOutput, MARModel, diffusion, generate, generation
 from marval_rl.models.chain import sample_chain
 from marval_rl.models.diffusion import DiffusionSchedule, make_schedule, respaced_timesteps
 from marval_rl.models.noise import GeneratorNoise
@@ -173,6 +172,6 @@ def test_control_one_respaced_timestep_off_by_one_fails(models, monkeypatch):
     timesteps[4] += 1
     monkeypatch.setattr(diffusion, "respaced_timesteps", lambda *_: timesteps)
     uncached = make_schedule.__wrapped__
-    monkeypatch.setattr(chains, "make_schedule", uncached)
+    monkeypatch.setattr(generation, "make_schedule", uncached)
     error = relative_l2(generate_case(models["stable"], case).latents, golden("generate")[f"stable.{case}.out"])
     assert error > GENERATION_TOLERANCE
