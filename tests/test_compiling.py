@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from marval_rl.cli.main import main
 from marval_rl.models import MARModel, compiling, generate
 from marval_rl.models.compiling import compile_blocks
+from marval_rl.runtime.checkpoints import Layout
+from marval_rl.trainers.pretrain import PretrainTrainer
 
 
 @pytest.fixture
@@ -103,8 +105,14 @@ def test_the_command_compiles_where_it_is_asked_to(options, tmp_path, monkeypatc
     assert (graphs_so_far() > 0) == bool(options)
 
 
-def test_what_cannot_be_compiled_is_refused(tmp_path):
+def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="torch_compile_mode is not supported by these trainers: blocks are compiled"):
         pretrainer(tmp_path, tiny_model(), torch_compile=True, torch_compile_mode="reduce-overhead")
     with pytest.raises(ValueError, match="torch_compile_backend eager counts only with torch_compile true"):
         pretrainer(tmp_path, tiny_model(), torch_compile_backend="eager")
+    monkeypatch.setattr(PretrainTrainer, "layout", Layout(world_size=2, zero_stage=3))
+    monkeypatch.setattr(
+        PretrainTrainer, "is_deepspeed_enabled", property(lambda _: True, lambda *_: None), raising=False
+    )
+    with pytest.raises(ValueError, match="torch_compile does not work under ZeRO-3"):
+        pretrainer(tmp_path, tiny_model(), torch_compile=True)

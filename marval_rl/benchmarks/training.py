@@ -105,7 +105,7 @@ def trainer_steps(
         {"images": torch.rand(shape, generator=generator), "class_labels": n % classes} for n in range(batch_size)
     ]
     rewards, rows = RewardSet([brightness]), class_rows(classes, batch_size)
-    sampled = {"num_unmasking_steps": num_unmasking_steps}
+    sampled: dict[str, Any] = {"num_unmasking_steps": num_unmasking_steps}
     cases: dict[str, Callable[[dict[str, Any]], MARTrainer]] = {
         "pretrain": lambda common: PretrainTrainer(on_latents(teacher), PretrainConfig(**common), train_dataset=images),
         "distill": lambda common: DistillTrainer(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from marval_rl.models.diffusion import DiffusionSchedule, reverse_step
 from marval_rl.models.head import DiffusionHead, ResidualBlock
+from marval_rl.models.matmul import quick_products
 from marval_rl.models.noise import Noise
 
-ROWS_AT_ONCE = 256  # of a product for the modulations of several timesteps
+ROWS_AT_ONCE = 128  # of a product for the modulations of several timesteps
 
 
 class ChainHead:
@@ -59,7 +60,9 @@ class ChainHead:
         conditions [..., N, W], of `conditions`. Returns [end - first, ..., N, M W], with M = 3 blocks + 2.
         """
         times = self.times[first:end].view(-1, *[1] * (conditions.ndim - 1), self.width)
-        return F.linear(F.silu(conditions + times), self.weight, self.bias)
+        y = F.silu(conditions + times)
+        with quick_products(y.device, y.numel() // self.width, self.width):
+            return F.linear(y, self.weight, self.bias)
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         """The head's output [..., N, 2C] at one timestep.

@@ -119,7 +119,9 @@ class MARTrainingArguments(TrainingArguments):
     )
     torch_compile: bool = field(
         default=False,
-        metadata={"help": "Compile the transformer blocks: it takes minutes at the start, and pays on GPUs."},
+        metadata={
+            "help": "Compile the transformer blocks, which takes minutes at the start; for GPUs, and not under ZeRO-3."
+        },
     )
     torch_compile_backend: str | None = field(
         default=None, metadata={"help": "What compiles them, by torch.compile's names (default: inductor)."}

@@ -90,14 +90,14 @@ class MARTrainer(ResumableTrainer):
         unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
         self._read_order()  # raises if the rows are too few, before any work
         if self.is_deepspeed_enabled and self.layout.zero_stage == 3:
-            # Each checkpoint holds complete weights: a run of another layout, or one that has ended, begins with them.
-            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            zero["stage3_gather_16bit_weights_on_model_save"] = True
             if args.torch_compile:
                 raise ValueError(
                     "torch_compile does not work under ZeRO-3, whose blocks have no weights until they run: leave it "
                     "out, or use ZeRO-2"
                 )
+            # Each checkpoint holds complete weights: a run of another layout, or one that has ended, begins with them.
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
         self.mar = model
         self.codec = codec_for(model.config).to(args.device)
         config = model.config
