@@ -90,11 +90,6 @@ class MARTrainer(ResumableTrainer):
         unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
         self._read_order()  # raises if the rows are too few, before any work
         if self.is_deepspeed_enabled and self.layout.zero_stage == 3:
-            if args.torch_compile:
-                raise ValueError(
-                    "torch_compile does not work under ZeRO-3, whose blocks have no weights until they run: leave it "
-                    "out, or use ZeRO-2"
-                )
             # Each checkpoint holds complete weights: a run of another layout, or one that has ended, begins with them.
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["stage3_gather_16bit_weights_on_model_save"] = True
@@ -169,6 +164,11 @@ class MARTrainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.torch_compile:
+            if self.layout.zero_stage == 3:
+                raise ValueError(
+                    "torch_compile does not work under ZeRO-3, whose blocks have no weights until they run: leave it "
+                    "out, or use ZeRO-2"
+                )
             models = self.mar, self.ema.module, *self.frozen_models()
             compile_blocks(*models, compiler=self.args.torch_compile_backend or "inductor")
         return super().train(*args, **kwargs)
