@@ -318,6 +318,7 @@ OFF: dict[tuple[str, ...], dict[str, Any]] = {
     ("logging_strategy",): {"logging_strategy": "epoch"},
     ("max_steps",): {"max_steps": 10},
     ("lr_scheduler_type",): {"lr_scheduler_type": "constant"},
+    ("torch_compile",): {"torch_compile": False},
     ("gradient_checkpointing",): {"gradient_checkpointing": False},
     ("gradient_checkpointing", "activation_checkpointing"): {"gradient_checkpointing": False},
     ("report_to",): {"report_to": "none"},
