@@ -43,6 +43,8 @@ bench-gpu: .venv
 	    --batch_sizes 1 16 128 --compile --growth --no_baseline --output build/bench_$$size.json || exit 1; \
 	done
 	$(BIN)/marval-rl bench --model_size base --steps 64 --guidance_scale 2.9 --batch_sizes 1 --repeats 1
+	$(BIN)/marval-rl bench --model_size base --steps 8 --dtype bfloat16 --batch_sizes 16 --no_baseline --trainers --throughput \
+	  --output build/bench_trainers.json
 
 docs: .venv
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs

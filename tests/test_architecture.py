@@ -21,7 +21,7 @@ ALLOWED = {
     "trainers": {"runtime", "losses", "models", "rewarding", "evaluation", "data"},
     "reporting": {"runtime"},
     "recipes": {"trainers", "runtime", "losses", "models", "rewarding", "evaluation", "data"},
-    "benchmarks": {"models"},
+    "benchmarks": {"trainers", "runtime", "models", "rewarding", "evaluation", "data"},
     "cli": {"benchmarks", "recipes", "trainers", "runtime", "models", "rewarding", "evaluation", "data", "reporting"},
     "rewards": {"rewarding", "data"},
 }

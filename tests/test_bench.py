@@ -36,6 +36,26 @@ def test_all_are_timed_and_their_ratios_are_given(tmp_path, capsys):
     assert "times as the official sampler" in printed and "of the matrix rate" in printed
 
 
+def test_updates_of_each_trainer_and_throughput(capsys):
+    options = ["--batch_sizes", "4", "--no_baseline", "--trainers", "--throughput", "--json"]
+    assert main(["bench", "--model_size", "digits", *FAST, *options]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    rows = {row["trainer"]: row for row in figures["trainers"]}
+    assert list(rows) == ["pretrain", "distill", "grpo", "reward_backprop"]
+    for name, row in rows.items():
+        assert row["batch_size"] == 4 and row["seconds"] > 0
+        shares = row["shares"]
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["backward"] > 0 and shares["optimizer"] > 0
+        assert (shares["rollout"] > 0 and shares["reward"] > 0) == (name in ("grpo", "reward_backprop"))
+    assert [row["what"] for row in figures["throughput"]] == ["measure"]  # digits have no autoencoder
+
+
+def test_groups_need_an_even_batch(capsys):
+    assert main(["bench", "--model_size", "digits", *FAST, "--batch_sizes", "1", "--no_baseline", "--trainers"]) == 2
+    assert "--trainers compares images in groups, and a batch of 1 has none" in capsys.readouterr().err
+
+
 def test_json_alone_is_printed_and_the_baseline_can_be_left_out(capsys):
     assert main(["bench", "--model_size", "digits", *FAST, "--batch_sizes", "1", "--no_baseline", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_student
+from tiny_models import tiny_model, tiny_student
+from tiny_trainers import grey_student, grpo_trainer, pretrainer
+from torch._dynamo.utils import counters
+from transformers import TrainerCallback
 
-from marval_rl.models import MARModel, generate
+from marval_rl.cli.main import main
+from marval_rl.models import MARModel, compiling, generate
 from marval_rl.models.compiling import compile_blocks
+from marval_rl.runtime.checkpoints import Layout
+from marval_rl.trainers.pretrain import PretrainTrainer
 
 
 @pytest.fixture
-def compiled() -> Any:
-    """A compiled student, and the graphs that were compiled so far; the compiler here changes nothing."""
-    before = torch._dynamo.config.fail_on_recompile_limit_hit
+def forgetting() -> Any:
+    """Nothing is compiled before the test, and nothing of it stays."""
+    before = torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit
     torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit = before
+
+
+@pytest.fixture
+def compiled(forgetting) -> Any:
+    """A compiled student, and the graphs that were compiled so far; the compiler here changes nothing."""
     graphs: list[Any] = []
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -24,10 +40,8 @@ def compiled() -> Any:
         return graph.forward
 
     student = tiny_student(image_size=8)
-    compile_blocks(student, compiler)
-    yield student, graphs
-    torch._dynamo.reset()
-    torch._dynamo.config.fail_on_recompile_limit_hit = before
+    compile_blocks(student, compiler=compiler)
+    return student, graphs
 
 
 def sample(student: MARModel, steps: int, batch: int) -> torch.Tensor:
@@ -50,3 +64,52 @@ def test_nothing_is_compiled_again_after_the_first_generations(compiled):
 def test_images_are_those_of_the_plain_model(compiled):
     student, _ = compiled
     torch.testing.assert_close(sample(student, 5, 3), sample(tiny_student(image_size=8), 5, 3))
+
+
+TRAINERS: dict[str, Any] = {
+    "pretrain": lambda folder, **settings: pretrainer(folder, tiny_model(), **settings),
+    "grpo": lambda folder, **settings: grpo_trainer(folder, grey_student(), beta=0.1, **settings),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_compiled_run_ends_with_the_weights_of_a_plain_one(name, tmp_path, forgetting):
+    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_num_images": 6, "eval_batch_size": 3}
+    plain = TRAINERS[name](tmp_path / "plain", **settings)
+    plain.train()
+    assert graphs_so_far() == 0
+    at_step: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            at_step.append(graphs_so_far())
+
+    compiled = TRAINERS[name](tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **settings)
+    compiled.add_callback(Count())
+    compiled.train()
+    assert 0 < at_step[0] <= at_step[2] == at_step[3] <= 8  # the evaluation after two steps is another case
+    for key, value in plain.ema.module.state_dict().items():
+        torch.testing.assert_close(compiled.ema.module.state_dict()[key], value, msg=key)
+
+
+def graphs_so_far() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("options", [[], ["--compile"]])
+def test_the_command_compiles_where_it_is_asked_to(options, tmp_path, monkeypatch, forgetting):
+    monkeypatch.setattr(compiling, "compile_blocks", partial(compile_blocks, compiler="eager"))
+    tiny_student().save_pretrained(tmp_path / "student")
+    arguments = ["--steps", "2", "--per_class", "1", "--output", str(tmp_path / "images.png")]
+    assert main(["sample", str(tmp_path / "student"), *arguments, *options]) == 0
+    assert (graphs_so_far() > 0) == bool(options)
+
+
+def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="torch_compile_mode is not supported by these trainers: blocks are compiled"):
+        pretrainer(tmp_path, tiny_model(), torch_compile=True, torch_compile_mode="reduce-overhead")
+    with pytest.raises(ValueError, match="torch_compile_backend eager counts only with torch_compile true"):
+        pretrainer(tmp_path, tiny_model(), torch_compile_backend="eager")
+    monkeypatch.setattr(PretrainTrainer, "layout", Layout(world_size=2, zero_stage=3))
+    with pytest.raises(ValueError, match="torch_compile does not work under ZeRO-3"):
+        pretrainer(tmp_path, tiny_model(), torch_compile=True).train()

@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model, tiny_student
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marval_rl.models import MARModel, generate, patchify
+from marval_rl.models import MARModel, chain, generate, patchify
 from marval_rl.models.noise import IndexedNoise
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import gather_tokens, random_order, revealed_positions, unmasking_steps
@@ -94,7 +94,7 @@ def test_a_teacher_denoises_and_a_student_does_not():
     for build, calls in ((tiny_model, 3 * 5), (tiny_student, 3)):
         model, count = build(), []
         model.diffloss.net.input_proj.register_forward_hook(lambda *_, count=count: count.append(1))
-        sample(model, num_diffusion_steps=5)
+        sample(model, **({} if model.config.is_one_step else {"num_diffusion_steps": 5}))
         assert len(count) == calls
 
 
@@ -114,6 +114,19 @@ def test_temperature_and_diffusion_steps_matter():
     assert not torch.equal(latents, sample(teacher, temperature=0.5).latents)
     assert torch.equal(latents, sample(teacher, num_diffusion_steps=4).latents)  # the configuration's
     assert not torch.equal(latents, sample(teacher, num_diffusion_steps=3).latents)
+
+
+def test_a_student_has_no_diffusion_steps():
+    with pytest.raises(ValueError, match="num_diffusion_steps 5 was given to a one-step student, which runs no chain"):
+        sample(tiny_student(), num_diffusion_steps=5)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 24, 10_000])
+def test_timesteps_whose_modulations_are_computed_together_change_nothing(monkeypatch, rows_at_once):
+    settings = {"num_diffusion_steps": 7, "guidance_scale": 2.0}
+    expected = sample(tiny_model(), **settings).latents
+    monkeypatch.setattr(chain, "ROWS_AT_ONCE", rows_at_once)
+    torch.testing.assert_close(sample(tiny_model(), **settings).latents, expected)
 
 
 def test_a_clipped_teacher_stays_in_the_range_of_pixels():
@@ -232,7 +245,9 @@ def test_no_step_waits_for_the_device(model, source):
     """Only the check of the class labels reads anything back, however many steps follow."""
     counts = []
     for num_unmasking_steps, num_diffusion_steps in ((1, 2), (4, 6)):
-        settings = {"num_unmasking_steps": num_unmasking_steps, "num_diffusion_steps": num_diffusion_steps}
+        settings = {"num_unmasking_steps": num_unmasking_steps}
+        if not model.config.is_one_step:
+            settings["num_diffusion_steps"] = num_diffusion_steps
         noise = source()
         with HostSyncs() as syncs:
             sample(model, generator=noise, **settings)

@@ -11,12 +11,15 @@ from tiny_trainers import backprop_trainer, grpo_trainer
 from marval_rl.runtime.profiling import LABEL, shares
 
 
-def test_what_is_in_no_phase_is_the_update():
-    events = {LABEL + "rollout": 2.0, LABEL + "reward": 1.0, "gloo:all_reduce": 0.5, "aten::mm": 3.0}
+def test_phases_within_others_count_once():
+    events = {LABEL + "rollout": 1.0, LABEL + "reward": 0.5, "gloo:all_reduce": 0.25, "aten::mm": 3.0}
+    events |= {LABEL + "loss": 3.5, LABEL + "training step": 5.5, LABEL + "optimizer": 1.0}
     events["enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"] = 0.5
-    found = shares(events, seconds=8.0)
-    assert found["rollout"] == 0.25 and found["reward"] == 0.125 and found["evaluation"] == 0
-    assert found["communication"] == found["data"] == 0.0625 and found["update"] == 0.5
+    found = {name: 8 * share for name, share in shares(events, seconds=8.0).items()}
+    assert found == {
+        **{"rollout": 1.0, "reward": 0.5, "forward": 2.0, "backward": 2.0, "optimizer": 1.0},
+        **{"evaluation": 0.0, "data": 0.5, "other": 1.0, "communication": 0.25},
+    }
 
 
 @pytest.mark.parametrize("make", [grpo_trainer, backprop_trainer])
@@ -28,6 +31,7 @@ def test_steps_after_the_first_are_traced(make, tmp_path, capsys):
     events = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
     assert events.count(LABEL + "rollout") == events.count(LABEL + "reward") == 2
     assert events.count(LABEL + "evaluation") == 1
+    assert events.count(LABEL + "loss") == events.count(LABEL + "optimizer") == 2
 
 
 def test_without_it_nothing_is_traced(tmp_path, capsys):

@@ -138,6 +138,7 @@ READ_BY: dict[str, Any] = {
         ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), "marval_rl.trainers.base"
     ),
     **dict.fromkeys(("eval_batch_size", "max_skipped_steps", "profile"), "marval_rl.trainers.base"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend"), "marval_rl.trainers.base"),
     "overwrite_output_dir": "marval_rl.cli.training",
 }
 
@@ -317,6 +318,7 @@ OFF: dict[tuple[str, ...], dict[str, Any]] = {
     ("logging_strategy",): {"logging_strategy": "epoch"},
     ("max_steps",): {"max_steps": 10},
     ("lr_scheduler_type",): {"lr_scheduler_type": "constant"},
+    ("torch_compile",): {"torch_compile": False},
     ("gradient_checkpointing",): {"gradient_checkpointing": False},
     ("gradient_checkpointing", "activation_checkpointing"): {"gradient_checkpointing": False},
     ("report_to",): {"report_to": "none"},

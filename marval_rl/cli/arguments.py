@@ -86,6 +86,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, model_is_optional
     parser.add_argument("--guidance_schedule", default="linear", choices=["linear", "constant"])
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (default: 1.0)")
     parser.add_argument("--diffusion_steps", type=int, metavar="N", help="of a teacher (default: the model's)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks first: minutes, for many images on a GPU"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
     parser.add_argument("--batch_size", type=int, default=250, help="images at once (default: 250)")
     add_device_arguments(parser)
@@ -137,6 +140,10 @@ def load_for_sampling(
         raise ValueError(f"{args.model} knows classes, and prompts were given: leave them out")
     model = model.to(device)
     model.condition_on(prompts or [])
+    if args.compile:
+        from marval_rl.models.compiling import compile_blocks
+
+        compile_blocks(model)
     return model, codec_for(model.config).to(device), device
 
 

@@ -13,6 +13,7 @@ import torch
 
 from marval_rl.benchmarks.sampling import Settings, compare, compare_students, efficiency, growth
 from marval_rl.benchmarks.timing import bandwidth, matrix_rate
+from marval_rl.benchmarks.training import throughput, trainer_steps
 from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device, quiet_libraries
 from marval_rl.errors import check_output
 from marval_rl.models import MARConfig, MARModel, MaskedModel
@@ -38,6 +39,7 @@ SMALL_SIZES = {
     "digits": {**_SMALL, "image_size": 8, "patch_size": 2, "head_hidden_size": 128},
     "mnist": {**_SMALL, "image_size": 28, "patch_size": 7, "head_hidden_size": 256},
 }
+SHOWN_SHARE = 0.005  # of a phase, in the tables
 SIZES = [*SMALL_SIZES, *PUBLISHED_SIZES]
 
 
@@ -61,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_baseline", action="store_true", help="leave out the official sampler, which is slow")
     parser.add_argument("--growth", action="store_true", help="also the student's time by K, tokens and batch")
     parser.add_argument("--compile", action="store_true", help="also the student with its blocks compiled")
+    parser.add_argument(
+        "--trainers",
+        action="store_true",
+        help="also a step of each trainer and its phases, of the last of --batch_sizes",
+    )
+    parser.add_argument(
+        "--throughput", action="store_true", help="also how fast images are measured, and encoded by a VAE for a cache"
+    )
     add_device_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON in place of tables")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON too")
@@ -79,6 +89,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     figures = measure(teacher, student, settings, sizes, with_baseline)
     if args.growth:
         figures["growth"] = growth(student, settings, sizes)
+    if args.trainers:
+        figures["trainers"] = trainer_steps(teacher, student, args.steps, sizes[-1], args.repeats, dtype is not None)
+    if args.throughput:
+        figures["throughput"] = throughput(student, sizes[-1], args.repeats)
     if args.compile:
         compiled = copy.deepcopy(student)
         compile_blocks(compiled)
@@ -176,4 +190,11 @@ def tables(figures: dict[str, Any]) -> list[str]:
             f"student, K {row['steps']:3d}, {row['tokens']:4d} tokens, batch {row['batch_size']:4d}: "
             f"{row['seconds']:.4f} s"
         )
+    for row in figures.get("trainers", []):
+        parts = [f"{name} {100 * share:.0f}%" for name, share in row["shares"].items() if share >= SHOWN_SHARE]
+        lines.append(
+            f"{row['trainer']}, batch {row['batch_size']}: {row['seconds']:.4f} s an update: {', '.join(parts)}"
+        )
+    for row in figures.get("throughput", []):
+        lines.append(f"{row['what']}, batch {row['batch_size']}: {row['images_per_second']:.1f} images/s")
     return lines

@@ -180,6 +180,7 @@ def evaluate_model(args: argparse.Namespace, data: DataArguments) -> None:
     settings = {
         **vars(runs[0].sampling),
         "autocast_dtype": args.dtype,
+        "compile": args.compile,
         "num_images": args.num_images,
         "redraws": len(runs),
         "batch_size": args.batch_size,

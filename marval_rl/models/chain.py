@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,15 +11,19 @@ from torch import Tensor, nn
 
 from marval_rl.models.diffusion import DiffusionSchedule, reverse_step
 from marval_rl.models.head import DiffusionHead, ResidualBlock
+from marval_rl.models.matmul import quick_products
 from marval_rl.models.noise import Noise
+
+ROWS_AT_ONCE = 128  # of a product for the modulations of several timesteps
 
 
 class ChainHead:
     """A head whose work for each timestep is done once, and whose blocks are modulated by one matrix product.
 
-    The modulation SiLU(t + c) W couples timestep and condition, so only t and c themselves are computed beforehand. Of
-    a block's adaptive norm (1 + scale) (g n + b) + shift, with n the normalised input, the products with the norm's own
-    g and b are folded into W: what is left is n a + s.
+    The modulation SiLU(t + c) W does not depend on the state of the chain, so it is computed for several timesteps at
+    once: W is most of the head's weights, and with few rows reading them takes most of a step. Of a block's adaptive
+    norm (1 + scale) (g n + b) + shift, with n the normalised input, the products with the norm's own g and b are folded
+    into W: what is left is n a + s.
 
     Args:
         head: The diffusion head; its weights are copied, so a change of them needs a new one.
@@ -49,23 +54,31 @@ class ChainHead:
         """What is computed of the conditions [..., D] before the chain: [..., W]."""
         return self.net.cond_embed(condition)
 
-    def __call__(self, x: Tensor, index: int, conditions: Tensor) -> Tensor:
-        """The head's output [..., N, 2C] at the timestep of this index.
+    def modulations(self, conditions: Tensor, first: int, end: int) -> Tensor:
+        """What `__call__` needs beside x, at the timesteps of the indices first..end - 1.
+
+        conditions [..., N, W], of `conditions`. Returns [end - first, ..., N, M W], with M = 3 blocks + 2.
+        """
+        times = self.times[first:end].view(-1, *[1] * (conditions.ndim - 1), self.width)
+        y = F.silu(conditions + times)
+        with quick_products(y.device, y.numel() // self.width, self.width):
+            return F.linear(y, self.weight, self.bias)
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The head's output [..., N, 2C] at one timestep.
 
         Args:
             x: [N, C], the same for all leading dimensions of the conditions.
-            index: Into the timesteps.
-            conditions: [..., N, W], of `conditions`.
+            modulation: [..., N, M W], of `modulations`.
         """
         net, norm_shape = self.net, (self.width,)
-        y = F.silu(conditions + self.times[index])
-        parts = F.linear(y, self.weight, self.bias).split(self.width, dim=-1)
+        parts = modulation.split(self.width, dim=-1)
         x = net.input_proj(x)
         for number, block in enumerate(net.res_blocks):
             factor, shift, gate = parts[3 * number : 3 * number + 3]
             hidden = torch.addcmul(shift, F.layer_norm(x, norm_shape, eps=1e-6).to(factor.dtype), factor)
             x = torch.addcmul(x, gate, block.mlp(hidden).to(gate.dtype))
-        hidden = torch.addcmul(parts[-1], F.layer_norm(x, norm_shape, eps=1e-6).to(y.dtype), parts[-2])
+        hidden = torch.addcmul(parts[-1], F.layer_norm(x, norm_shape, eps=1e-6).to(modulation.dtype), parts[-2])
         return net.final_layer.linear(hidden)
 
 
@@ -123,8 +136,13 @@ def sample_chain(
         conditions = conditions.view(2, rows, -1)
     x = noise.normal(rows, channels)  # [N, C]
     states = []
+    at_once = max(1, ROWS_AT_ONCE // condition.shape[0])
+    modulations: Sequence[Tensor] = ()  # of the timesteps that come next, the next one last
     for index in reversed(range(len(schedule))):
-        output = head(x, index, conditions).float()
+        if not modulations:
+            modulations = head.modulations(conditions, max(0, index + 1 - at_once), index + 1).unbind()
+        *modulations, modulation = modulations
+        output = head(x, modulation).float()
         if guidance_scale is not None:  # as `guide`, in place: the variance values stay the labels' own
             labelled, null = output.unbind()
             torch.lerp(null[:, :channels], labelled[:, :channels], guidance_scale, out=labelled[:, :channels])

@@ -10,8 +10,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from marval_rl.models.masked import MaskedModel
 
+# Versions of a block that a run may need: of encoder and decoder, with all rows or some, of a batch of one or of one
+# token, with and without a gradient, in training and evaluation. Blocks of all models share one count.
+MOST_VERSIONS = 64
 
-def compile_blocks(model: MaskedModel, compiler: str | Callable[..., Any] = "inductor") -> None:
+
+def compile_blocks(*models: MaskedModel, compiler: str | Callable[..., Any] = "inductor") -> None:
     """Compiles the blocks in place by `torch.compile`.
 
     The networks around them stay as they are: a generation meets as many lengths as it has unmasking steps, and a
@@ -20,10 +24,12 @@ def compile_blocks(model: MaskedModel, compiler: str | Callable[..., Any] = "ind
     would be made anew too often raises an error.
 
     Args:
-        model: Teacher or student, for inference.
+        models: Teachers or students.
         compiler: torch.compile's `backend`.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for block in model.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            block.compile(dynamic=True, backend=compiler)
+    torch._dynamo.config.recompile_limit = MOST_VERSIONS
+    for model in models:
+        for block in model.modules():
+            if isinstance(block, GradientCheckpointingLayer):
+                block.compile(dynamic=True, backend=compiler)

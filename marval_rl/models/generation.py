@@ -112,7 +112,7 @@ def generate(
         progress: Show a progress bar over unmasking steps.
 
     Raises:
-        ValueError: for labels the model does not know, and for a guidance scale given to a student.
+        ValueError: For labels the model does not know, and for settings of a teacher given to a student.
     """
     config, device = model.config, model.device
     if class_labels is None:
@@ -127,6 +127,11 @@ def generate(
     if config.is_one_step and guidance_scale != 1.0:
         raise ValueError(
             f"guidance_scale {guidance_scale} was given to a one-step student: its guidance was fixed in distillation"
+        )
+    if config.is_one_step and num_diffusion_steps is not None:
+        raise ValueError(
+            f"num_diffusion_steps {num_diffusion_steps} was given to a one-step student, which runs no chain: leave it "
+            "out"
         )
     noise = as_noise(generator, device)
     if order is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,59 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 ROLLOUT, REWARD, EVALUATION = "rollout", "reward", "evaluation"  # the phases that trainers mark
+LOSS, STEP = "loss", "training step"  # a loss holds its rollout and its reward, a step its loss and the backward pass
+OPTIMIZER = "optimizer"
 LABEL = "marval_rl: "
 DATA_LABEL = "enumerate(DataLoader)#"  # PyTorch's own
 COMMUNICATION_LABELS = ("c10d::", "nccl:", "gloo:")
 TRACE_FILE = "trace.json"
 
 
+_stopwatch: ContextVar[dict[str, float] | None] = ContextVar("stopwatch", default=None)
+
+
+@contextmanager
+def timed_phases() -> Iterator[dict[str, float]]:
+    """Within it the seconds of each phase are summed, without a profiler and its cost: label -> seconds."""
+    seconds: dict[str, float] = defaultdict(float)
+    token = _stopwatch.set(seconds)
+    try:
+        yield seconds
+    finally:
+        _stopwatch.reset(token)
+
+
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Marks a phase of a step for `ProfileCallback`; it costs about a microsecond where nothing is profiled.
+    """Marks a phase of a step for `ProfileCallback` and `timed_phases`; it costs about a microsecond without them.
 
-    A GPU works on while the host goes ahead, so in a profiled step it is waited for at the end of a phase.
+    A GPU works on while the host goes ahead, so in a measured step it is waited for at the end of a phase.
     """
+    seconds = _stopwatch.get()
+    start = time.perf_counter()
     with record_function(LABEL + name):
         yield
-        if torch.cuda.is_available() and torch.autograd.profiler._is_profiler_enabled:
+        if torch.cuda.is_available() and (seconds is not None or torch.autograd.profiler._is_profiler_enabled):
             torch.cuda.synchronize()
+    if seconds is not None:
+        seconds[LABEL + name] += time.perf_counter() - start
 
 
-class ProfileCallback(TrainerCallback):
+class OptimizerPhase(TrainerCallback):
+    """Marks the optimizer's steps. DeepSpeed's engine takes them at the end of its backward pass."""
+
+    running: AbstractContextManager[None] | None = None
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.running = phase(OPTIMIZER)
+        self.running.__enter__()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self.running is not None:
+            self.running.__exit__(None, None, None)
+
+
+class ProfileCallback(OptimizerPhase):
     """Profiles `num_steps` steps after the first of a start, which warms up; writes a trace and prints the shares.
 
     Args:
@@ -80,14 +116,18 @@ class ProfileCallback(TrainerCallback):
 
 
 def shares(events: dict[str, float], seconds: float) -> dict[str, float]:
-    """The share of each phase in the time that passed; what is in no other phase is the update.
+    """The share of each phase in the time that passed; "other" is in no phase. Communication also counts in the phase
+    that waits for it.
 
     Args:
-        events: Label -> seconds, as torch.profiler sums them.
+        events: Label -> seconds, as torch.profiler sums them, or `timed_phases`.
         seconds: That passed.
     """
-    found = {name: events.get(LABEL + name, 0.0) for name in (ROLLOUT, REWARD, EVALUATION)}
-    found["communication"] = sum(took for label, took in events.items() if label.startswith(COMMUNICATION_LABELS))
-    found["data"] = sum(took for label, took in events.items() if label.startswith(DATA_LABEL))
-    found["update"] = max(0.0, seconds - sum(found.values()))
-    return {name: took / seconds for name, took in found.items()}
+    took = {name: events.get(LABEL + name, 0.0) for name in (ROLLOUT, REWARD, LOSS, STEP, OPTIMIZER, EVALUATION)}
+    loss, step = took.pop(LOSS), took.pop(STEP)
+    found = {ROLLOUT: took.pop(ROLLOUT), REWARD: took.pop(REWARD)}
+    found |= {"forward": max(0.0, loss - sum(found.values())), "backward": max(0.0, step - loss), **took}
+    found["data"] = sum(spent for label, spent in events.items() if label.startswith(DATA_LABEL))
+    found["other"] = max(0.0, seconds - sum(found.values()))
+    found["communication"] = sum(spent for label, spent in events.items() if label.startswith(COMMUNICATION_LABELS))
+    return {name: spent / seconds for name, spent in found.items()}

@@ -72,7 +72,7 @@ REFUSED = {
     "remove_unused_columns": "all columns are passed to the rewards",
     "auto_find_batch_size": "--dry_run estimates the memory: set per_device_train_batch_size by it",
     "optim_target_modules": "the optimizer's parameter groups are the networks; use_peft trains parts of a student",
-    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "the networks are not compiled"),
+    "torch_compile_mode": "blocks are compiled for any number of tokens, which torch's other modes do not suit",
     **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), _FSDP),
     "logging_nan_inf_filter": "steps that are not finite are skipped and named, see max_skipped_steps",
     "debug": "the first figure that is not finite is named, see max_skipped_steps",

@@ -172,6 +172,11 @@ class Anchors:
         self.tokens_of = tokens_of
         self.decode = decode
 
+    def models(self) -> list[MaskedModel]:
+        """The models that the anchors run beside the student."""
+        found = [self.reference, None if self.gsim is None else self.gsim.teacher]
+        return [model for model in found if model is not None]
+
     def kl(
         self,
         mean: Tensor,

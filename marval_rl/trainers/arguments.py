@@ -114,6 +114,12 @@ class MARTrainingArguments(TrainingArguments):
     max_skipped_steps: int = setting(
         10, "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."
     )
+    torch_compile: bool = setting(
+        False, "Compile the transformer blocks, which takes minutes at the start; for GPUs, and not under ZeRO-3."
+    )
+    torch_compile_backend: str | None = setting(
+        None, "What compiles them, by torch.compile's names (default: inductor)."
+    )
     profile: int = setting(0, "Trace so many steps after the first, and print what their time went into; 0 for none.")
     ema_decay: float = setting(0.999, "Decay of the weight average that is sampled and saved.")
     eval_num_images: int = setting(500, "Images generated at each evaluation.")
@@ -156,6 +162,7 @@ class MARTrainingArguments(TrainingArguments):
         Needs("gradient_checkpointing", _CHECKPOINTING, lambda *values: any(values)): (
             *("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
         ),
+        Needs("torch_compile true", ("torch_compile",), bool): ("torch_compile_backend",),
         Needs("a tracker in report_to", ("report_to",), lambda t: t not in (None, "none", [], ["none"])): ("run_name",),
         Needs("report_to trackio", ("report_to",), lambda t: "trackio" in (t or ())): (
             *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),

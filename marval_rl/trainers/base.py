@@ -20,6 +20,7 @@ from marval_rl.errors import MarvalError
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.image_set import GeneratedBatch, ImagePlan, generate_batch, grid_of
 from marval_rl.models import MaskedModel, codec_for, patchify, unpatchify
+from marval_rl.models.compiling import compile_blocks
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, save_image_grid
 from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.rewarding import RewardSet
@@ -40,7 +41,7 @@ from marval_rl.runtime.distributed import (
 )
 from marval_rl.runtime.guard import GuardCallback, NonFiniteGuard
 from marval_rl.runtime.model_card import changed_arguments, write_model_card
-from marval_rl.runtime.profiling import EVALUATION, ProfileCallback, phase
+from marval_rl.runtime.profiling import EVALUATION, LOSS, STEP, ProfileCallback, phase
 from marval_rl.runtime.resumable import ResumableTrainer
 from marval_rl.runtime.trackers import SampleGridCallback
 from marval_rl.trainers.arguments import MARTrainingArguments
@@ -87,7 +88,10 @@ class MARTrainer(ResumableTrainer):
                 "load it after the training arguments were made; the trainer partitions it"
             )
         # transformers asks for an evaluation set although evaluation here generates its own images.
+        # It would also compile the network as one, which meets too many shapes; `train` compiles the blocks.
+        compiler, args.torch_compile_backend = args.torch_compile_backend, None
         super().__init__(model=network, args=args, train_dataset=train_dataset, eval_dataset=train_dataset, **kwargs)
+        args.torch_compile_backend = compiler
         unset_hf_deepspeed_config()  # accelerate has set it again, see MARTrainingArguments
         self._read_order()  # raises if the rows are too few, before any work
         if self.is_deepspeed_enabled and self.layout.zero_stage == 3:
@@ -141,6 +145,10 @@ class MARTrainer(ResumableTrainer):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, each with the "network" it belongs to."""
         raise NotImplementedError
+
+    def frozen_models(self) -> list[MaskedModel]:
+        """Models that training runs beside the one it trains."""
+        return []
 
     def sampling_settings(self) -> SamplingSettings:
         """How evaluation samples the model."""
@@ -198,9 +206,21 @@ class MARTrainer(ResumableTrainer):
 
     # ---- Training ----
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.torch_compile:
+            if self.layout.zero_stage == 3:
+                raise ValueError(
+                    "torch_compile does not work under ZeRO-3, whose blocks have no weights until they run: leave it "
+                    "out, or use ZeRO-2"
+                )
+            models = self.mar, self.ema.module, *self.frozen_models()
+            compile_blocks(*models, compiler=self.args.torch_compile_backend or "inductor")
+        return super().train(*args, **kwargs)
+
     def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
         # Watched here and not in training_step: DeepSpeed steps before transformers' training_step returns the loss.
-        return self.guard.watch(self.training_loss(model, inputs))
+        with phase(LOSS):
+            return self.guard.watch(self.training_loss(model, inputs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
@@ -252,7 +272,7 @@ class MARTrainer(ResumableTrainer):
                 forget_gradients(self.mar.parameters())
         place = self.micro_batch * self.args.world_size + self.args.process_index
         torch.manual_seed(derive_seed(self.args.seed, "train", step, place))
-        with self.mar.products(self.args.per_device_train_batch_size):
+        with phase(STEP), self.mar.products(self.args.per_device_train_batch_size):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _forget_step(self) -> None:

@@ -58,6 +58,9 @@ class DistillTrainer(MARTrainer):
         super().__init__(StudentNetworks(student, auxiliary_network(teacher)), student, args, **kwargs)
         self.matching = ScoreMatching(teacher.to(args.device), args)
 
+    def frozen_models(self) -> list[MaskedModel]:
+        return [self.matching.teacher]
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self.model.parameter_groups(self.args)
 

@@ -132,6 +132,9 @@ class RewardTrainer(MARTrainer):
     def prompts_for(self, class_names: list[str]) -> list[str]:
         return [self.args.prompt_template.format(name=name) for name in class_names]
 
+    def frozen_models(self) -> list[MaskedModel]:
+        return self.anchors.models()
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self.model.parameter_groups(self.args)
 
