@@ -122,7 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("models", nargs="+", help='folders of models or runs, or "real"')
     parser.add_argument("--steps", type=int, default=4, help="unmasking steps (4)")
     parser.add_argument(
-        "--guidance_scale", type=float, default=1.5, help="of a teacher, which takes 25 diffusion steps"
+        "--guidance_scale", type=float, default=3.0, help="of a teacher, which takes 25 diffusion steps"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--picture", type=Path, help="write a PNG of some captions, with the first seed")

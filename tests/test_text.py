@@ -312,7 +312,7 @@ def test_an_unknown_recipe_is_answered_with_those_that_ship(tmp_path, monkeypatc
     assert cli.main(["pretrain", "digits/techer.yaml"]) == 2
     assert "did you mean digits/teacher.yaml" in capsys.readouterr().err
     assert cli.main(["pretrain", "zzz.yaml"]) == 2
-    assert "shipped: backprop_pickscore.yaml, base.yaml, digit_pairs/distill.yaml" in capsys.readouterr().err
+    assert "shipped: backprop_pickscore.yaml, base.yaml, digits/distill.yaml" in capsys.readouterr().err
     assert cli.main(["pretrain", "digits/teacher.yaml", "--dry_run", "--use_cpu", "true"]) == 0
     printed = capsys.readouterr().out
     assert (
