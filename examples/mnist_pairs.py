@@ -17,7 +17,7 @@ is not remembered. Written are
     runs/mnist_pairs/data/held_out.txt       the captions of the other ten pairs
 
 `Verified` is the reward: how probable it is, to a classifier that reads both halves, and by the strokes' width and
-slant, that everything in a picture is right. `AllRight`, `DigitsRight`, `OrderRight` and `AttributeRight` look at it
+slant, that everything in a picture is right. `PictureRight`, `DigitsRight`, `OrderRight` and `AttributeRight` look at it
 with another network and are never trained on.
 """
 
@@ -230,7 +230,7 @@ class Checks(Verified):
         }
 
 
-class AllRight(Checks):
+class PictureRight(Checks):
     """The share of pictures in which digits, order and attribute are right."""
 
     def __call__(self, *, images: Tensor, prompts: list[str], **_: object) -> Tensor:

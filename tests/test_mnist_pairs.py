@@ -112,7 +112,7 @@ def test_what_is_checked(pairs, drawn, reader):
     left = torch.stack([bold[three], plain[seven], plain[three], bold[one]])
     right = torch.stack([plain[seven], bold[three], plain[seven], plain[seven]])
     images, texts = pictures_of(drawn, left, right), ["a bold three left of a seven"] * 4
-    judge = pairs.Checks.__new__(pairs.AllRight)
+    judge = pairs.Checks.__new__(pairs.PictureRight)
     judge.judge = reader
     checked = judge.checked(images, texts)
     assert checked["digits"].tolist() == [True, True, True, False]
