@@ -37,7 +37,7 @@ MEASURED = {  # of the seen captions; key in the evaluation -> name here
     "diversity": "diversity",
 }
 REAL, COLUMNS = "real", 4
-SHOWN = (  # the last one is held out
+SHOWN = (  # the last two are held out
     *("a bold three left of a seven", "a five left of a slanted zero", "a thin two left of a four", "two eights"),
     *("a bold two left of a seven", "a four left of a slanted three"),
 )

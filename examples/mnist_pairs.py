@@ -17,8 +17,8 @@ is not remembered. Written are
     runs/mnist_pairs/data/held_out.txt       the captions of the other ten pairs
 
 `Verified` is the reward: how probable it is, to a classifier that reads both halves, and by the strokes' width and
-slant, that everything in a picture is right. `PictureRight`, `DigitsRight`, `OrderRight` and `AttributeRight` look at it
-with another network and are never trained on.
+slant, that everything in a picture is right. `PictureRight`, `DigitsRight`, `OrderRight` and `AttributeRight` look at
+it with another network and are never trained on.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from marval_rl.data import CroppedImages, LabelledImages, load_image_dataset
-from marval_rl.data.bundled import DIGIT_NAMES, SPLITS
+from marval_rl.data import CroppedImages
+from marval_rl.data.bundled import DIGIT_NAMES, SPLITS, BundledImages
 from marval_rl.rewarding import load_reward
 
 SIDE = 28
@@ -126,37 +127,21 @@ def draw(digits: Tensor, attribute: str) -> Tensor:
     return digits
 
 
-class DrawnDigits(LabelledImages):
+class DrawnDigits(BundledImages):
     """MNIST's digits of a split, each of them drawn in all four ways: what the classifiers learn from."""
 
     def __init__(self, split: str):
+        super().__init__("mnist", split)
+        self.plain = torch.from_numpy(self.arrays)  # [N, 28, 28]
+        del self.arrays  # drawn when the first is read
+        self.modes = self.class_labels = self.modes * len(ATTRIBUTES)
         self.title = f"the {split} split of mnist, drawn as {DRAWN}"
-        self.plain = load_image_dataset("mnist", split)
-        labels = self.plain.class_labels.tolist()
-        super().__init__(labels * len(ATTRIBUTES), DIGIT_NAMES)
 
     @cached_property
-    def digits(self) -> Tensor:
+    def arrays(self) -> np.ndarray:
         """[4 N, 28, 28] in 0..1, by attribute."""
-        parts = self.plain.images[:, 0].split(500)
-        return torch.cat([draw(part, attribute) for attribute in ATTRIBUTES for part in parts])
-
-    def name(self, index: int) -> str:
-        return f"row {index}"
-
-    def where(self, index: int) -> str:
-        return f"row {index} of {self.title}"
-
-    def stamp(self, index: int) -> str:
-        return self.title
-
-    def encoded(self, index: int) -> bytes:
-        data = io.BytesIO()
-        Image.fromarray((self.digits[index] * 255).round().byte().numpy()).save(data, "PNG")
-        return data.getvalue()
-
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.digits[index].numpy())
+        parts = self.plain.split(500)
+        return torch.cat([draw(part, attribute) for attribute in ATTRIBUTES for part in parts]).numpy()
 
 
 # ---- Rewards ----
@@ -268,7 +253,8 @@ def pictures(split: str, repeats: int) -> dict[str, list]:
     """Pictures of all captions that are not held out, `repeats` of each, of random digits of a split."""
     drawn = DrawnDigits(split)
     count = len(drawn.plain)
-    by_digit = [(drawn.plain.class_labels == digit).nonzero().flatten() for digit in range(10)]
+    labels = torch.tensor(drawn.class_labels[:count])
+    by_digit = [(labels == digit).nonzero().flatten() for digit in range(10)]
     generator = torch.Generator().manual_seed(SPLITS.index(split))
     rows: dict[str, list] = {"image": [], "text": []}
     for text, (digits, attributes) in list(captions(held_out=False).items()) * repeats:
@@ -276,9 +262,9 @@ def pictures(split: str, repeats: int) -> dict[str, list]:
         for digit, attribute in zip(digits, attributes, strict=True):
             choices = by_digit[digit]
             chosen = choices[torch.randint(len(choices), (), generator=generator)]
-            halves.append(drawn.digits[ATTRIBUTES.index(attribute) * count + chosen])
+            halves.append(drawn.arrays[ATTRIBUTES.index(attribute) * count + int(chosen)])
         buffer = io.BytesIO()
-        Image.fromarray((torch.cat(halves, dim=1) * 255).round().byte().numpy()).save(buffer, "PNG")
+        Image.fromarray((np.concatenate(halves, axis=1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
         rows["image"].append({"bytes": buffer.getvalue(), "path": None})
         rows["text"].append(text)
     return rows

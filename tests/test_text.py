@@ -220,6 +220,7 @@ def test_a_path_means_the_same_in_a_recipe_and_on_the_command_line(home, tmp_pat
 NO_PATHS = {
     *("class_groups", "image_column", "label_column", "judges"),  # names
     *("caption_column", "prompt_column", "prompt_split", "text_tower", "text_pretrained"),
+    "distribution_column",
     *("eval_features", "distribution_features"),  # paths in them: `load_extractor`
     *("reward_funcs", "reward_kwargs", "eval_reward_funcs", "eval_reward_kwargs"),  # paths in them: `load_reward`
     *("prompt_template", "eval_guidance_schedule", "best_metric", "scale_rewards", "overwrite_output_dir"),
