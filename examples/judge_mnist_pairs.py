@@ -95,7 +95,7 @@ def measure(folder: str, judge: AttributeRight, evaluator: ImageEvaluator, sampl
     return {**right, **{name: figures[key] for key, name in MEASURED.items()}}
 
 
-def main(models: Sequence[str], sampling: Sampling, seeds: Sequence[int], picture: Path | None = None) -> dict:
+def compare(models: Sequence[str], sampling: Sampling, seeds: Sequence[int], picture: Path | None = None) -> dict:
     """Prints and returns model -> figure -> its mean and, of several seeds, its deviation."""
     judge = AttributeRight()
     source = load_labelled_images(DATA / "test.parquet", caption_column="text")
@@ -117,7 +117,7 @@ def main(models: Sequence[str], sampling: Sampling, seeds: Sequence[int], pictur
     return table
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help='folders of models or runs, or "real"')
     parser.add_argument("--steps", type=int, default=4, help="unmasking steps (4)")
@@ -127,4 +127,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--picture", type=Path, help="write a PNG of some captions, with the first seed")
     args = parser.parse_args()
-    main(args.models, Sampling(args.steps, args.guidance_scale), args.seeds, args.picture)
+    compare(args.models, Sampling(args.steps, args.guidance_scale), args.seeds, args.picture)
+
+
+if __name__ == "__main__":
+    main()

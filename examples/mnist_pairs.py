@@ -270,7 +270,8 @@ def pictures(split: str, repeats: int) -> dict[str, list]:
     return rows
 
 
-def main(folder: Path) -> None:
+def write(folder: Path) -> None:
+    """Writes the pictures and the captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, repeats in PICTURES.items():
         rows = pictures(split, repeats)
@@ -283,7 +284,11 @@ def main(folder: Path) -> None:
         print(f"{len(lines)} captions: {folder / name}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/mnist_pairs/data"))
-    main(parser.parse_args().output)
+    write(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()

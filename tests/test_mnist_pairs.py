@@ -145,7 +145,7 @@ def test_the_files_that_recipes_read(pairs, tmp_path, monkeypatch):
     fewer = dict(list(pairs.captions(False).items())[::9])
     monkeypatch.setattr(pairs, "PICTURES", {"test": 2})
     monkeypatch.setattr(pairs, "captions", lambda held_out: {} if held_out else fewer)
-    pairs.main(tmp_path)
+    pairs.write(tmp_path)
     images = load_labelled_images(tmp_path / "test.parquet", caption_column="text")
     assert len(images) == 2 * len(fewer) and images.class_names == list(fewer)
     assert images.read(0).size == (56, 28)
