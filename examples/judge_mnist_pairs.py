@@ -110,9 +110,10 @@ def compare(models: Sequence[str], sampling: Sampling, seeds: Sequence[int], pic
             spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             print(f"    {name:24s}{statistics.mean(values):8.3f}{spread}", flush=True)
     if picture is not None:
-        columns = [pictures(model, SHOWN * COLUMNS, sampling, seeds[0]).unflatten(0, (COLUMNS, -1)) for model in models]
+        shown = [model for model in models if model != REAL]
+        columns = [pictures(model, SHOWN * COLUMNS, sampling, seeds[0]).unflatten(0, (COLUMNS, -1)) for model in shown]
         rows = torch.cat(columns).transpose(0, 1).flatten(0, 1)  # a row per caption, each model's images side by side
-        wide = COLUMNS * len(models)
+        wide = COLUMNS * len(shown)
         image_grid(rows, torch.arange(len(SHOWN)).repeat_interleave(wide), wide).save(picture)
     return table
 

@@ -11,22 +11,30 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from marval_rl.data import load_image_dataset, load_labelled_images
 from marval_rl.data.prompts import load_prompts
+from marval_rl.models.maskgen.config import MaskGenConfig
+from marval_rl.models.maskgen.model import MaskGenModel
 
-FILE = Path(__file__).parents[1] / "examples" / "mnist_pairs.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def script(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def pairs() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("mnist_pairs", FILE)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["mnist_pairs"] = module
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules["mnist_pairs"]
+    yield script("mnist_pairs")
+    for name in ("mnist_pairs", "judge_mnist_pairs"):
+        sys.modules.pop(name, None)
 
 
 class Reader:
@@ -34,6 +42,9 @@ class Reader:
 
     def __init__(self, digits: Tensor, labels: Tensor):
         self.digits, self.labels = digits.flatten(1), labels
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.mean(dim=1)[:, ::7, ::7].flatten(1)
 
     def mode_log_probs(self, images: Tensor) -> Tensor:
         nearest = torch.cdist(images.mean(dim=1).flatten(1), self.digits).argmin(dim=1)
@@ -141,11 +152,18 @@ def test_the_reward_is_highest_where_all_is_right_and_its_gradient_thickens_stro
     assert thin.grad[..., 28:].abs().max() == 0  # plain, and the reader has no gradient
 
 
+def write_fewer(pairs, folder, monkeypatch, step: int) -> dict:
+    """Held-out pictures of each `step`-th caption."""
+    fewer = dict(list(pairs.captions(False).items())[::step])
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "PICTURES", {"test": 2})
+        patch.setattr(pairs, "captions", lambda held_out: {} if held_out else fewer)
+        pairs.write(folder)
+    return fewer
+
+
 def test_the_files_that_recipes_read(pairs, tmp_path, monkeypatch):
-    fewer = dict(list(pairs.captions(False).items())[::9])
-    monkeypatch.setattr(pairs, "PICTURES", {"test": 2})
-    monkeypatch.setattr(pairs, "captions", lambda held_out: {} if held_out else fewer)
-    pairs.write(tmp_path)
+    fewer = write_fewer(pairs, tmp_path, monkeypatch, 9)
     images = load_labelled_images(tmp_path / "test.parquet", caption_column="text")
     assert len(images) == 2 * len(fewer) and images.class_names == list(fewer)
     assert images.read(0).size == (56, 28)
@@ -153,3 +171,27 @@ def test_the_files_that_recipes_read(pairs, tmp_path, monkeypatch):
     assert prompts["prompt"] == list(fewer)
     assert set(prompts["asks"]) == {"nothing", *(f"{a} {s}" for a in pairs.ASKED for s in ("left", "right"))}
     assert json.loads((tmp_path / "prompts.jsonl").read_text().splitlines()[0])["asks"] == "bold left"
+
+
+def test_the_table_and_the_picture_of_a_student(pairs, drawn, reader, tmp_path, monkeypatch):
+    judging = script("judge_mnist_pairs")
+    seen = list(write_fewer(pairs, tmp_path, monkeypatch, 90))
+    held_out = list(pairs.captions(held_out=True))[:2]
+    settings = {"SEEN": seen, "HELD_OUT": held_out, "DATA": tmp_path, "SHOWN": (seen[0], held_out[0])}
+    for name, value in settings.items():
+        monkeypatch.setattr(judging, name, value)
+    monkeypatch.setattr(pairs.Checks, "__init__", lambda self: setattr(self, "judge", reader))
+    words = sorted({word for text in pairs.MEANING for word in text.split()})
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "head_hidden_size": 16, "head_num_layers": 1}
+    text = {"vocabulary": words, "text_length": 7, "text_width": len(words) + 7, "micro_condition_size": 0}
+    pixels = {"image_size": [28, 56], "image_channels": 1, "num_tokens": 8, "latent_channels": 14**2}
+    student = MaskGenModel(MaskGenConfig(**pixels, **sizes, **text, one_step_timestep=700))
+    student.save_pretrained(tmp_path / "student")
+    models = ["real", str(tmp_path / "student")]
+    table = judging.compare(models, judging.Sampling(2, 1.0), [0, 1], tmp_path / "pairs.png")
+    real, generated = (table[model] for model in models)
+    assert real["attribute, seen"][0] > 0.9 and generated["all, seen"][0] < 0.5
+    assert {"all, held out", "FD, digits", "recall, pixels", "diversity"} <= generated.keys()
+    assert len(generated["FD, pixels"]) == 2 and generated["FD, pixels"][0] != generated["FD, pixels"][1]
+    with Image.open(tmp_path / "pairs.png") as picture:
+        assert picture.width > picture.height * 2
