@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from marval_rl.data import CroppedImages, fixed_choice
 from marval_rl.errors import CheckpointError
+from marval_rl.image_size import height_and_width
 
 MIN_FEATURES = 32  # width of the penultimate layer, in which the Frechet distance is measured
 MAX_SIZE = 32  # larger images are averaged down to so many pixels
@@ -97,7 +98,9 @@ def load_network(
     """
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(architecture.seed)
-        network = architecture(images.channels, min(images.image_size, MAX_SIZE), len(images.mode_names))
+        network = architecture(
+            images.channels, min(*height_and_width(images.image_size), MAX_SIZE), len(images.mode_names)
+        )
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise ValueError(f"classifier checkpoint {str(checkpoint)!r} does not exist; give a safetensors file")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_trainers
 import torch
+from datasets import Dataset
 from tiny_images import tiny_codec
 from tiny_models import tiny_model
 from tiny_trainers import backprop_trainer, constant, grey_student, grpo_trainer, logged, tiny_images
@@ -17,7 +18,7 @@ from marval_rl.evaluation import ImageEvaluator
 from marval_rl.evaluation.features import Pixels, load_extractor
 from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.base import MARTrainer
-from marval_rl.trainers.distribution_matching import DistributionMatching
+from marval_rl.trainers.distribution_matching import NOT_COMPARED, DistributionMatching, sets_of
 from marval_rl.trainers.reward_trainer import check_other_features
 
 MATCHED = {"distribution_weight": 10.0, "max_steps": 16, "learning_rate": 3e-3}
@@ -58,7 +59,12 @@ def test_the_anchor_and_the_reward_share_one_decoded_image(tmp_path, monkeypatch
 def arguments(**changes: Any) -> SimpleNamespace:
     settings = {
         **{"distribution_features": "pixels", "distribution_kernel": "rbf", "distribution_real_images": 20_000},
-        **{"distribution_queue": 0, "distribution_weight": 1.0, "distribution_at_once": lambda classes: (8, classes)},
+        **{
+            "distribution_queue": 0,
+            "distribution_column": None,
+            "distribution_weight": 1.0,
+            "distribution_at_once": lambda classes: (8, classes),
+        },
         **{"process_index": 0, "world_size": 1, "device": torch.device("cpu")},
     }
     return SimpleNamespace(**{**settings, **changes})
@@ -69,7 +75,10 @@ def images_of(rows: dict[str, Tensor]) -> Tensor:
 
 
 def test_it_compares_with_a_fixed_choice_of_the_real_images():
-    few = [DistributionMatching(arguments(distribution_real_images=12), tiny_images(), images_of, 3) for _ in range(2)]
+    few = [
+        DistributionMatching(arguments(distribution_real_images=12), tiny_images(), images_of, torch.arange(3))
+        for _ in range(2)
+    ]
     counts = [sum(map(len, matching.real.by_class.values())) for matching in few]
     assert counts == [12, 12]
     for label, rows in few[0].real.by_class.items():
@@ -86,10 +95,42 @@ def test_cached_moments_are_decoded():
 
     trainer = SimpleNamespace(codec=codec, mar=tiny_model(), args=SimpleNamespace(device=torch.device("cpu")))
     matching = DistributionMatching(
-        arguments(distribution_features="pixels:16"), rows, lambda batch: MARTrainer.images_of(trainer, batch), 1
+        arguments(distribution_features="pixels:16"),
+        rows,
+        lambda batch: MARTrainer.images_of(trainer, batch),
+        torch.arange(1),
     )
     own = matching.real.by_class[0]
     assert own.shape == (6, 3 * 16 * 16) and 0 <= float(own.min()) <= float(own.max()) <= 1
+
+
+def test_a_column_joins_prompts_and_those_never_generated_have_no_images():
+    """Classes 0 and 1 are one set, class 3 is held out: its lack of images is no error, and 2 stays by itself."""
+    rows = Dataset.from_dict({"class_labels": [0, 1, 2, 0], "asks": ["bold", "bold", "thin", "bold"]})
+    assert sets_of(rows, 4, None).tolist() == [0, 1, 2, NOT_COMPARED]
+    set_of = sets_of(rows, 4, "asks")
+    assert set_of.tolist() == [0, 0, 1, NOT_COMPARED]
+    column = {"distribution_column": "asks", "distribution_at_once": lambda sets: (2 * sets, sets)}
+    matching = DistributionMatching(arguments(**column), tiny_images(), images_of, set_of)
+    by_class = DistributionMatching(arguments(), tiny_images(), images_of, torch.arange(3)).real.by_class
+    joined = matching.real.by_class
+    assert {number: len(rows) for number, rows in joined.items()} == {0: len(by_class[0]) * 2, 1: len(by_class[2])}
+    # One image of each class: alone in its class it would not count, in the set of both it does.
+    images = torch.rand(2, 1, 4, 4, requires_grad=True)
+    matching.loss(images, torch.tensor([0, 1]), {}).backward()
+    assert images.grad is not None and images.grad.flatten(1).norm(dim=1).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("asked", ["a", "b"], "distribution_column asked is not a column of the prompts, which have asks"),
+        ("asks", ["a", "b"], "asks of the prompts has several values for one prompt, such as 'b'"),
+    ],
+)
+def test_a_column_that_joins_nothing_is_refused(column, values, message):
+    with pytest.raises(ValueError, match=message):
+        sets_of(Dataset.from_dict({"class_labels": [0, 0], "asks": values}), 1, column)
 
 
 class NoGradient:
@@ -110,7 +151,7 @@ def test_invalid_combinations_are_refused_with_a_remedy(tmp_path):
         ({"distribution_at_once": lambda classes: (5, classes)}, data, r"5 images at once of 3 classes are too few"),
     ):
         with pytest.raises(ValueError, match=message):
-            DistributionMatching(arguments(**changes), rows, images_of, 3)
+            DistributionMatching(arguments(**changes), rows, images_of, torch.arange(3))
     with pytest.raises(ValueError, match="distribution_weight 1 needs a data set of images"):
         trainer = backprop_trainer(tmp_path, grey_student())
         type(trainer)(

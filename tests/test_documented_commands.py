@@ -167,6 +167,7 @@ class Checker:
             module, words = importlib.util.module_from_spec(specification), words[1:]
             with self.monkeypatch.context() as patch:
                 patch.syspath_prepend(ROOT / "tests")
+                patch.syspath_prepend(Path(specification.origin).parent)  # as Python does with a script's folder
                 patch.setitem(sys.modules, "script", module)
                 specification.loader.exec_module(module)
         if "argparse" not in vars(module):

@@ -190,7 +190,7 @@ def test_configurations_that_do_not_fit_are_refused(changes, message):
 
 def test_sizes_that_follow_from_a_configuration():
     config = tiny_config()
-    assert (config.grid_size, config.num_tokens, config.token_channels) == (2, 4, 4)
-    assert (MARConfig().grid_size, MARConfig().num_tokens, MARConfig().token_channels) == (16, 256, 16)
+    assert (config.grid, config.num_tokens, config.token_channels) == ((2, 2), 4, 4)
+    assert (MARConfig().grid, MARConfig().num_tokens, MARConfig().token_channels) == ((16, 16), 256, 16)
     assert not config.is_one_step
     assert tiny_config(one_step_timestep=0).is_one_step

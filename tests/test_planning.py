@@ -31,7 +31,7 @@ from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackp
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL_SIZE = {file.name: file for file in sorted(RECIPES.glob("*.yaml"))}
 TEXT = sorted((RECIPES / "text").glob("*.yaml"))
-PAIRS = sorted((RECIPES / "digit_pairs").glob("*.yaml"))
+PAIRS = sorted((RECIPES / "mnist_pairs").glob("*.yaml"))
 ALL = [*REAL_SIZE.values(), *TEXT, *PAIRS, *sorted((RECIPES / "digits").glob("*.yaml"))]
 
 

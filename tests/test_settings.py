@@ -109,6 +109,7 @@ CHANGES: dict[str, Any] = {
     "gsim_mask_ratio_std": (3.0, {"gsim_mask_ratio_min": 0.05}),
     **{"distribution_weight": 3.0, "distribution_features": "pixels:2", "distribution_kernel": "energy"},
     **{"distribution_real_images": 12, "distribution_queue": 6, "distribution_batch_size": 7},
+    "distribution_column": "alike",
     **{"reward_weights": [2.0], "num_unmasking_steps": 3, "beta": 0.2, "prompt_template": "a {name}"},
     **{"policy_std": 0.3, "best_metric": "rewards/judge/mean", "max_kl": 1e-9},
     **{"max_frechet_ratio": 1.0, "min_diversity": 1.0, "min_mode_coverage": 1.0, "min_recall": 1.0},
@@ -185,11 +186,14 @@ def make_trainer(recipe: str, folder: Path, settings: dict[str, Any]) -> Any:
     }[recipe]
     config = config_class(str(folder), **settings)
     anchored = {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.gsim_weight > 0 else {}
+    rows = class_rows(3, 8)
+    if config.distribution_column is not None:
+        rows = rows.add_column(config.distribution_column, [0] * len(rows))
     return trainer_class(
         grey_student(),
         RewardSet([judged_darkness], config.reward_weights),
         config,
-        train_dataset=class_rows(3, 8),
+        train_dataset=rows,
         **anchored,
         **options,
     )

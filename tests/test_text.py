@@ -220,6 +220,7 @@ def test_a_path_means_the_same_in_a_recipe_and_on_the_command_line(home, tmp_pat
 NO_PATHS = {
     *("class_groups", "image_column", "label_column", "judges"),  # names
     *("caption_column", "prompt_column", "prompt_split", "text_tower", "text_pretrained"),
+    "distribution_column",
     *("eval_features", "distribution_features"),  # paths in them: `load_extractor`
     *("reward_funcs", "reward_kwargs", "eval_reward_funcs", "eval_reward_kwargs"),  # paths in them: `load_reward`
     *("prompt_template", "eval_guidance_schedule", "best_metric", "scale_rewards", "overwrite_output_dir"),
@@ -312,7 +313,7 @@ def test_an_unknown_recipe_is_answered_with_those_that_ship(tmp_path, monkeypatc
     assert cli.main(["pretrain", "digits/techer.yaml"]) == 2
     assert "did you mean digits/teacher.yaml" in capsys.readouterr().err
     assert cli.main(["pretrain", "zzz.yaml"]) == 2
-    assert "shipped: backprop_pickscore.yaml, base.yaml, digit_pairs/distill.yaml" in capsys.readouterr().err
+    assert "shipped: backprop_pickscore.yaml, base.yaml, digits/distill.yaml" in capsys.readouterr().err
     assert cli.main(["pretrain", "digits/teacher.yaml", "--dry_run", "--use_cpu", "true"]) == 0
     printed = capsys.readouterr().out
     assert (

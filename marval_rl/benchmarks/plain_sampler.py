@@ -63,7 +63,7 @@ def sample_plainly(
         tokens[revealed] = _chain(teacher, schedule, condition[chosen], scale if guided else None, generator)
         if is_last or not mask.any():
             break
-    return unpatchify(tokens, config.patch_size, config.grid_size)
+    return unpatchify(tokens, config.patch_size, config.grid)
 
 
 def _encode(teacher: MARModel, tokens: Tensor, class_embedding: Tensor, mask: Tensor) -> Tensor:

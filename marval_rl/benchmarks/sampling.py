@@ -116,7 +116,7 @@ def growth(student: MaskedModel, settings: Settings, batch_sizes: list[int]) -> 
     if not isinstance(student, MARModel):
         raise ValueError("--growth also changes the number of tokens, which only a MAR has of any number: leave it out")
     config, steps, batch = student.config, settings.num_unmasking_steps, batch_sizes[0]
-    wider = config.to_dict() | {"image_size": 2 * config.image_size}
+    wider = config.to_dict() | {"image_size": [2 * length for length in config.image_shape[1:]]}
     larger = MARModel(MARConfig.from_dict(wider)).to(student.device).eval()
     cases = [(student, max(1, steps // 2), batch), (student, steps, batch), (student, 2 * steps, batch)]
     cases += [(larger, steps, batch), *((student, steps, size) for size in (2 * batch, 4 * batch))]

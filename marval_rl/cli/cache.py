@@ -113,12 +113,14 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 
 def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> CacheJob:
     """What the recipe says, with the VAE and the image size of the teacher where it does not say them."""
-    vae, image_size = data.vae, data.image_size
+    vae, image_size = data.vae, data.crop_size
     if source.teacher is not None and (vae is None or image_size is None):
         teacher = load_config(source.teacher)
         vae, image_size = vae or teacher.vae, image_size or teacher.image_size
     if vae is None:
         raise RecipeError("vae is not set, and no teacher names one: give a VAE folder or hub id (--vae ...)")
+    if isinstance(image_size, list):
+        raise RecipeError(f"image_size {image_size} is no square, and a cache is of squares: give one number")
     if image_size is None:
         raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
     assert data.cache_dir is not None

@@ -122,8 +122,8 @@ def evaluate_folder(args: argparse.Namespace, data: DataArguments) -> None:
     check_output(output)
     images = images_of_files(list_images(args.images))
     print(f"{len(images)} images in {args.images}", flush=True)
-    size, _ = images.read([0]).shape[-2:]
-    shape = MARConfig(image_size=size, image_channels=3, latent_stride=1, latent_channels=3, patch_size=1)
+    size = images.read([0]).shape[-2:]
+    shape = MARConfig(image_size=list(size), image_channels=3, latent_stride=1, latent_channels=3, patch_size=1)
     evaluator = data.evaluator(shape)
     evaluator.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     notes = notes_on(evaluator, len(images))

@@ -19,6 +19,7 @@ from marval_rl.data.decoding import CorruptImageError
 from marval_rl.data.labelled_images import Classes, LabelledImages
 from marval_rl.data.sources import load_labelled_images
 from marval_rl.errors import DataError
+from marval_rl.image_size import ImageSize
 
 GREY_SAMPLE = 64  # images that are looked at to tell whether a data set is grey
 
@@ -51,11 +52,11 @@ class FlippingDataset(Classes, Dataset):
 
 
 class CroppedImages(FlippingDataset):
-    """Items {"images": float32 [channels, image_size, image_size] in 0..1, "class_labels": int}.
+    """Items {"images": float32 [channels, H, W] in 0..1, "class_labels": int}.
 
     Args:
         source: The images; their classes are those of the data set, `modes` and `class_labels` too.
-        image_size: Pixels along one side after ADM's centre crop.
+        image_size: Pixels along one side after ADM's centre crop, or height and width.
         flip: Flip half of the images horizontally, others in each epoch.
         seed: Of the flips.
         channels: 3 for RGB, 1 to turn all images grey.
@@ -68,7 +69,7 @@ class CroppedImages(FlippingDataset):
     def __init__(
         self,
         source: LabelledImages,
-        image_size: int,
+        image_size: ImageSize,
         flip: bool = True,
         seed: int = 0,
         channels: int = 3,
@@ -179,7 +180,7 @@ def load_cropped_images(
     name_or_path: str | Path,
     split: str = "train",
     class_groups: Mapping[str, Sequence[str]] | str | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     channels: int | None = None,
 ) -> CroppedImages:
     """Labelled images, their classes merged, cropped as they are trained on and never mirrored.
@@ -188,7 +189,7 @@ def load_cropped_images(
         name_or_path, split: Of `load_labelled_images`.
         class_groups: New class name -> the names of the classes that it merges; or the name of such groups that a
             bundled set brings.
-        image_size: Pixels along one side; None for the short side of the first image.
+        image_size: Pixels along one side, or height and width; None for the short side of the first image.
         channels: 3 for RGB, 1 for grey; None for those of the first image.
 
     Raises:

@@ -29,6 +29,7 @@ from marval_rl.evaluation.measures import (
     within_class_diversity,
 )
 from marval_rl.evaluation.references import RealImages, Reference, Rows, measure_real
+from marval_rl.image_size import ImageSize, height_and_width
 from marval_rl.models.generation import balanced_labels
 from marval_rl.rewarding import RewardSet
 from marval_rl.rewarding.reward_set import checked_images
@@ -102,12 +103,12 @@ class ImageEvaluator:
         """
         self.rewards, self.prompts, self.class_names = rewards, prompts, class_names
 
-    def check_statistics(self, image_size: int) -> None:
+    def check_statistics(self, image_size: ImageSize) -> None:
         """Raises DataError if the reference's statistics are of other features than the first extractor's."""
         if self.reference.gaussian is None or not self.extractors:
             return
         name, extractor = next(iter(self.extractors.items()))
-        probe = torch.zeros(1, 3, image_size, image_size)
+        probe = torch.zeros(1, 3, *height_and_width(image_size))
         width, stored = features_of(extractor, probe).shape[1], len(self.reference.gaussian.mean)
         if width != stored:
             raise DataError(
@@ -157,7 +158,7 @@ class ImageEvaluator:
 
     def _measure_real(self, images: RealImages, judged: dict[str, Callable[[Tensor], Rows]]) -> Rows:
         if images.identity not in self._measured:
-            size = images.read([0]).shape[-1]
+            size = images.read([0]).shape[-2:]
             networks = {name: extractor.features for name, extractor in self.extractors.items()}
             networks |= {f"judge {name}": judge.mode_log_probs for name, judge in self.judges.items()}
             identities = {name: fingerprint(network, size) for name, network in networks.items()}

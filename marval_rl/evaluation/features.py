@@ -233,7 +233,10 @@ class Inception(_NetworkFeatures):
 
 
 @torch.no_grad()
-def fingerprint(function: Callable[[Tensor], Tensor], size: int) -> str:
-    """Identifies a network by its features of four fixed images; other weights give another value."""
-    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+def fingerprint(function: Callable[[Tensor], Tensor], size: Sequence[int]) -> str:
+    """Identifies a network by its features of four fixed images; other weights give another value.
+
+    size: Height and width of the images.
+    """
+    images = torch.rand(4, 3, *size, generator=torch.Generator().manual_seed(0))
     return hashlib.sha256(function(images).float().cpu().numpy().tobytes()).hexdigest()

@@ -24,6 +24,7 @@ from torch import Tensor
 from marval_rl.data.crop import center_crop
 from marval_rl.data.decoding import CorruptImageError, decode_image, read_bytes
 from marval_rl.errors import DataError
+from marval_rl.image_size import ImageSize, height_and_width
 from marval_rl.models import LatentCodec, MaskedModel, generate
 from marval_rl.models.generation import MAX_GRID_ROWS, SamplingSettings, balanced_labels
 from marval_rl.models.noise import IndexedNoise
@@ -151,7 +152,7 @@ def read_written_images(folder: Path, indices: Tensor) -> Tensor | None:
         return None
 
 
-def read_images(files: Iterable[Path], image_size: int | None = None) -> Tensor:
+def read_images(files: Iterable[Path], image_size: ImageSize | None = None) -> Tensor:
     """Image files -> uint8 [B, 3, H, W], decoded as for training.
 
     Args:
@@ -173,12 +174,11 @@ def read_images(files: Iterable[Path], image_size: int | None = None) -> Tensor:
     return stack_images(images, image_size)
 
 
-def stack_images(images: Iterable[Image.Image], image_size: int | None = None) -> Tensor:
+def stack_images(images: Iterable[Image.Image], image_size: ImageSize | None = None) -> Tensor:
     """RGB images -> uint8 [B, 3, H, W], cropped to image_size as for training if it is given."""
     if image_size is not None:
-        images = [
-            image if image.size == (image_size, image_size) else center_crop(image, image_size) for image in images
-        ]
+        height, width = height_and_width(image_size)
+        images = [image if image.size == (width, height) else center_crop(image, image_size) for image in images]
     # Contiguous, as fresh images are: sums over another layout are rounded otherwise.
     return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 

@@ -22,6 +22,7 @@ from marval_rl.data.labelled_images import SomeImages
 from marval_rl.errors import DataError, first_line
 from marval_rl.evaluation.image_set import read_images, read_rows, stack_images, to_pixels, write_rows
 from marval_rl.evaluation.measures import Gaussian
+from marval_rl.image_size import ImageSize
 
 Rows = dict[str, Tensor]  # what was measured of N images, [N, ...] each, on the CPU
 
@@ -61,7 +62,7 @@ class Reference:
     path: str | None = None
 
 
-def images_of_files(files: Sequence[Path], image_size: int | None = None) -> RealImages:
+def images_of_files(files: Sequence[Path], image_size: ImageSize | None = None) -> RealImages:
     """Image files, cropped to `image_size` as training images are where they have another size.
 
     None takes them as they are: they must be of one size.
@@ -77,7 +78,7 @@ def images_of_files(files: Sequence[Path], image_size: int | None = None) -> Rea
     return RealImages(read, len(files), digest.hexdigest())
 
 
-def images_of_array(array: np.ndarray, image_size: int | None = None) -> RealImages:
+def images_of_array(array: np.ndarray, image_size: ImageSize | None = None) -> RealImages:
     """An array uint8 [N, H, W, 3], cropped as `images_of_files` does."""
     digest = hashlib.sha256(f"{image_size}\n".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
@@ -87,7 +88,7 @@ def images_of_array(array: np.ndarray, image_size: int | None = None) -> RealIma
     return RealImages(read, len(array), digest)
 
 
-def images_of_data(source: LabelledImages, image_size: int, channels: int, max_images: int) -> RealImages:
+def images_of_data(source: LabelledImages, image_size: ImageSize, channels: int, max_images: int) -> RealImages:
     """Images of a data set as a model trains on them, never mirrored; a fixed random choice of `max_images` of more."""
     chosen = SomeImages(source, fixed_choice(len(source), max_images))
     cropped = CroppedImages(chosen, image_size, flip=False, channels=channels)
@@ -131,7 +132,7 @@ def measure_real(
     return {key: values for name in parts for key, values in found[name].items()}
 
 
-def open_reference(path: Path, image_size: int | None = None) -> Reference:
+def open_reference(path: Path, image_size: ImageSize | None = None) -> Reference:
     """Reads the statistics, and finds the images without reading them all.
 
     Images that have not `image_size` pixels are cropped to it, as training images are; None takes them as they are. A
@@ -164,7 +165,7 @@ def list_images(folder: Path) -> list[Path]:
     return files
 
 
-def _read_npz(path: Path, image_size: int | None) -> Reference:
+def _read_npz(path: Path, image_size: ImageSize | None) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("mu", "sigma", "arr_0") if name in archive.files}

@@ -1,15 +1,17 @@
 """The sizes and conventions of a MAR model, teacher or one-step student."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
+from marval_rl.image_size import height_and_width, shortest
+
 # No `from __future__ import annotations` here: transformers turns this class into a dataclass and checks its types.
 
 SIZES = (
-    "image_size",
     "image_channels",
     "latent_stride",
     "latent_channels",
@@ -62,7 +64,7 @@ class MaskedConfig(PreTrainedConfig):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        return self.image_channels, self.image_size, self.image_size
+        return self.image_channels, *height_and_width(self.image_size)
 
     @property
     def depths(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class MARConfig(MaskedConfig):
     """Configuration of a masked autoregressive diffusion model (MAR, Li et al. 2024, arXiv 2406.11838).
 
     Args:
-        image_size: Height and width of an image, in pixels.
+        image_size: Side of a square image, in pixels; or [height, width] where the latents are the pixels.
         image_channels: Colour channels of an image (1 grey, 3 RGB).
         latent_stride: Pixels along one side of a latent cell (1: the latents are the pixels themselves; 16 for KL-16).
         latent_channels: Channels of the latents.
@@ -140,7 +142,7 @@ class MARConfig(MaskedConfig):
 
     model_type = "mar"
 
-    image_size: int = 256
+    image_size: int | list[int] = 256
     image_channels: int = 3
     latent_stride: int = 16
     latent_channels: int = 16
@@ -195,11 +197,14 @@ class MARConfig(MaskedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._check_sizes(SIZES)
-        if self.image_size % (self.latent_stride * self.patch_size):
+        self.image_size = shortest(height_and_width(self.image_size))
+        if any(length % (self.latent_stride * self.patch_size) for length in self.image_shape[1:]):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of latent_stride x patch_size = "
                 f"{self.latent_stride} x {self.patch_size}"
             )
+        if isinstance(self.image_size, list) and (self.vae is not None or self.latent_stride != 1):
+            raise ValueError(f"image_size {self.image_size} is no square, and latents of a VAE are those of squares")
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_hidden_size"), getattr(self, f"{part}_num_heads")
             if width % heads:
@@ -215,14 +220,9 @@ class MARConfig(MaskedConfig):
         return student
 
     @property
-    def grid_size(self) -> int:
-        """Tokens along one side of the image."""
-        return self.image_size // (self.latent_stride * self.patch_size)
-
-    @property
     def num_tokens(self) -> int:
         """L, tokens per image."""
-        return self.grid_size**2
+        return math.prod(self.grid)
 
     @property
     def token_channels(self) -> int:
@@ -231,7 +231,9 @@ class MARConfig(MaskedConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.grid_size, self.grid_size
+        _, height, width = self.image_shape
+        side = self.latent_stride * self.patch_size
+        return height // side, width // side
 
     @property
     def mask_law(self) -> str:
@@ -250,5 +252,5 @@ class MARConfig(MaskedConfig):
         )
 
     def on_latents(self) -> Self:
-        latents = {"image_size": self.image_size // self.latent_stride, "image_channels": self.latent_channels}
-        return self.changed(**latents, latent_stride=1, vae=None)
+        size = shortest([length // self.latent_stride for length in self.image_shape[1:]])
+        return self.changed(image_size=size, image_channels=self.latent_channels, latent_stride=1, vae=None)

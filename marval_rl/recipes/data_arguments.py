@@ -15,6 +15,7 @@ from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.sources import load_held_out
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.evaluator import ImageEvaluator
+from marval_rl.image_size import ImageSize, height_and_width, shortest
 from marval_rl.models import MaskedConfig
 from marval_rl.recipes.evaluation_arguments import EvaluationArguments
 from marval_rl.rewarding.loading import Offers
@@ -55,7 +56,11 @@ class DataArguments(EvaluationArguments):
     class_names: str | None = setting(
         None, 'Names where the data has none: "imagenet", or a file of one name per line.'
     )
-    image_size: int | None = setting(None, "Images are cropped to this many pixels (default: the model's).")
+    image_size: list[int] | None = setting(
+        None,
+        "Images are cropped to squares of so many pixels (one number), or to [height, width] where the latents are the "
+        "pixels (default: the model's).",
+    )
     image_channels: int | None = setting(
         None, "1 turns images grey, 3 makes grey ones RGB (default: the model's; of a new one the data's)."
     )
@@ -80,12 +85,25 @@ class DataArguments(EvaluationArguments):
         if self.image_channels is not None and (self.vae is not None or self.cache_dir is not None):
             other = "vae" if self.vae is not None else "cache_dir"
             raise ValueError(f"image_channels {self.image_channels} cannot count with {other}: leave it out")
+        if isinstance(self.crop_size, list) and (self.vae is not None or self.cache_dir is not None):
+            other = "vae" if self.vae is not None else "cache_dir"
+            raise ValueError(
+                f"image_size {self.crop_size} is no square, and with {other} images are squares: give one number"
+            )
         if not 0 <= self.eval_holdout < 1:
             raise ValueError(f"eval_holdout is a share of the images, in [0, 1), not {self.eval_holdout}")
         if self.eval_dataset is not None and self.eval_holdout:
             raise ValueError("eval_dataset and eval_holdout both say which images are held out: leave one out")
         if self.dataset in BUNDLED and isinstance(self.class_groups, str):
             find_groups(self.dataset, self.class_groups)
+
+    @property
+    def crop_size(self) -> int | list[int] | None:
+        """image_size: one number for squares, else height and width; None where it is not set."""
+        size: Any = self.image_size
+        if isinstance(size, list) and len(size) == 1:
+            (size,) = size
+        return None if size is None else shortest(height_and_width(size))
 
     @property
     def is_bundled(self) -> bool:
@@ -96,7 +114,7 @@ class DataArguments(EvaluationArguments):
         """Whether half of the images are mirrored: a mirrored digit is not a digit."""
         return self.flip if self.flip is not None else not self.is_bundled
 
-    def load_training(self, image_size: int | None, seed: int) -> TrainingData:
+    def load_training(self, image_size: ImageSize | None, seed: int) -> TrainingData:
         """What is trained on: rows of "images" or cached "moments", and "class_labels"; it knows its `class_names`.
 
         Raises DataError for data that cannot be read, RecipeError where no size is known to crop to.
@@ -108,9 +126,9 @@ class DataArguments(EvaluationArguments):
             return self._merge(moments)
         return self._crop_training(image_size, self.image_channels or 3, flip=self.flips, seed=seed)
 
-    def _crop_training(self, image_size: int | None, channels: int, **flips: Any) -> CroppedImages:
+    def _crop_training(self, image_size: ImageSize | None, channels: int, **flips: Any) -> CroppedImages:
         source = self.load_images()
-        size = self.image_size or image_size or source.image_size
+        size = self.crop_size or image_size or source.image_size
         if size is None:
             raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
         return CroppedImages(source, size, channels=channels, **flips)
@@ -188,7 +206,7 @@ class DataArguments(EvaluationArguments):
                 )
             config.class_names = names
         if isinstance(dataset, CroppedImages):
-            dataset.image_size = self.image_size or config.image_size
+            dataset.image_size = self.crop_size or config.image_size
             if self.image_channels is None:
                 dataset.channels, dataset.refuse_colour = config.image_channels, config.image_channels == 1
         self._check_shape(config, model, dataset[0])
@@ -218,13 +236,13 @@ class DataArguments(EvaluationArguments):
             names = ("image_size", "num_tokens", "latent_channels", "text_width", "text_length")
             return {**{name: getattr(tokenizer, name) for name in names}, "vae": self.vae, **captions}
         found = self.latents(dataset)
-        size, channels = found["image_size"], found["image_channels"]
-        if size % patch_size:
-            raise ValueError(f"patch_size {patch_size} does not divide the images' {size} pixels")
+        (height, width), channels = height_and_width(found["image_size"]), found["image_channels"]
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide the images' {height} x {width} pixels")
         return {
-            "image_size": size,
+            "image_size": found["image_size"],
             "image_channels": channels,
-            "num_tokens": (size // patch_size) ** 2,
+            "num_tokens": (height // patch_size) * (width // patch_size),
             "latent_channels": channels * patch_size**2,
             "clip_sample_range": found["clip_sample_range"],
             **captions,
@@ -236,10 +254,10 @@ class DataArguments(EvaluationArguments):
         if self.vae is None:
             if self.image_channels is None and isinstance(dataset, CroppedImages) and dataset.looks_grey():
                 dataset.channels, dataset.refuse_colour = 1, True
-            channels, size, _ = torch.as_tensor(dataset[0]["images"]).shape
+            channels, *size = torch.as_tensor(dataset[0]["images"]).shape
             # Clipping suits pixels, which lie in -1..1; latents do not.
             pixels = {"latent_stride": 1, "latent_channels": channels, "clip_sample_range": 1.0}
-            return {"image_size": size, "image_channels": channels, **pixels, **classes}
+            return {"image_size": shortest(size), "image_channels": channels, **pixels, **classes}
         from marval_rl.models.vae import load_autoencoder, stride_of
 
         autoencoder = load_autoencoder(self.vae)

@@ -36,7 +36,7 @@ CARD = """---
 
 # {name}
 
-{what} with marval_rl {version}: images of {size} x {size} pixels, {classes}. The methods:
+{what} with marval_rl {version}: images of {size} pixels, {classes}. The methods:
 MAR ([arXiv 2406.11838](https://arxiv.org/abs/2406.11838)), MARVAL ([arXiv 2511.15190](https://arxiv.org/abs/2511.15190)).
 
 ## Use
@@ -70,7 +70,7 @@ from marval_rl.models import codec_for
 
 model = MARModel.from_pretrained("{path}").eval()
 latents = generate(model, torch.tensor([0, {last}]), num_unmasking_steps={steps}).latents
-images = codec_for(model.config).decode(latents)  # [2, {channels}, {size}, {size}] in 0..1
+images = codec_for(model.config).decode(latents)  # [2, {channels}, {shape}] in 0..1
 ```
 
 or `marval-rl sample {path} --steps {steps}`.{vae}"""
@@ -83,7 +83,7 @@ model = load_model("{path}")
 model.condition_on(["{prompt}"])  # by the text tower {tower}
 labels = torch.tensor([0, 0])  # indices of prompts
 latents = generate(model, labels, num_unmasking_steps={steps}).latents
-images = codec_for(model.config).decode(latents, model.decoder_text(labels))  # [2, {channels}, {size}, {size}]
+images = codec_for(model.config).decode(latents, model.decoder_text(labels))  # [2, {channels}, {shape}]
 ```
 
 or `marval-rl sample {path} --steps {steps} --prompt "{prompt}"`.{vae}"""
@@ -136,7 +136,7 @@ def write_model_card(
             name=title or output_dir.resolve().name,
             what=what,
             version=__version__,
-            size=config.image_size,
+            size=" x ".join(map(str, config.image_shape[1:])),
             classes=classes,
             use=_use(folder, settings, config),
             data=f"Data set: `{dataset}`." if dataset else f"{num_rows:,} training rows, given in Python.",
@@ -163,7 +163,7 @@ def _use(folder: Path, settings: dict[str, Any], config: MaskedConfig) -> str:
         "path": folder,
         "steps": settings.get("eval_unmasking_steps") or settings.get("num_unmasking_steps") or 16,
         "channels": config.image_channels,
-        "size": config.image_size,
+        "shape": ", ".join(map(str, config.image_shape[1:])),
         "vae": f" The latents need the VAE `{config.vae}`." if config.vae else "",
     }
     if not config.takes_prompts:

@@ -25,7 +25,7 @@ from marval_rl.models import MaskedModel
 from marval_rl.models.sampling import student_mean
 from marval_rl.runtime.settings import Conditions, Needs, setting
 from marval_rl.trainers.batches import EpochAware
-from marval_rl.trainers.distribution_matching import DistributionMatching, generate_differentiably
+from marval_rl.trainers.distribution_matching import DistributionMatching, generate_differentiably, sets_of
 from marval_rl.trainers.lora import adapters_off
 from marval_rl.trainers.score_matching import AuxiliaryArguments, Contexts, GSIMArguments, ScoreMatching
 from marval_rl.trainers.student_networks import StudentNetworks
@@ -69,6 +69,11 @@ class AnchorArguments(AuxiliaryArguments):
     distribution_weight: float = setting(
         0.0, "Weight of MMD^2 (0 to about 1) between generated and real images of a class; 0 is none."
     )
+    distribution_column: str | None = setting(
+        None,
+        "Distribution anchor: compare the images of all prompts that share a value of this column of `prompts` "
+        "(default: those of each class or prompt).",
+    )
     distribution_features: str = setting(
         "pixels", "Distribution anchor: in whose features, as in eval_features; they must have a gradient."
     )
@@ -84,7 +89,10 @@ class AnchorArguments(AuxiliaryArguments):
             *("gsim_guidance_scale", "gsim_min_timestep", "gsim_max_timestep", "gsim_timestep_draws"),
             *("gsim_mask_ratio_min", "gsim_mask_ratio_std", "gsim_mask_law", "gsim_guidance_schedule"),
         ),
-        MATCHED: (*("distribution_features", "distribution_kernel", "distribution_real_images", "distribution_queue"),),
+        MATCHED: (
+            *("distribution_features", "distribution_kernel", "distribution_real_images", "distribution_queue"),
+            "distribution_column",
+        ),
         Needs("a gsim_mask_ratio_min below 1", ("gsim_mask_ratio_min",), lambda ratio: ratio != 1): (
             "gsim_mask_ratio_std",
         ),
@@ -129,6 +137,7 @@ class Anchors:
         student: As the run begins; with `has_adapters` the reference model is this one with its adapters off.
         has_adapters: Whether LoRA adapters are trained.
         teacher: The MAR teacher; needed by GSIM.
+        rows: What is rolled out, {"class_labels": int, ...}.
         dataset: Rows {"images" or "moments", "class_labels"}; needed by GSIM and by the distribution anchor.
         tokens_of: Rows of the data set -> tokens [B, L, C].
         images_of: Rows of the data set -> images [B, C, H, W] in 0..1.
@@ -145,6 +154,7 @@ class Anchors:
         student: MaskedModel,
         has_adapters: bool,
         teacher: MaskedModel | None,
+        rows: Any,
         dataset: Any,
         tokens_of: Callable[[dict[str, Tensor]], Tensor],
         images_of: Callable[[dict[str, Tensor]], Tensor],
@@ -167,7 +177,8 @@ class Anchors:
                 )
         self.distribution: DistributionMatching | None = None
         if args.distribution_weight > 0:
-            self.distribution = DistributionMatching(args, dataset, images_of, student.config.num_classes)
+            set_of = sets_of(rows, student.config.num_classes, args.distribution_column)
+            self.distribution = DistributionMatching(args, dataset, images_of, set_of)
         self.dataset = dataset
         self.tokens_of = tokens_of
         self.decode = decode

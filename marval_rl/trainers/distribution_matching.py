@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -22,6 +23,7 @@ from marval_rl.models.unmasking import random_order
 from marval_rl.randomness import derive_seed, kept_random_state
 from marval_rl.runtime.distributed import gather_objects, gather_rows
 
+NOT_COMPARED = -1  # the set of conditions that are never generated in training
 FEATURES, LABELS = "distribution_features", "distribution_labels"  # of recent images, in a trainer's buffer
 
 
@@ -32,26 +34,31 @@ class DistributionMatching:
         args: The trainer's arguments.
         dataset: Rows {"images" or "moments", "class_labels"}.
         images_of: Rows of the data set -> images [B, 1 or 3, H, W] in 0..1.
-        num_classes: All of them must have real images.
+        set_of: int64 [num_classes], of `sets_of`; each set must have real images.
 
     Raises:
         ValueError: For an extractor without a gradient, a class with fewer than two real images, or batches that hold
             too few images of a class.
     """
 
-    def __init__(self, args: Any, dataset: Dataset, images_of: Callable[[dict[str, Tensor]], Tensor], num_classes: int):
+    def __init__(self, args: Any, dataset: Dataset, images_of: Callable[[dict[str, Tensor]], Tensor], set_of: Tensor):
         self.args = args
+        self.set_of = set_of.to(args.device)
+        compared = sorted(set(set_of.tolist()) - {NOT_COMPARED})
         offers = {"training_images": dataset.unflipped} if isinstance(dataset, CroppedImages) else None
         self.extractor = load_extractor(args.distribution_features, offers)
-        check_company_of_a_class(args, num_classes)
+        check_company_of_a_class(args, len(compared))
         features, labels = real_features(args, self.extractor, dataset, images_of)
-        few = [label for label in range(num_classes) if int((labels == label).sum()) < 2]
+        sets = self.set_of[labels]
+        few = [number for number in compared if int((sets == number).sum()) < 2]
         if few:
+            what = "class" if args.distribution_column is None else f"set of {args.distribution_column}"
             raise ValueError(
-                f"class {few[0]} has fewer than 2 images among the {len(labels)} that the distribution anchor compares "
-                "with: give more data, raise distribution_real_images, or set distribution_weight 0"
+                f"{what} {few[0]} has fewer than 2 images among the {len(labels)} that the distribution anchor "
+                "compares with: give more data, raise distribution_real_images, or set distribution_weight 0"
             )
-        self.real = RealFeatures.of(features, labels, args.distribution_kernel)
+        known = sets != NOT_COMPARED
+        self.real = RealFeatures.of(features[known], sets[known], args.distribution_kernel)
 
     def loss(self, images: Tensor, class_labels: Tensor, buffer: dict[str, Tensor]) -> Tensor:
         """MMD^2 over the images of all processes: in each its value, and the gradient of this process's images.
@@ -65,13 +72,43 @@ class DistributionMatching:
             buffer: Keeps the features of recent images.
         """
         own = features_of(self.extractor, images)
-        labels = gather_rows(class_labels)
+        labels = self.set_of[gather_rows(class_labels)]
         features, num_processes = with_those_of_others(own)
         loss = distribution_loss(features, labels, self.real, buffer.get(FEATURES), buffer.get(LABELS))
         if (size := self.args.distribution_queue) > 0 and bool(features.isfinite().all()):  # waits for the device
             for name, rows in ((FEATURES, features.detach()), (LABELS, labels)):
                 buffer[name] = torch.cat([buffer.get(name, rows[:0]), rows])[-size:].contiguous()
         return loss.detach() + num_processes * (loss - loss.detach())
+
+
+def sets_of(rows: Any, num_classes: int, column: str | None) -> Tensor:
+    """Which set of images each class or prompt belongs to: int64 [num_classes], NOT_COMPARED for those never generated.
+
+    Args:
+        rows: {"class_labels": int, ...}, what is rolled out.
+        num_classes: Of the model.
+        column: The sets are the values of this column of the rows; None makes each class a set of its own.
+
+    Raises:
+        ValueError: If there is no such column, or it has two values for one class.
+    """
+    if column is not None and column not in rows[0]:
+        raise ValueError(
+            f"distribution_column {column} is not a column of the prompts, which have "
+            f"{', '.join(name for name in rows[0] if name != 'class_labels') or 'none but the prompt'}"
+        )
+    if column is None and not isinstance(rows, datasets.Dataset):  # reading them might read images
+        return torch.arange(num_classes)
+    labels = rows["class_labels"] if isinstance(rows, datasets.Dataset) else [row["class_labels"] for row in rows]
+    values = labels if column is None else [row[column] for row in rows]
+    number_of = {value: number for number, value in enumerate(dict.fromkeys(sorted(values)))}
+    set_of = torch.full((num_classes,), NOT_COMPARED)
+    for label, value in zip(labels, values, strict=True):
+        number = int(label) if column is None else number_of[value]
+        if set_of[label] not in (NOT_COMPARED, number):
+            raise ValueError(f"{column} of the prompts has several values for one prompt, such as {value!r}: give one")
+        set_of[label] = number
+    return set_of
 
 
 def features_of(extractor: FeatureExtractor, images: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class RewardTrainer(MARTrainer):
         if args.distribution_weight > 0 and args.evaluates:
             check_other_features(args.distribution_features, self.evaluator)
         functions = (self.tokens_of, self.images_of, self.decode_tokens)
-        self.anchors = Anchors(args, model, self.has_adapters, teacher, anchor_dataset, *functions)
+        self.anchors = Anchors(args, model, self.has_adapters, teacher, train_dataset, anchor_dataset, *functions)
 
     def prompts_for(self, class_names: list[str]) -> list[str]:
         return [self.args.prompt_template.format(name=name) for name in class_names]

@@ -232,6 +232,19 @@ def test_control_a_linear_guidance_that_reaches_the_full_scale_fails(models, mon
     assert error == pytest.approx(expected, rel=0.05)
 
 
+def test_control_noise_that_both_halves_of_a_guided_step_share_fails(models, monkeypatch):
+    """The official code draws for the guided half, too, and does not use it: without that the stream is another."""
+    draw = GeneratorNoise.normal
+    monkeypatch.setattr(
+        GeneratorNoise, "normal", lambda self, rows, channels, num_unused_rows=0: draw(self, rows, channels)
+    )
+    case = "linear.cfg3.0.temp1.0.K6"
+    error = relative_l2(
+        generated(models["stable"], case).latents / LATENT_SCALE, golden("generate_more")[f"stable.{case}.out"]
+    )
+    assert error == pytest.approx(facts()["controls"]["generate: step noise shared by both halves"], rel=0.05)
+
+
 def test_control_an_empty_prompt_without_its_score_fails(monkeypatch):
     model = reference_model("stable")
 

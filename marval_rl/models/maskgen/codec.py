@@ -124,11 +124,11 @@ def maskgen_codec(config: MaskGenConfig) -> TATiTokCodec | PatchCodec:
     if config.vae is not None:
         return TATiTokCodec.from_pretrained(config.vae, config)
     patch = math.isqrt(config.latent_channels // config.image_channels)
-    rows = config.image_size // patch if patch else 0
-    columns = rows * config.image_aspect
+    _, height, width = config.image_shape
+    rows, columns = (height // patch, width // patch) if patch else (0, 0)
     if (
         config.image_channels * patch**2 == config.latent_channels
-        and rows * patch == config.image_size
+        and (rows * patch, columns * patch) == (height, width)
         and rows * columns == config.num_tokens
     ):
         return PatchCodec(patch, (rows, columns))

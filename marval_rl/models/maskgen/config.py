@@ -2,12 +2,12 @@
 
 from typing import Any, Self
 
+from marval_rl.image_size import height_and_width, shortest
 from marval_rl.models.config import MaskedConfig
 
 # No `from __future__ import annotations` here: transformers turns this class into a dataclass and checks its types.
 
 SIZES = (
-    "image_size",
     "image_channels",
     "num_tokens",
     "latent_channels",
@@ -27,9 +27,8 @@ class MaskGenConfig(MaskedConfig):
     """Configuration of MaskGen-KL (Kim et al. 2025, arXiv 2501.07730).
 
     Args:
-        image_size: Height and width of an image, in pixels.
+        image_size: Side of a square image, in pixels; or [height, width] where the latents are the pixels.
         image_channels: Colour channels of an image.
-        image_aspect: Width over height of an image; 1 for squares.
         num_tokens: L, tokens per image; they have no place in it.
         latent_channels: C, channels per token.
         latent_scale: The tokenizer's latents are multiplied by it.
@@ -54,9 +53,8 @@ class MaskGenConfig(MaskedConfig):
 
     model_type = "maskgen"
 
-    image_size: int = 256
+    image_size: int | list[int] = 256
     image_channels: int = 3
-    image_aspect: int = 1
     num_tokens: int = 32
     latent_channels: int = 16
     latent_scale: float = 0.7525
@@ -93,6 +91,9 @@ class MaskGenConfig(MaskedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._check_sizes(SIZES)
+        self.image_size = shortest(height_and_width(self.image_size))
+        if isinstance(self.image_size, list) and self.vae is not None:
+            raise ValueError(f"image_size {self.image_size} is no square, and TA-TiTok's images are squares")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.micro_condition_size < 0 or self.micro_condition_size % 2:
@@ -133,10 +134,6 @@ class MaskGenConfig(MaskedConfig):
         return False
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.image_channels, self.image_size, self.image_size * self.image_aspect
-
-    @property
     def depths(self) -> tuple[str, ...]:
         return "num_layers", "head_num_layers"
 
@@ -145,8 +142,7 @@ class MaskGenConfig(MaskedConfig):
         return (self.hidden_size, self.num_layers), (self.head_hidden_size, self.head_num_layers)
 
     def on_latents(self) -> Self:
-        latents = {"image_size": 1, "image_channels": self.latent_channels, "image_aspect": self.num_tokens}
-        return self.changed(**latents, vae=None)
+        return self.changed(image_size=[1, self.num_tokens], image_channels=self.latent_channels, vae=None)
 
     @property
     def mask_law(self) -> str:
