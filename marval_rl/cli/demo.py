@@ -27,8 +27,8 @@ FIGURES = {  # measure -> its name in the table, and the figure of real images: 
 EXPLANATION = """\
 Frechet distance: of {num_images} images to held-out ones, in a classifier's features and in pixels; lower is better. \
 accuracy,
-log-probability: of a classifier that RL never saw. diversity, coverage, edges: 1 is as in real images. K: unmasking
-steps."""
+log-probability: of a classifier that RL never saw. recall: share of real images near a generated one. diversity,
+coverage, edges: 1 is as in real images. K: unmasking steps. RL's effect: RL + distribution against the student."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
