@@ -25,6 +25,11 @@ from tiny_trainers import (
 )
 from torch import Tensor
 
+from marval_rl.trainers.distill import DistillConfig
+from marval_rl.trainers.grpo_config import MARGRPOConfig
+from marval_rl.trainers.pretrain import PretrainConfig
+from marval_rl.trainers.reward_backprop import RewardBackpropConfig
+
 # Who moves
 
 
@@ -170,6 +175,11 @@ def test_gradient_checkpointing_changes_memory_alone(tmp_path, make):
     assert_equal_states(*finals)
     start = snapshot(tiny_model(3) if make is distiller else tiny_student(1))
     assert not same(finals[0], start)
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, DistillConfig, MARGRPOConfig, RewardBackpropConfig])
+def test_the_defaults_of_the_arguments_fit_each_other(tmp_path, config):
+    config(str(tmp_path))
 
 
 def test_metrics_stay_json_when_a_reward_leaves_every_sample_out(tmp_path):

@@ -17,7 +17,7 @@ from marval_rl.trainers.reward_trainer import RewardTrainingArguments
 class MARGRPOConfig(RewardTrainingArguments):
     """Arguments of `MARGRPOTrainer`; names as in TRL's `GRPOConfig` where it has them."""
 
-    num_generations: int = field(default=12, metadata={"help": "G, images per group (of one class)."})
+    num_generations: int = field(default=8, metadata={"help": "G, images per group (of one class)."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over each generation batch."})
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Micro-batches a generation batch (default: gradient_accumulation_steps)."}
