@@ -114,6 +114,7 @@ def move_trainer(trainer: Any) -> None:
         networks += [anchors.gsim.teacher] if anchors.gsim is not None else []
         if anchors.distribution is not None:
             real = anchors.distribution.real
+            anchors.distribution.set_of = anchors.distribution.set_of.to(CUDA)
             for by_class in (real.by_class, real.self_similarity):
                 by_class.update({label: rows.to(CUDA) for label, rows in by_class.items()})
     for network in networks:

@@ -93,7 +93,7 @@ WAITS = {"runtime.guard.NonFiniteGuard.judge"}
 REWARD_WAITS = {
     "rewarding.calling._check_unchanged",
     "rewarding.calling._to_scores",
-    "rewarding.reward_set._check_images",
+    "rewarding.reward_set.checked_images",
     "trainers.base.MARTrainer.names_of",
 }
 ROLLOUT_WAITS = {"trainers.grpo.MARGRPOTrainer._check_ratio", "trainers.grpo.MARGRPOTrainer.generate_rollouts"}

@@ -198,6 +198,21 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path)
     assert kept(per_device_train_batch_size=8, gradient_checkpointing=True) < 0.7 * large
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_activations_of_grpo_grow_with_its_unmasking_steps_unless_they_are_checkpointed(
+    gradient_checkpointing, tmp_path
+):
+    sizes = tiny_config(one_step_timestep=700, image_size=16)
+
+    def kept(num_steps: int) -> int:
+        settings = {**SMALL, "num_generations": 3, "gradient_checkpointing": gradient_checkpointing}
+        config = MARGRPOConfig(str(tmp_path), num_unmasking_steps=num_steps, **settings)
+        return activations_of(rewarding(MARGRPOTrainer), config, sizes, None)
+
+    growth = kept(16) / kept(8)
+    assert growth < 1.1 if gradient_checkpointing else growth > 1.5
+
+
 # Steps
 
 

@@ -37,6 +37,7 @@ PATH_SETTINGS = (
     *("deepspeed", "fsdp_config", "output_dir", "resume_from_checkpoint"),
 )
 COMMAND_OPTIONS = ("dry_run", "resume", "debug", "help")  # not settings, but worth suggesting for `--dryrun`
+ONE_OR_SEVERAL = ("image_size",)  # lists of which a single element is written without brackets
 SECRET_KEYS = ("hub_token",)  # never written down: run folders are shared
 
 
@@ -221,6 +222,8 @@ def _checked(value: Any, f: dataclasses.Field, hint: Any, where: str) -> Any:
         return None
     try:
         converted = convert(value, hint)
+        if f.name in ONE_OR_SEVERAL and isinstance(converted, list) and len(converted) == 1:
+            (converted,) = converted
         if "choices" in f.metadata and converted is not None:
             converted = pick(converted, f.metadata["choices"])
         if isinstance(converted, str) and not converted.strip() and f.default != converted:

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from marval_rl.errors import PolicyMismatchError
 from marval_rl.losses.advantages import aggregate_advantages, group_weights
@@ -173,9 +174,12 @@ class MARGRPOTrainer(RewardTrainer):
         args, tokens, order = self.args, rollout["tokens"], rollout["order"]
         if not args.moves_model(self.state.global_step):
             return torch.zeros((), device=args.device), rollout, None
+        predict = partial(student_mean, student, rollout, tokens)
+        if args.gradient_checkpointing:  # also of whole steps: what is kept does not grow with their number
+            predict = partial(checkpoint, predict, use_reentrant=False)
         log_probs, divergences = [], []
         for index, (num_masked, num_kept) in enumerate(self.pairs):
-            mean = student_mean(student, rollout, tokens, num_masked, num_kept)  # [B, M, C]
+            mean = predict(num_masked, num_kept)  # [B, M, C]
             action = gather_tokens(tokens, revealed_positions(order, num_masked, num_kept))  # [B, M, C]
             log_probs.append(action_log_prob(action, mean, args.policy_std, args.log_prob_reduction))  # [B]
             self.guard.blame(f"the log-probability of unmasking step {index + 1}", log_probs[-1])

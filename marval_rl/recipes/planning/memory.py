@@ -255,10 +255,12 @@ def _arguments_on_meta(config: Any, folder: str) -> Any:
 
 
 def _checkpointed_images(trainer: MARTrainer, config: Any) -> int:
-    """How many images are generated with a gradient, each unmasking step checkpointed."""
+    """The most images whose unmasking step is computed again at once, where steps are checkpointed."""
+    own = config.per_device_train_batch_size
     if isinstance(trainer, RewardBackpropTrainer):
-        return config.per_device_train_batch_size
-    return config.distribution_batch_size if _matches_distribution(config) else 0
+        return own
+    matched = config.distribution_batch_size if _matches_distribution(config) else 0
+    return max(matched, own if isinstance(trainer, MARGRPOTrainer) and config.gradient_checkpointing else 0)
 
 
 def _matches_distribution(config: Any) -> bool:
