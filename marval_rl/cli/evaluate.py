@@ -13,11 +13,11 @@ import torch
 from accelerate import PartialState
 
 from marval_rl.cli.arguments import add_sampling_arguments, load_for_sampling, quiet_libraries, sampling_settings
-from marval_rl.cli.env import environment
 from marval_rl.cli.launch import add_launch_arguments
 from marval_rl.data.class_names import check_number, label_classes, read_class_names
 from marval_rl.data.moments.fingerprint import hash_weights
 from marval_rl.data.prompts import load_prompts
+from marval_rl.environment import environment
 from marval_rl.errors import DataError, check_output
 from marval_rl.evaluation.evaluator import ImageEvaluator, mean_and_std
 from marval_rl.evaluation.features import Inception
