@@ -312,7 +312,7 @@ def test_page_in_a_browser(tmp_path):
     page.write_text(CHECKS.join(report(run).rsplit("</body>", 1)), encoding="utf-8")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    # Charts are drawn when the browser is idle, in real time; waiting for them uses up virtual time, of which there is much.
+    # Charts are drawn when the browser is idle, in real time; waiting for them uses up virtual time.
     flags += ["--window-size=600,800", "--virtual-time-budget=6000000", "--dump-dom", page.as_uri()]
     shown = subprocess.run(["chromium", "--headless", *flags], capture_output=True, text=True, timeout=120)
     assert re.search(r'data-result="([^"]*)"', shown.stdout)[1] == (
