@@ -429,6 +429,7 @@ def runs(captioned, tmp_path_factory) -> dict[str, Path]:
 def test_pretrain_and_distill_show_captions(runs):
     for name in ("teacher", "student"):
         card = (runs[name] / "final" / "README.md").read_text()
+        assert "MaskGen" in card and "\n- maskgen\n" in card and "\n- mar\n" not in card
         assert "2 prompts (a dark square, a light square)" in card and 'model.condition_on(["a dark square"])' in card
         rows = json.loads((runs[name] / "samples" / "rows.json").read_text())
         assert rows == ["a dark square", "a light square"]

@@ -20,14 +20,17 @@ from marval_rl.text import dump_yaml
 
 KINDS = {  # method -> tags, and what was done
     "mar": ([], "A masked autoregressive diffusion model, trained by a trainer of its author's own"),
-    "pretrain": (["pretraining"], "A masked autoregressive diffusion model (MAR), pretrained"),
-    "distill": (["distillation", "one-step"], "A one-step student, distilled from a MAR teacher by GSIM"),
-    "grpo": (["grpo", "reinforcement-learning", "one-step"], "A one-step MAR student, trained by GRPO"),
+    "pretrain": (["pretraining"], "A masked autoregressive diffusion model ({family}), pretrained"),
+    "distill": (["distillation", "one-step"], "A one-step student, distilled from a {family} teacher by GSIM"),
+    "grpo": (["grpo", "reinforcement-learning", "one-step"], "A one-step {family} student, trained by GRPO"),
     "reward_backprop": (
         ["reward-backpropagation", "reinforcement-learning", "one-step"],
-        "A one-step MAR student, trained by back-propagation of rewards",
+        "A one-step {family} student, trained by back-propagation of rewards",
     ),
 }
+MAR = "MAR ([arXiv 2406.11838](https://arxiv.org/abs/2406.11838))"
+MASKGEN = "MaskGen ([arXiv 2501.07730](https://arxiv.org/abs/2501.07730))"
+MARVAL = "MARVAL ([arXiv 2511.15190](https://arxiv.org/abs/2511.15190))"
 _DERIVED = ("hub_token", "run_name", "logging_dir")  # secrets, and what transformers fills in
 SOURCES = ("model", "teacher")  # settings that name the model that a run began with
 CARD = """---
@@ -37,7 +40,7 @@ CARD = """---
 # {name}
 
 {what} with marval_rl {version}: images of {size} pixels, {classes}. The methods:
-MAR ([arXiv 2406.11838](https://arxiv.org/abs/2406.11838)), MARVAL ([arXiv 2511.15190](https://arxiv.org/abs/2511.15190)).
+{papers}.
 
 ## Use
 
@@ -112,12 +115,13 @@ def write_model_card(
         extra_tags: Tags of the hub beside those of the method.
     """
     folder, (tags, what) = output_dir / "final", KINDS[method]
+    family = "MaskGen" if config.takes_prompts else "MAR"
     base = next((name for key in SOURCES if (name := settings.get(key))), None)
     dataset = settings.get("dataset")
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-to-image" if config.takes_prompts else "unconditional-image-generation",
-        tags=["marval_rl", "mar", *tags, *extra_tags],
+        tags=["marval_rl", family.lower(), *tags, *extra_tags],
         base_model=base if _is_hub_id(base) else None,
         datasets=[dataset] if _is_hub_id(dataset) else None,
     )
@@ -134,7 +138,8 @@ def write_model_card(
         CARD.format(
             metadata=metadata.to_yaml(),
             name=title or output_dir.resolve().name,
-            what=what,
+            what=what.format(family=family),
+            papers=", ".join([*([MASKGEN] if config.takes_prompts else []), MAR, MARVAL]),
             version=__version__,
             size=" x ".join(map(str, config.image_shape[1:])),
             classes=classes,
