@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
@@ -59,8 +61,9 @@ class Remote:
         self.concurrency = concurrency
         self.images_per_request = images_per_request
         self.format = format
+        self._executors: dict[int, ThreadPoolExecutor] = {}
 
-    def __call__(
+    async def __call__(
         self,
         *,
         images: Tensor,
@@ -94,12 +97,18 @@ class Remote:
                 raise RewardError(f"{self.client.url} gave {len(scores)} scores for {len(images[part])} images")
             return scores
 
-        executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="remote-reward")
+        starts = range(0, len(images), self.images_per_request)
+        requests = [asyncio.get_running_loop().run_in_executor(self._threads(), score, start) for start in starts]
         try:
-            futures = [executor.submit(score, start) for start in range(0, len(images), self.images_per_request)]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [future for future in futures if future.done() and future.exception() is not None]
-            return [value for future in failed or futures for value in future.result()]
+            return [value for scores in await asyncio.gather(*requests) for value in scores]
         finally:  # also by Ctrl-C: requests in flight must not outlive the batch
             stop.set()
-            executor.shutdown(wait=False, cancel_futures=True)
+            for request in requests:
+                request.cancel()
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """As many as requests at the same time, for all batches that wait; in each process its own, since threads do
+        not survive a fork."""
+        if os.getpid() not in self._executors:
+            self._executors[os.getpid()] = ThreadPoolExecutor(self.concurrency, thread_name_prefix="remote-reward")
+        return self._executors[os.getpid()]

@@ -45,9 +45,9 @@ class Observed(MARGRPOTrainer):
 
     before: Callable[[int, int], None] = staticmethod(lambda step, micro_batch: None)
 
-    def score(self, *args: Any, **kwargs: Any) -> Any:
+    def generate_rollouts(self, rows: list[dict[str, Any]]) -> None:
         self.before(self.state.global_step, self.micro_batch)
-        return super().score(*args, **kwargs)
+        super().generate_rollouts(rows)
 
 
 def trainer_for(run: Path, reward: Any) -> Observed:

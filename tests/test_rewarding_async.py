@@ -124,6 +124,74 @@ def test_nothing_is_recorded_without_need():
     assert modes == [False]
 
 
+# A batch whose images come in parts
+
+
+def parts_of(given: dict, size: int) -> list[dict]:
+    """The arguments of `batch()` in parts of so many images."""
+    return [{name: values[start : start + size] for name, values in given.items()} for start in range(0, BATCH, size)]
+
+
+def scores_in_parts(rewards: RewardSet, size: int, columns: dict[str, list] | None = None):
+    scoring = rewards.in_parts()
+    for index, part in enumerate(parts_of(batch(), size)):
+        own = {name: values[index * size : (index + 1) * size] for name, values in (columns or {}).items()}
+        scoring.add(**part, columns=own)
+    return scoring.result()
+
+
+@pytest.mark.parametrize("size", [1, 2, BATCH])
+def test_parts_have_the_scores_of_the_batch(size):
+    rewards, columns = RewardSet([Later, trl_async, brightness], [1.0, 2.0, 3.0]), {"solution": ["x", "y", "z"]}
+    found, expected = scores_in_parts(rewards, size, columns), rewards.score(**batch(), columns=columns)
+    torch.testing.assert_close(found.total, expected.total, rtol=0, atol=0)
+    for name, values in expected.components.items():
+        torch.testing.assert_close(found.components[name], values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_asynchronous_reward_works_on_a_part_before_the_next_is_there():
+    """And a plain one is asked once, for all of them."""
+    begun, asked = threading.Event(), []
+
+    async def early(*, images, **columns):
+        begun.set()
+        return [0.0] * len(images)
+
+    def plain(*, images, solution, **columns):
+        asked.append((len(images), solution))
+        return [0.0] * len(images)
+
+    scoring = RewardSet([early, plain]).in_parts()
+    first, second = parts_of(batch(), 2)
+    scoring.add(**first, columns={"solution": ["x", "y"]})
+    assert begun.wait(timeout=5) and not asked
+    scoring.add(**second, columns={"solution": ["z"]})
+    scoring.result()
+    assert asked == [(3, ["x", "y", "z"])]
+
+
+def test_an_error_in_a_part_comes_with_the_result():
+    async def faulty(*, images, **columns):
+        if len(images) == 1:
+            raise ConnectionError("no answer")
+        return [0.0] * len(images)
+
+    scoring = RewardSet([faulty]).in_parts()
+    for part in parts_of(batch(), 2):
+        scoring.add(**part)
+    with pytest.raises(RewardError, match="reward 'faulty' raised ConnectionError: no answer"):
+        scoring.result()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_missing_argument_is_an_asynchronous_rewards_error_too():
+    async def wants_more(*, images, artist, **columns):
+        return [0.0] * len(images)
+
+    with pytest.raises(RewardError, match="reward 'wants_more' raised TypeError"):
+        scores_in_parts(RewardSet([wants_more]), 2)
+
+
 # What goes wrong
 
 

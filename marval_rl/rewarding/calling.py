@@ -1,4 +1,4 @@
-"""Calling rewards: the asynchronous ones all at once, and whatever breaks the contract with the reward's name."""
+"""Calling rewards: the asynchronous ones at the same time, and whatever breaks the contract with its reward's name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import inspect
 import numbers
 import os
 import threading
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Coroutine, Mapping
+from concurrent.futures import Future
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,26 +23,65 @@ from marval_rl.rewarding.loading import Reward
 from marval_rl.rewarding.process_state import GLOBAL_SETTINGS, global_settings
 
 
-def call_rewards(rewards: Mapping[str, Reward], arguments: Mapping[str, Any], with_grad: bool) -> dict[str, Tensor]:
-    """Call every reward with the same keywords -> {name: float32 [B] on the device of the images, NaN for None}.
+class RewardCalls:
+    """Calls of several rewards with the same keywords, for the parts of one batch.
+
+    What is `async def` is called for each part as it comes, so that it waits, for a server or another device, while
+    the caller makes the next part, and while the other rewards are called. Those are called once, for all parts
+    together, when the scores are asked for.
 
     Each reward has its own copies of the images, the labels, the lists and the columns, so that nothing that it does
-    to them, now or later, reaches another reward or the training. What returns an awaitable (`async def`) is awaited,
-    all of them at the same time, after the others have been called.
+    to them, now or later, reaches another reward or the training.
 
-    Raises:
-        RewardError: Where a reward raises, changes the images or a setting of the whole process, returns anything but B
-            finite numbers or Nones, or, with_grad, returns scores without a gradient.
+    Args:
+        rewards: By their names.
+        with_grad: Whether scores keep the graph from the images.
     """
-    images = arguments["images"]
-    scores: dict[str, Tensor] = {}
-    awaited: dict[str, Awaitable[Any]] = {}
-    given: dict[str, Tensor] = {}  # the images of each reward
-    try:
-        for name, reward in rewards.items():
-            own = _copies_of(arguments)
-            given[name] = own["images"]
-            with torch.set_grad_enabled(with_grad):
+
+    def __init__(self, rewards: Mapping[str, Reward], with_grad: bool) -> None:
+        self._rewards = rewards
+        self._with_grad = with_grad
+        self._asynchronous = [name for name, reward in rewards.items() if _is_asynchronous(reward)]
+        self._parts: list[Mapping[str, Any]] = []
+        self._answers: dict[str, list[Future[Any]]] = {name: [] for name in self._asynchronous}
+        self._given: dict[str, list[Tensor]] = {name: [] for name in rewards}  # the images of each reward
+
+    def begin(self, arguments: Mapping[str, Any]) -> None:
+        """Begin with a part of the batch: images [b, 3, H, W], and lists and tensors of that length."""
+        if not self._parts:
+            self._settings = global_settings()
+        self._parts.append(arguments)
+        for name in self._asynchronous:
+            self._answers[name].append(self._submit(name, self._rewards[name], arguments))
+
+    def scores(self) -> dict[str, Tensor]:
+        """The scores of all parts -> {name: float32 [B] on the device of the images, NaN for None}.
+
+        Raises:
+            RewardError: Where a reward raises, changes the images or a setting of the whole process, returns anything
+                but B finite numbers or Nones, or, with_grad, returns scores without a gradient. All of them have ended
+                by then.
+        """
+        try:
+            scores = self._call_plain() | self._await_answers()
+        except BaseException:  # Ctrl-C, too
+            for answer in chain.from_iterable(self._answers.values()):
+                answer.cancel()
+            raise
+        scores = {name: scores[name] for name in self._rewards}  # in their order
+        if self._with_grad:
+            _check_gradients(scores)
+        return scores
+
+    def _call_plain(self) -> dict[str, Tensor]:
+        """Call what is not `async def`. What returns an awaitable nevertheless is awaited with the others."""
+        scores: dict[str, Tensor] = {}
+        arguments = _joined(self._parts)
+        for name, reward in self._rewards.items():
+            if name in self._asynchronous:
+                continue
+            own = self._own(name, arguments)
+            with torch.set_grad_enabled(self._with_grad):
                 settings = global_settings()
                 try:
                     returned = reward(**own)
@@ -48,35 +89,67 @@ def call_rewards(rewards: Mapping[str, Reward], arguments: Mapping[str, Any], wi
                     raise
                 except BaseException as error:  # a reward may raise anything, SystemExit too
                     raise _raised(name, error) from error
-                _check_settings(settings, [name])
+                _check_settings(settings, [name, *self._answers])
             if inspect.isawaitable(returned):
-                awaited[name] = returned
+                self._answers[name] = [self._schedule(_outcome(returned, self._with_grad))]
             else:  # read at once: the next reward may reuse the memory
-                _check_unchanged(name, given[name], images)
-                scores[name] = _read_scores(name, returned, images, with_grad)
-    except BaseException:
-        for value in awaited.values():
-            if inspect.iscoroutine(value):
-                value.close()  # or Python complains that it was never awaited
-        raise
-    if awaited:
-        settings = global_settings()
-        answers = _await_all(awaited, with_grad)
-        _check_settings(settings, list(awaited))
-        for name, returned in answers.items():
-            _check_unchanged(name, given[name], images)
-            scores[name] = _read_scores(name, returned, images, with_grad)
-    scores = {name: scores[name] for name in rewards}  # in their order
-    if with_grad:
-        _check_gradients(scores)
-    return scores
+                scores[name] = self._read(name, 0, returned, arguments["images"])
+        return scores
+
+    def _await_answers(self) -> dict[str, Tensor]:
+        outcomes = {name: [answer.result() for answer in answers] for name, answers in self._answers.items()}
+        for name, outcome in ((name, outcome) for name, parts in outcomes.items() for outcome in parts):
+            if isinstance(outcome, KeyboardInterrupt):
+                raise outcome
+            if isinstance(outcome, BaseException):
+                raise _raised(name, outcome) from outcome
+        if outcomes:
+            _check_settings(self._settings, list(outcomes))
+        images = [part["images"] for part in self._parts]
+        scores = {}
+        for name, parts in outcomes.items():
+            seen = images if name in self._asynchronous else [torch.cat(images)]
+            read = [self._read(name, index, *pair) for index, pair in enumerate(zip(parts, seen, strict=True))]
+            scores[name] = torch.cat(read)
+        return scores
+
+    def _submit(self, name: str, reward: Reward, arguments: Mapping[str, Any]) -> Future[Any]:
+        own = self._own(name, arguments)
+
+        async def call() -> Any:  # so that an argument that is missing is an outcome, too
+            return await reward(**own)
+
+        return self._schedule(_outcome(call(), self._with_grad))
+
+    def _schedule(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid()))
+
+    def _own(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments in memory that nobody else sees; the images keep their graph."""
+        own = {key: _copy_of(value) for key, value in arguments.items() if key != "images"}
+        own["images"] = own["completions"] = arguments["images"].clone()  # completions: the word TRL's rewards know
+        self._given[name].append(own["images"])
+        return own
+
+    def _read(self, name: str, part: int, returned: Any, images: Tensor) -> Tensor:
+        if not torch.equal(self._given[name][part], images):  # the values: NumPy, and `.data`, leave no other trace
+            raise RewardError(f"reward {name!r} changed the images in place; it must work on a copy (images.clone())")
+        return _read_scores(name, returned, images, self._with_grad)
 
 
-def _copies_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments in memory that nobody else sees; the images keep their graph."""
-    own = {name: _copy_of(value) for name, value in arguments.items() if name != "images"}
-    own["images"] = own["completions"] = arguments["images"].clone()  # completions: the word TRL's rewards know
-    return own
+def _is_asynchronous(reward: Reward) -> bool:
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+
+
+def _joined(parts: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The arguments of all parts as those of one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        joined[name] = torch.cat(values) if isinstance(values[0], Tensor) else list(chain.from_iterable(values))
+    return joined
 
 
 def _copy_of(value: Any) -> Any:
@@ -88,29 +161,9 @@ def _copy_of(value: Any) -> Any:
         return value
 
 
-def _await_all(awaited: Mapping[str, Awaitable[Any]], with_grad: bool) -> dict[str, Any]:
-    """What the awaitables return, by name; all of them have ended before the first error is raised."""
-
-    async def gather() -> list[Any]:
-        with torch.set_grad_enabled(with_grad):  # the mode of a thread; the caller's is unknown here
-            return await asyncio.gather(*(_outcome(value) for value in awaited.values()))
-
-    future = asyncio.run_coroutine_threadsafe(gather(), _event_loop(os.getpid()))
-    try:
-        outcomes = future.result()
-    except BaseException:  # Ctrl-C
-        future.cancel()
-        raise
-    for name, outcome in zip(awaited, outcomes, strict=True):
-        if isinstance(outcome, KeyboardInterrupt):
-            raise outcome
-        if isinstance(outcome, BaseException):
-            raise _raised(name, outcome) from outcome
-    return dict(zip(awaited, outcomes, strict=True))
-
-
-async def _outcome(awaitable: Awaitable[Any]) -> Any:
+async def _outcome(awaitable: Awaitable[Any], with_grad: bool) -> Any:
     """What it returns or raises. Nothing may escape: a SystemExit would end the loop, and its caller wait for ever."""
+    torch.set_grad_enabled(with_grad)  # the mode of a thread: the caller's is unknown here
     try:
         return await awaitable
     except BaseException as error:
@@ -128,12 +181,6 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 def _raised(name: str, error: BaseException) -> RewardError:
     return RewardError(f"reward {name!r} raised {type(error).__name__}: {error}")
-
-
-def _check_unchanged(name: str, given: Tensor, images: Tensor) -> None:
-    """Compares the values: NumPy, and `.data`, change memory without a trace in the tensor."""
-    if not torch.equal(given, images):  # waits for the device
-        raise RewardError(f"reward {name!r} changed the images in place; it must work on a copy (images.clone())")
 
 
 def _check_settings(before: Mapping[str, Any], names: list[str]) -> None:

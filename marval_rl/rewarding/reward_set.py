@@ -13,7 +13,7 @@ from torch import Tensor
 
 from marval_rl.errors import nearest
 from marval_rl.losses.advantages import weighted_sum
-from marval_rl.rewarding.calling import call_rewards
+from marval_rl.rewarding.calling import RewardCalls
 from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Offers, Reward, is_differentiable, load_reward, reward_name
 from marval_rl.rewarding.process_state import kept_settings
 
@@ -89,21 +89,55 @@ class RewardSet:
                 gradient mode, working directory), or returns anything but B finite numbers or Nones.
             ValueError: For invalid arguments, and for with_grad with a reward that is not differentiable.
         """
+        scoring = Scoring(self, with_grad)
+        scoring.add(images, prompts, class_labels, class_names, columns)
+        return scoring.result()
+
+    def in_parts(self) -> Scoring:
+        """For a batch whose images come in parts: `add` each of them as soon as it is there, then ask for `result`."""
+        return Scoring(self, with_grad=False)
+
+
+class Scoring:
+    """The scoring of one batch, whose images may come in parts.
+
+    Rewards that are `async def` begin with a part when it is added and wait for their answers meanwhile; the others are
+    called for the complete batch. Scores are those of `RewardSet.score` if a reward judges each image by itself.
+    """
+
+    def __init__(self, rewards: RewardSet, with_grad: bool) -> None:
+        self._rewards = rewards
+        self._with_grad = with_grad
+        self._calls = RewardCalls(dict(zip(rewards.names, rewards.rewards, strict=True)), with_grad)
+
+    def add(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        class_labels: Tensor,
+        class_names: Sequence[str],
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A part of the batch, as `RewardSet.score` takes it. Raises its ValueErrors."""
         images = checked_images(images)
         self._check_batch(images, prompts, class_labels, class_names, columns)
-        if with_grad:
+        if self._with_grad:
             self._check_gradients_possible(images)
         arguments = {
-            "images": images if with_grad else images.detach(),
+            "images": images if self._with_grad else images.detach(),
             "prompts": list(prompts),
             "class_labels": class_labels,
             "class_names": list(class_names),
             **(columns or {}),
         }
+        with torch.set_grad_enabled(self._with_grad):
+            self._calls.begin(arguments)
 
-        with kept_settings(), torch.set_grad_enabled(with_grad):
-            components = call_rewards(dict(zip(self.names, self.rewards, strict=True)), arguments, with_grad)
-            total = weighted_sum(torch.stack(list(components.values()), dim=1), self.weights)
+    def result(self) -> RewardScores:
+        """The scores of all parts, in their order. Raises the RewardErrors of `RewardSet.score`."""
+        with kept_settings(), torch.set_grad_enabled(self._with_grad):
+            components = self._calls.scores()
+            total = weighted_sum(torch.stack(list(components.values()), dim=1), self._rewards.weights)
             return RewardScores(total, components)
 
     def _check_batch(
@@ -122,7 +156,7 @@ class RewardSet:
             raise ValueError(f"a data set's column must not be called {', '.join(reserved)}; rename it")
 
     def _check_gradients_possible(self, images: Tensor) -> None:
-        for name, reward in zip(self.names, self.rewards, strict=True):
+        for name, reward in zip(self._rewards.names, self._rewards.rewards, strict=True):
             if not is_differentiable(reward):
                 raise ValueError(
                     f"reward {name!r} is not differentiable, so gradients cannot pass through it; "

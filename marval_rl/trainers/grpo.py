@@ -9,6 +9,7 @@ What differs from TRL's, and why:
 - Old log-probabilities are always those of the rollout. It is sampled by the same weights in the portions that training
   takes, so before the first update every ratio is 1, which is checked; there is no second engine to correct for.
 - The images of a group may share unmasking order and noise: then only what the policy explored tells them apart.
+- Rewards that are `async def`, those of a server among them, score one micro-batch while the next is generated.
 - Groups whose rewards are all alike are left out of the policy loss's mean, not of the KL's.
 - With the GSIM anchor one step of a cycle of `auxiliary_updates` is a policy update; the others move no student.
 
@@ -44,9 +45,9 @@ from marval_rl.models.generation import save_image_grid
 from marval_rl.models.noise import IndexedNoise
 from marval_rl.models.sampling import draw_rollout_noise, student_mean, unmask
 from marval_rl.models.unmasking import gather_tokens, revealed_positions, unmasking_steps
-from marval_rl.randomness import derive_generator
+from marval_rl.randomness import derive_generator, kept_random_state
 from marval_rl.runtime.distributed import failing_together, gather_rows, gathered_weights
-from marval_rl.runtime.profiling import ROLLOUT, phase
+from marval_rl.runtime.profiling import REWARD, ROLLOUT, phase
 from marval_rl.trainers.grpo_config import MARGRPOConfig
 from marval_rl.trainers.reward_trainer import RewardTrainer
 
@@ -110,23 +111,32 @@ class MARGRPOTrainer(RewardTrainer):
         # Reading which images are ours waits for the device.
         labels, columns = self.labels_and_columns([rows[image // args.num_generations] for image in mine.tolist()])
 
-        parts = []
+        assert self.rewards is not None  # the constructor refuses it
+        parts, scoring = [], self.rewards.in_parts()
         self.mar.eval()
-        with phase(ROLLOUT), gathered_weights(self.mar), self.accelerator.autocast():
-            # In the precision and the portions of training, so that the same kernels find the same log-probabilities.
-            for images, part_labels in zip(mine.split(size), labels.split(size), strict=True):
-                inputs = {"class_labels": part_labels, "order": noise["order"][images], "noise": noise["noise"][images]}
-                parts.append(self.roll_out(self.mar, inputs, noise["exploration"][images], args.num_unmasking_steps))
-        self.mar.train()
-        rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-        own_scores = self.score(
-            self.decode_tokens(rollout["tokens"], labels), labels, columns
-        ).by_reward()  # [N / P, R]
+        with kept_random_state(args.device):
+            with gathered_weights(self.mar):
+                # In the precision and the portions of training, so that the same kernels find the same
+                # log-probabilities. Asynchronous rewards judge one portion while the next is generated.
+                for start in range(0, len(mine), size):
+                    part = slice(start, start + size)
+                    images, part_labels = mine[part], labels[part]
+                    inputs = {name: noise[name][images] for name in ("order", "noise")} | {"class_labels": part_labels}
+                    with phase(ROLLOUT), self.accelerator.autocast():
+                        parts.append(
+                            self.roll_out(self.mar, inputs, noise["exploration"][images], args.num_unmasking_steps)
+                        )
+                    generated = self.decode_tokens(parts[-1]["tokens"], part_labels)
+                    part_columns = {name: values[part] for name, values in columns.items()}
+                    with phase(REWARD):
+                        scoring.add(*self.reward_arguments(generated, part_labels, part_columns))
+            self.mar.train()
+            rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            with phase(REWARD), failing_together(args.device):
+                own_scores = scoring.result().by_reward()  # [N / P, R]
         scores = torch.empty(args.generation_batch_size, own_scores.shape[1], device=args.device)
         scores[dealt.flatten()] = gather_rows(own_scores)  # [N, R], groups in a row
         self.record_scores(scores, args.num_generations)
-        assert self.rewards is not None  # the constructor refuses it
         advantages, metrics = aggregate_advantages(
             scores,
             self.rewards.weights,

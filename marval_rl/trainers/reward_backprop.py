@@ -18,8 +18,9 @@ from marval_rl.losses.advantages import group_std
 from marval_rl.models import MaskedModel
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import random_order, unmasking_steps
-from marval_rl.randomness import derive_generator
-from marval_rl.runtime.profiling import ROLLOUT, phase
+from marval_rl.randomness import derive_generator, kept_random_state
+from marval_rl.runtime.distributed import failing_together
+from marval_rl.runtime.profiling import REWARD, ROLLOUT, phase
 from marval_rl.runtime.settings import Conditions, Needs
 from marval_rl.trainers.reward_trainer import RewardTrainer, RewardTrainingArguments
 
@@ -86,7 +87,9 @@ class RewardBackpropTrainer(RewardTrainer):
         rollout["images"] = self.decode_tokens(rollout["tokens"], labels)
         loss = torch.zeros((), device=labels.device)
         if self.rewards is not None:
-            scores = self.score(rollout["images"], labels, columns, with_grad=True)
+            asked = self.reward_arguments(rollout["images"], labels, columns)
+            with phase(REWARD), failing_together(labels.device), kept_random_state(labels.device):
+                scores = self.rewards.score(*asked, with_grad=True)
             self.record_scores(scores.by_reward(), len(labels))
             loss = self.loss_of(scores.total)
         return loss, rollout, torch.stack(divergences) if divergences else None

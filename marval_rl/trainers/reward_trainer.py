@@ -21,11 +21,8 @@ from marval_rl.models import MaskedModel
 from marval_rl.models.checkpoints import load_model
 from marval_rl.models.generation import save_image_grid
 from marval_rl.models.head import DiffusionHead
-from marval_rl.randomness import kept_random_state
-from marval_rl.rewarding import Reward, RewardScores, RewardSet
-from marval_rl.runtime.distributed import failing_together
+from marval_rl.rewarding import Reward, RewardSet
 from marval_rl.runtime.limits import LimitArguments, LimitsCallback, broken_limit, limits_of
-from marval_rl.runtime.profiling import REWARD, phase
 from marval_rl.runtime.settings import setting
 from marval_rl.trainers.anchors import AnchorArguments, Anchors
 from marval_rl.trainers.arguments import MARTrainingArguments
@@ -185,14 +182,12 @@ class RewardTrainer(MARTrainer):
         names = [name for name in rows[0] if name not in ("class_labels", "images")]
         return labels, {name: [row[name] for row in rows] for name in names}
 
-    def score(
-        self, images: Tensor, class_labels: Tensor, columns: dict[str, list[Any]], with_grad: bool = False
-    ) -> RewardScores:
-        """Rewards of images [B, C, H, W]."""
-        assert self.rewards is not None
+    def reward_arguments(
+        self, images: Tensor, class_labels: Tensor, columns: dict[str, list[Any]] | None = None
+    ) -> tuple[Tensor, list[str], Tensor, list[str], dict[str, list[Any]] | None]:
+        """What `RewardSet.score` takes, for images [B, C, H, W]."""
         names = self.names_of(class_labels)
-        with phase(REWARD), failing_together(self.args.device), kept_random_state(self.args.device):
-            return self.rewards.score(images, self.prompts_for(names), class_labels, names, columns, with_grad)
+        return images, self.prompts_for(names), class_labels, names, columns
 
     def record_scores(self, scores: Tensor, num_generations: int) -> None:
         """Record the mean of each reward's scores and their standard deviation within groups.
@@ -209,8 +204,8 @@ class RewardTrainer(MARTrainer):
         super().write_samples(images, class_labels)
         if self.rewards is None or set(self.train_dataset[0]) - {"class_labels", "images"}:
             return  # a reward that reads further columns cannot be asked about these images
-        names, labels = self.names_of(class_labels), class_labels.to(self.args.device)
-        scores = self.rewards.score(images.to(self.args.device), self.prompts_for(names), labels, names)
+        device = self.args.device
+        scores = self.rewards.score(*self.reward_arguments(images.to(device), class_labels.to(device)))
         for name, values in scores.components.items():
             order = values.cpu().argsort(descending=True, stable=True)
             order = order[values.cpu()[order].isfinite()]  # without those that the reward left out
