@@ -69,6 +69,8 @@ def test_a_missing_recipe_names_those_that_are_there(complaint):
         ({"prompt_template": "a digit"}, ("prompt_template", "does not contain {name}")),
         ({"scale_rewards": "groups"}, ("--scale_rewards: expected one of group, batch, none, got 'groups'",)),
         ({"max_steps": 0}, ("max_steps must be at least 1, not 0",)),
+        ({"eval_strategy": "steps", "eval_steps": 0}, ("eval_steps must be positive, not 0", 'eval_strategy "no"')),
+        ({"save_strategy": "steps", "save_steps": 0}, ("save_steps must be positive, not 0", 'save_strategy "no"')),
         ({"method": "ppo"}, ("unknown method 'ppo'; there are grpo, reward_backprop",)),
         ({"gsim_weight": 1, "gsim_max_timestep": 1000}, ("20..1000", "0..999", "max_timestep")),
         (

@@ -91,7 +91,7 @@ TRAINERS = {
 # Where a step waits for the device on purpose; each such line says so.
 WAITS = {"runtime.guard.NonFiniteGuard.judge"}
 REWARD_WAITS = {
-    "rewarding.calling._check_unchanged",
+    "rewarding.calling.RewardCalls._read",
     "rewarding.calling._to_scores",
     "rewarding.reward_set.checked_images",
     "trainers.base.MARTrainer.names_of",

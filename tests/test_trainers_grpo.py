@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from statistics import mean
 from typing import Any
 
@@ -196,6 +198,31 @@ def test_rewards_are_asked_about_finished_images_with_their_prompts_and_columns(
     assert sorted(labels) == [0] * 4 + [2] * 4
     expected = {0: ("a cat!", "cat", "furry"), 2: ("a eel!", "eel", "long")}
     assert list(zip(prompts, names, hints, strict=True)) == [expected[label] for label in labels]
+
+
+def test_an_asynchronous_reward_scores_one_micro_batch_while_the_next_is_generated(tmp_path, monkeypatch):
+    begun, overlapped = threading.Event(), []
+
+    async def patient_darkness(*, images: Tensor, **columns: Any) -> Tensor:
+        begun.set()
+        await asyncio.sleep(0)
+        return darkness(images=images, **columns)
+
+    original = MARGRPOTrainer.roll_out
+
+    def waiting(self: MARGRPOTrainer, *args: Any) -> dict[str, Tensor]:
+        if self.state.global_step == 0:
+            overlapped.append(bool(overlapped) and begun.wait(timeout=10))
+        return original(self, *args)
+
+    settings = {"steps_per_generation": 3, "max_steps": 4, "learning_rate": 1e-3}
+    plain = grpo_trainer(tmp_path / "plain", tiny_student(), darkness, **settings)
+    plain.train()
+    monkeypatch.setattr(MARGRPOTrainer, "roll_out", waiting)
+    asynchronous = grpo_trainer(tmp_path / "asynchronous", tiny_student(), patient_darkness, **settings)
+    asynchronous.train()
+    assert overlapped == [False, True, True]
+    assert_equal_states(asynchronous.mar.state_dict(), plain.mar.state_dict())
 
 
 @pytest.mark.parametrize("share_order", [False, True])

@@ -216,6 +216,12 @@ class MARTrainingArguments(TrainingArguments):
         check_python(self)
         if self.eval_strategy == "no":
             self.eval_on_start = False
+        for what in ("eval", "save"):  # transformers would evaluate every logging_steps, and never save
+            if getattr(self, f"{what}_strategy") == "steps" and not (getattr(self, f"{what}_steps") or 0) > 0:
+                raise ValueError(
+                    f'{what}_steps must be positive, not {getattr(self, f"{what}_steps")}; {what}_strategy "no" does '
+                    "without"
+                )
         self.deepspeed = deepspeed_config(self.deepspeed)  # type: ignore[has-type]
         self._heed_accelerate()
         if _PLANNED_PROCESSES.get() is None:
