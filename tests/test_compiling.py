@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from marval_rl.cli.main import main
 from marval_rl.models import MARModel, compiling, generate
-from marval_rl.models.compiling import compile_blocks
+from marval_rl.models.compiling import CapturedGenerations, compile_blocks
 from marval_rl.runtime.checkpoints import Layout
 from marval_rl.trainers.pretrain import PretrainTrainer
 
@@ -113,3 +113,69 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PretrainTrainer, "layout", Layout(world_size=2, zero_stage=3))
     with pytest.raises(ValueError, match="torch_compile does not work under ZeRO-3"):
         pretrainer(tmp_path, tiny_model(), torch_compile=True).train()
+
+
+# Generations captured as CUDA graphs. Here the capture is restated: a graph reads and writes memory of its own.
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[torch.Size]:
+    """The batches that were captured."""
+    made = []
+
+    def make_graphed_callables(function: Any, own: tuple[torch.Tensor, ...]) -> Any:
+        made.append(own[0].shape)
+        output = function(*own)
+
+        def replay(*given: torch.Tensor) -> torch.Tensor:
+            for mine, theirs in zip(own, given, strict=True):
+                mine.copy_(theirs)
+            return output.copy_(function(*own)).detach()
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    return made
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 2, 1]), None])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_captured_generations_are_those_of_the_plain_model(captures, labels, dtype):
+    plain, student = tiny_student(), tiny_student()
+    student.captured = CapturedGenerations(student)
+    settings = {"num_unmasking_steps": 3, "batch_size": 3, "autocast_dtype": dtype}
+    found, expected = (
+        [
+            generate(model, labels, generator=torch.Generator().manual_seed(seed), **settings).latents
+            for seed in range(4)
+        ]
+        for model in (student, plain)
+    )
+    assert captures == [torch.Size([3, 4])]  # the first batch; the others are replays
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_each_batch_size_and_number_of_steps_is_captured_once(captures):
+    student = tiny_student()
+    student.captured = CapturedGenerations(student)
+    for batch, steps in ((3, 2), (2, 2), (3, 4), (3, 2), (2, 2), (3, 4)):
+        generate(student, None, batch_size=batch, num_unmasking_steps=steps)
+    assert captures == [torch.Size([batch, 4]) for batch in (3, 2, 3)]
+    kept = generate(student, None, batch_size=3, num_unmasking_steps=2, return_steps=True)
+    assert len(kept.steps) == 2
+
+
+def test_captured_generations_follow_the_weights(captures):
+    student = tiny_student()
+    student.captured = CapturedGenerations(student)
+
+    def sample_of_seed() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        return generate(student, None, batch_size=2, num_unmasking_steps=2, generator=noise).latents
+
+    first = [sample_of_seed() for _ in range(3)][-1]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(sample_of_seed(), first)

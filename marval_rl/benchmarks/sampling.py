@@ -40,12 +40,12 @@ class Settings:
 def compare_students(one: MaskedModel, other: MaskedModel, settings: Settings, batch_size: int) -> float:
     """How many times as fast the one generates as the other."""
     labels = balanced_labels(batch_size, one.config.num_classes).to(one.device)
-    functions = {
-        name: partial(generate, model, labels, num_unmasking_steps=settings.num_unmasking_steps)
-        for name, model in (("one", one), ("other", other))
+    shared: dict[str, Any] = {
+        "num_unmasking_steps": settings.num_unmasking_steps,
+        "autocast_dtype": settings.dtype,
     }
-    with torch.autocast(one.device.type, settings.dtype, enabled=settings.dtype is not None):
-        times = in_turn(functions, settings.repeats, one.device)
+    functions = {name: partial(generate, model, labels, **shared) for name, model in (("one", one), ("other", other))}
+    times = in_turn(functions, settings.repeats, one.device)
     return times["other"].median / times["one"].median
 
 

@@ -87,7 +87,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, model_is_optional
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (default: 1.0)")
     parser.add_argument("--diffusion_steps", type=int, metavar="N", help="of a teacher (default: the model's)")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the blocks first: minutes, for many images on a GPU"
+        "--compile",
+        action="store_true",
+        help="for many images on a GPU: compile the blocks, which takes minutes, and capture a student's generations "
+        "as CUDA graphs",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
     parser.add_argument("--batch_size", type=int, default=250, help="images at once (default: 250)")
@@ -141,9 +144,11 @@ def load_for_sampling(
     model = model.to(device)
     model.condition_on(prompts or [])
     if args.compile:
-        from marval_rl.models.compiling import compile_blocks
+        from marval_rl.models.compiling import CapturedGenerations, compile_blocks
 
         compile_blocks(model)
+        if device.type == "cuda" and model.config.is_one_step:
+            model.captured = CapturedGenerations(model)
     return model, codec_for(model.config).to(device), device
 
 

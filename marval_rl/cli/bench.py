@@ -18,7 +18,7 @@ from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen
 from marval_rl.errors import check_output
 from marval_rl.models import MARConfig, MARModel, MaskedModel
 from marval_rl.models.checkpoints import load_model, new_model
-from marval_rl.models.compiling import compile_blocks
+from marval_rl.models.compiling import CapturedGenerations, compile_blocks
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
 from marval_rl.recipes.values import WrongType, convert, rejoin_list
@@ -62,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: 5)")
     parser.add_argument("--no_baseline", action="store_true", help="leave out the official sampler, which is slow")
     parser.add_argument("--growth", action="store_true", help="also the student's time by K, tokens and batch")
-    parser.add_argument("--compile", action="store_true", help="also the student with its blocks compiled")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also the student with its blocks compiled, and on a GPU as a CUDA graph",
+    )
     parser.add_argument(
         "--trainers",
         action="store_true",
@@ -98,6 +102,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         compile_blocks(compiled)
         for row in figures["sampling"]:
             row["compiled_speedup"] = compare_students(compiled, student, settings, row["batch_size"])
+        if device.type == "cuda":
+            compiled.captured = CapturedGenerations(compiled)
+            for row in figures["sampling"]:
+                row["captured_speedup"] = compare_students(compiled, student, settings, row["batch_size"])
     figures = {"machine": machine(device, args.dtype), "settings": described(args), **figures}
     if args.json:
         json.dump(figures, sys.stdout, indent=2)
@@ -180,6 +188,8 @@ def tables(figures: dict[str, Any]) -> list[str]:
             ratios += [f"teacher {row['teacher_over_baseline']:.2f} times as the official sampler"]
         if "compiled_speedup" in row:
             ratios.append(f"compiled student {row['compiled_speedup']:.2f} times as eager")
+        if "captured_speedup" in row:
+            ratios.append(f"and captured as a CUDA graph {row['captured_speedup']:.2f} times")
         lines.append("            " + ", ".join(ratios))
         lines.append(
             f"            student at {100 * row['flops_share']:.0f}% of the matrix rate; reading its weights takes "

@@ -142,6 +142,9 @@ def generate(
         # Drawn for all tokens at once, by position: an image's noise does not depend on K.
         token_noise = temperature * noise.normal(batch * config.num_tokens, config.token_channels)
         token_noise = token_noise.view(batch, config.num_tokens, config.token_channels)
+        if model.captured is not None and not return_steps:
+            tokens = model.captured.tokens(class_labels, order, token_noise, num_unmasking_steps, autocast_dtype)
+            return GenerationOutput(unpatchify(tokens, config.patch_size, config.grid))
     else:
         num_diffusion_steps = config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
         schedule = make_schedule(config.num_train_timesteps, num_diffusion_steps)

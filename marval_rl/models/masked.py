@@ -45,6 +45,7 @@ class MaskedModel(PreTrainedModel):
     _supports_sdpa = True
 
     diffloss: DiffusionHead
+    captured: Any = None  # a student's CapturedGenerations
 
     def conditions_of(
         self,

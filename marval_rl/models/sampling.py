@@ -9,6 +9,7 @@ Letters in shapes: B images, L tokens per image, M tokens revealed in a step, C 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,15 @@ def student_mean(
     asked = revealed_positions(inputs["order"], num_masked, num_kept)
     noise = gather_tokens(inputs["noise"], asked)
     return student.one_step(tokens, inputs["class_labels"], inputs["order"], num_masked, num_kept, noise, asked)[0]
+
+
+def student_tokens(student: MaskedModel, inputs: Mapping[str, Tensor], num_unmasking_steps: int) -> Tensor:
+    """Images of the one-step student, tokens [B, L, C], without a gradient; inputs as in `student_mean`."""
+    with student.products(len(inputs["order"])):
+        steps = unmask(
+            partial(student_mean, student, inputs), inputs["order"], student.config.token_channels, num_unmasking_steps
+        )
+        return [step.tokens for step in steps][-1]
 
 
 def draw_rollout_noise(
