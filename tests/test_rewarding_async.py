@@ -183,6 +183,23 @@ def test_an_error_in_a_part_comes_with_the_result():
         scoring.result()
 
 
+def test_what_has_not_been_answered_is_given_up_where_the_caller_fails():
+    begun, given_up = threading.Event(), threading.Event()
+
+    async def endless(*, images, **columns):
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            given_up.set()
+
+    with pytest.raises(KeyboardInterrupt), RewardSet([endless]).in_parts() as scoring:
+        scoring.add(**batch())
+        assert begun.wait(timeout=5)
+        raise KeyboardInterrupt
+    assert given_up.wait(timeout=5)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_missing_argument_is_an_asynchronous_rewards_error_too():
     async def wants_more(*, images, artist, **columns):

@@ -65,13 +65,17 @@ class RewardCalls:
         try:
             scores = self._call_plain() | self._await_answers()
         except BaseException:  # Ctrl-C, too
-            for answer in chain.from_iterable(self._answers.values()):
-                answer.cancel()
+            self.cancel()
             raise
         scores = {name: scores[name] for name in self._rewards}  # in their order
         if self._with_grad:
             _check_gradients(scores)
         return scores
+
+    def cancel(self) -> None:
+        """Gives up what has not been answered."""
+        for answer in chain.from_iterable(self._answers.values()):
+            answer.cancel()
 
     def _call_plain(self) -> dict[str, Tensor]:
         """Call what is not `async def`. What returns an awaitable nevertheless is awaited with the others."""

@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -102,7 +102,8 @@ class Scoring:
     """The scoring of one batch, whose images may come in parts.
 
     Rewards that are `async def` begin with a part when it is added and wait for their answers meanwhile; the others are
-    called for the complete batch. Scores are those of `RewardSet.score` if a reward judges each image by itself.
+    called for the complete batch. Scores are those of `RewardSet.score` if a reward judges each image by itself. As a
+    context it gives up what has not been answered when an error ends it.
     """
 
     def __init__(self, rewards: RewardSet, with_grad: bool) -> None:
@@ -132,6 +133,13 @@ class Scoring:
         }
         with torch.set_grad_enabled(self._with_grad):
             self._calls.begin(arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is not None:
+            self._calls.cancel()
 
     def result(self) -> RewardScores:
         """The scores of all parts, in their order. Raises the RewardErrors of `RewardSet.score`."""

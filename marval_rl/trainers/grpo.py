@@ -111,32 +111,13 @@ class MARGRPOTrainer(RewardTrainer):
         # Reading which images are ours waits for the device.
         labels, columns = self.labels_and_columns([rows[image // args.num_generations] for image in mine.tolist()])
 
-        assert self.rewards is not None  # the constructor refuses it
-        parts, scoring = [], self.rewards.in_parts()
-        self.mar.eval()
-        with kept_random_state(args.device):
-            with gathered_weights(self.mar):
-                # In the precision and the portions of training, so that the same kernels find the same
-                # log-probabilities. Asynchronous rewards judge one portion while the next is generated.
-                for start in range(0, len(mine), size):
-                    part = slice(start, start + size)
-                    images, part_labels = mine[part], labels[part]
-                    inputs = {name: noise[name][images] for name in ("order", "noise")} | {"class_labels": part_labels}
-                    with phase(ROLLOUT), self.accelerator.autocast():
-                        parts.append(
-                            self.roll_out(self.mar, inputs, noise["exploration"][images], args.num_unmasking_steps)
-                        )
-                    generated = self.decode_tokens(parts[-1]["tokens"], part_labels)
-                    part_columns = {name: values[part] for name, values in columns.items()}
-                    with phase(REWARD):
-                        scoring.add(*self.reward_arguments(generated, part_labels, part_columns))
-            self.mar.train()
-            rollout = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            with phase(REWARD), failing_together(args.device):
-                own_scores = scoring.result().by_reward()  # [N / P, R]
+        rollout, own_scores = self.generate_and_score(
+            labels, columns, {name: values[mine] for name, values in noise.items()}
+        )
         scores = torch.empty(args.generation_batch_size, own_scores.shape[1], device=args.device)
         scores[dealt.flatten()] = gather_rows(own_scores)  # [N, R], groups in a row
         self.record_scores(scores, args.num_generations)
+        assert self.rewards is not None  # the constructor refuses it
         advantages, metrics = aggregate_advantages(
             scores,
             self.rewards.weights,
@@ -147,6 +128,47 @@ class MARGRPOTrainer(RewardTrainer):
         self.record(metrics)
         weights = group_weights(advantages, args.num_generations)  # [N]
         self.buffer |= {**rollout, "advantages": advantages[mine], "weights": weights[mine]}
+
+    def generate_and_score(
+        self, labels: Tensor, columns: dict[str, list[Any]], noise: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Rollouts of this process's images, micro-batch by micro-batch; asynchronous rewards judge one while the next
+        is generated.
+
+        Args:
+            labels: [N / P].
+            columns: Lists of that length.
+            noise: Of `draw_rollout_noise`, for these images.
+
+        Returns:
+            What `roll_out` returns, for all of them, and their scores [N / P, R] by the R rewards.
+        """
+        args = self.args
+        assert self.rewards is not None  # the constructor refuses it
+        parts = []
+        self.mar.eval()
+        with kept_random_state(args.device), self.rewards.in_parts() as scoring:
+            with gathered_weights(self.mar):
+                for start in range(0, len(labels), args.per_device_train_batch_size):
+                    part = slice(start, start + args.per_device_train_batch_size)
+                    inputs = {
+                        "class_labels": labels[part],
+                        "order": noise["order"][part],
+                        "noise": noise["noise"][part],
+                    }
+                    # In the precision and the portions of training, so that the same kernels find the same
+                    # log-probabilities.
+                    with phase(ROLLOUT), self.accelerator.autocast():
+                        rollout = self.roll_out(self.mar, inputs, noise["exploration"][part], args.num_unmasking_steps)
+                    parts.append(rollout)
+                    images = self.decode_tokens(rollout["tokens"], labels[part])
+                    part_columns = {name: values[part] for name, values in columns.items()}
+                    with phase(REWARD):
+                        scoring.add(*self.reward_arguments(images, labels[part], part_columns))
+            with phase(REWARD), failing_together(args.device):
+                scores = scoring.result().by_reward()
+        self.mar.train()
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, scores
 
     @torch.no_grad()
     def roll_out(
