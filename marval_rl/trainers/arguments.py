@@ -232,6 +232,11 @@ class MARTrainingArguments(TrainingArguments):
         # Under ZeRO-3 transformers would load every model in parts from here on, the teacher and the rewards too. All
         # models are made complete; the engine partitions the one that it trains.
         unset_hf_deepspeed_config()
+        if self.torch_compile and self._zero_stage() == 3:
+            raise ValueError(
+                "torch_compile does not work under ZeRO-3, whose blocks have no weights until they run: leave it out, "
+                "or use ZeRO-2"
+            )
         for name in ("eval_num_images", "eval_batch_size", "sample_grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -239,6 +244,12 @@ class MARTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"max_steps must be at least 1, not {self.max_steps}; -1 trains num_train_epochs passes over the data"
             )
+
+    def _zero_stage(self) -> int | None:
+        """The stage of ZeRO that `deepspeed` or `accelerate launch` says; None without one."""
+        if self.deepspeed is not None:
+            return self.deepspeed.get("zero_optimization", {}).get("stage")
+        return None if self.deepspeed_plugin is None else self.deepspeed_plugin.zero_stage
 
     def _heed_accelerate(self) -> None:
         """What `accelerate launch` says in the environment counts as if it were said here."""
