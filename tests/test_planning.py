@@ -222,7 +222,10 @@ def test_steps_of_an_epoch_and_of_the_run(tmp_path):
     # 105 rows: 10 batches of 10, 2 a step; each step is followed by 3 of the auxiliary network.
     lines = length(config, TrainingPlan(rows=105))
     assert lines == ["an epoch: 105 rows, 20 optimizer steps", "optimizer steps: 60 = 3 epochs"]
-    assert "if the data were ImageNet's 1,281,167 images" in length(config, TrainingPlan())[0]
+    unknown = "an epoch: unknown until what is missing is there"
+    assert length(config, TrainingPlan()) == [unknown, "optimizer steps: 3 epochs"]
+    config.max_steps = 7
+    assert length(config, TrainingPlan()) == [unknown, "optimizer steps: 7"]
 
 
 # The recipes
@@ -311,7 +314,16 @@ def test_the_dry_run_of_a_recipe_of_real_size_prints_its_plan_and_what_is_missin
         assert 1 < total < 75, "a GPU of 80 GB must hold it, with room for buffers"
     assert "marval-rl convert" in output if command == "distill" else "marval-rl distill" in output
     assert "missing: no VAE at models/kl16" in output
+    # Rows are the images of the missing cache, or the classes, which the size of the student says.
+    epoch = "unknown" if command == "distill" else f"{1000 * settings['prompts_per_class']:,} rows"
+    assert f"an epoch: {epoch}" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_images_are_not_the_rows_of_an_epoch_of_rl(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # which holds no student
+    output = planned(capsys, "train", str(RECIPES / "digits" / "grpo.yaml"))
+    assert "an epoch: unknown until what is missing is there\noptimizer steps: 240\n" in output
 
 
 @pytest.mark.parametrize("name", REAL_SIZE)
