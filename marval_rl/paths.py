@@ -43,6 +43,12 @@ def expand_path(path: str) -> str:
     return expanded
 
 
+def looks_like_hub_id(name: str | Path) -> bool:
+    """Whether a name that is not a path here can be owner/name on the hub. models/ and runs/ are the folders of recipes
+    and docs, not owners."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~", "models/", "runs/"))
+
+
 def path_or_id(text: str) -> str:
     """The type of a command-line argument that is a path or something else, such as a hub id."""
     if not text:

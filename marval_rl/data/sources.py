@@ -13,6 +13,7 @@ from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.data.layout import is_split
 from marval_rl.errors import DataError, first_line
+from marval_rl.paths import looks_like_hub_id
 
 
 def load_labelled_images(
@@ -111,7 +112,7 @@ def _load_dataset(name: str, path: Path, split: str):
         if files:
             _check_parquet(files)
             return datasets.load_dataset("parquet", data_files=files, split=split)
-        if not _looks_like_hub_id(name):
+        if not _can_be_hub_id(name):
             raise DataError(
                 f"no images at {name}: the path does not exist ({', '.join(BUNDLED)} are bundled; a hub id is written "
                 "owner/name; a folder holds one folder a class, parquet files, or what datasets.save_to_disk wrote)"
@@ -155,7 +156,6 @@ def _check_parquet(files: list[str]) -> None:
             raise DataError(f"{file} is no parquet file, or it is cut off") from error
 
 
-def _looks_like_hub_id(name: str) -> bool:
-    """A relative path in a folder that is there, and anything that begins with a dot, is meant to be local."""
-    is_local = name.startswith((".", "/", "~")) or name.endswith(("/", ".parquet")) or Path(name).parent.is_dir()
-    return name.count("/") == 1 and not is_local
+def _can_be_hub_id(name: str) -> bool:
+    """A relative path in a folder that exists is meant to be local too."""
+    return looks_like_hub_id(name) and not name.endswith(("/", ".parquet")) and not Path(name).parent.is_dir()
