@@ -156,7 +156,7 @@ def test_a_process_that_fails_is_named_with_the_way_to_resume(cache, monkeypatch
     )
 
 
-def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
+def test_verify_names_bad_shards_which_a_rerun_repairs(cache, tmp_path):
     cache()
     before = contents(tmp_path / "cache")
     code, out, _ = cache("--verify")

@@ -222,7 +222,7 @@ def test_steps_of_an_epoch_and_of_the_run(tmp_path):
     # 105 rows: 10 batches of 10, 2 a step; each step is followed by 3 of the auxiliary network.
     lines = length(config, TrainingPlan(rows=105))
     assert lines == ["an epoch: 105 rows, 20 optimizer steps", "optimizer steps: 60 = 3 epochs"]
-    unknown = "an epoch: unknown until what is missing is there"
+    unknown = "an epoch: unknown while data or model are missing"
     assert length(config, TrainingPlan()) == [unknown, "optimizer steps: 3 epochs"]
     config.max_steps = 7
     assert length(config, TrainingPlan()) == [unknown, "optimizer steps: 7"]
@@ -323,7 +323,7 @@ def test_the_dry_run_of_a_recipe_of_real_size_prints_its_plan_and_what_is_missin
 def test_images_are_not_the_rows_of_an_epoch_of_rl(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # which holds no student
     output = planned(capsys, "train", str(RECIPES / "digits" / "grpo.yaml"))
-    assert "an epoch: unknown until what is missing is there\noptimizer steps: 240\n" in output
+    assert "an epoch: unknown while data or model are missing\noptimizer steps: 240\n" in output
 
 
 @pytest.mark.parametrize("name", REAL_SIZE)

@@ -50,7 +50,7 @@ class CacheArguments:
     """How the cache is made."""
 
     cache_dtype: str = setting("float32", "Type of the moments.", DTYPES)
-    shard_size: int = setting(1024, "Images a file.")
+    shard_size: int = setting(1024, "Images per file.")
     cache_batch_size: int = setting(32, "Images the VAE encodes at once.")
     num_processes: int = setting(1, "Processes on this machine; leave it out under torchrun.")
 
@@ -123,7 +123,7 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
     if vae is None:
         raise RecipeError("vae is not set, and no teacher names one: give a VAE folder or hub id (--vae ...)")
     if isinstance(image_size, list):
-        raise RecipeError(f"image_size {image_size} is no square, and a cache is of squares: give one number")
+        raise RecipeError(f"image_size {image_size} is not square, but the images of a cache are: give one number")
     if image_size is None:
         raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
     assert data.cache_dir is not None

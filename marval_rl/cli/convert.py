@@ -200,7 +200,7 @@ def _check_free(output: Path, overwrite: bool, wants_folder: bool) -> None:
     if not output.exists():
         return
     if output.is_dir() != wants_folder:
-        raise ValueError(f"{output} is a {'folder' if output.is_dir() else 'file'}: give a path that is not there yet")
+        raise ValueError(f"{output} is a {'folder' if output.is_dir() else 'file'}: choose a path that is free")
     held = [entry.name for entry in output.iterdir()] if wants_folder else [output.name]
     if held and not overwrite:
         raise ValueError(f"{output} is there already: give another path, or replace it with --overwrite")

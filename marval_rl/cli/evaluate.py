@@ -68,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward_kwargs", metavar="YAML", help="reward name -> what its class is made with")
     parser.add_argument("--prompt_template", help="prompt of a class {name}, for the rewards")
     parser.add_argument(
-        "--class_names", type=path_or_id, metavar="FILE", help='"imagenet" or a name a line (default: the model\'s)'
+        "--class_names",
+        type=path_or_id,
+        metavar="FILE",
+        help='"imagenet" or a file of one name per line (default: the model\'s)',
     )
     add_launch_arguments(parser)  # taken by `marval_rl.cli.main`; here for --help
 

@@ -20,7 +20,7 @@ def load_prompts(name_or_path: str | Path, column: str = "prompt", split: str = 
     """Rows {"prompt": str, ...} with the further columns of the data.
 
     Args:
-        name_or_path: A .txt file of one prompt a line; .jsonl, .parquet or .csv; a folder that
+        name_or_path: A .txt file of one prompt per line; .jsonl, .parquet or .csv; a folder that
             `datasets.save_to_disk` wrote; or a hub id, owner/name.
         column: The column of prompts, for all but text files.
         split: The split, where the data have several.

@@ -112,7 +112,7 @@ class MARTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = setting(False, "Pin batches in page-locked memory.")
     overwrite_output_dir: bool = setting(False, "Delete an earlier run in output_dir first.")
     max_skipped_steps: int = setting(
-        10, "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."
+        10, "Skip this many steps in a row whose loss or gradient is not finite; one more ends the run."
     )
     torch_compile: bool = setting(
         False, "Compile the transformer blocks, which takes minutes at the start; for GPUs, and not under ZeRO-3."
@@ -120,7 +120,7 @@ class MARTrainingArguments(TrainingArguments):
     torch_compile_backend: str | None = setting(
         None, "What compiles them, by torch.compile's names (default: inductor)."
     )
-    profile: int = setting(0, "Trace so many steps after the first, and print what their time went into; 0 for none.")
+    profile: int = setting(0, "Trace this many steps after the first, and print what their time went into; 0 for none.")
     ema_decay: float = setting(0.999, "Decay of the weight average that is sampled and saved.")
     eval_num_images: int = setting(500, "Images generated at each evaluation.")
     eval_batch_size: int = setting(250, "Images generated at once in evaluation.")

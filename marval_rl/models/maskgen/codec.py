@@ -97,7 +97,7 @@ class TATiTokCodec:
 
 
 class PatchCodec:
-    """Latents are the pixels of patches, -1..1, one patch a token, row by row; for small images. No text is read."""
+    """Latents are the pixels of patches, -1..1, one patch per token, row by row; for small images. No text is read."""
 
     def __init__(self, patch: int, grid: tuple[int, int]):
         self.patch = patch

@@ -94,7 +94,7 @@ def batch_arithmetic(config: Any) -> list[str]:
 def length(config: Any, plan: TrainingPlan) -> list[str]:
     """Steps of an epoch and of the run, for these processes."""
     steps = None
-    epoch = "an epoch: unknown until what is missing is there"
+    epoch = "an epoch: unknown while data or model are missing"
     if plan.rows is not None:
         pattern = config.batch_pattern()
         rounds = rounds_in(plan.rows, config.rows_per_batch * config.num_readers, pattern)
@@ -108,7 +108,7 @@ def length(config: Any, plan: TrainingPlan) -> list[str]:
 
 def parameters(plan: TrainingPlan) -> list[str]:
     if plan.footprint is None:
-        return ["parameters: unknown until the networks are there"]
+        return ["parameters: unknown while a network is missing"]
     networks = plan.footprint.networks | plan.footprint.frozen
     return [f"parameters: {', '.join(f'{name} {count:,}' for name, count in networks.items())}"]
 
