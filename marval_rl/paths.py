@@ -43,6 +43,12 @@ def expand_path(path: str) -> str:
     return expanded
 
 
+def looks_like_hub_id(name: str | Path) -> bool:
+    """Whether a name that is not a path here can be owner/name on the hub. models/ and runs/ are the folders of recipes
+    and docs, not owners."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~", "models/", "runs/"))
+
+
 def path_or_id(text: str) -> str:
     """The type of a command-line argument that is a path or something else, such as a hub id."""
     if not text:
@@ -76,19 +82,22 @@ def shipped_recipe(name: str | Path) -> Path | None:
     return file if file.is_file() and file.suffix == ".yaml" else None
 
 
-def deepspeed_config(value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    """`TrainingArguments.deepspeed` with a preset's name replaced by its file, and another file read.
+def deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """`TrainingArguments.deepspeed` as a mapping, read from a preset, a file or JSON.
 
     Raises:
-        ValueError: For a name that is neither a preset nor a file, and for a file that is not JSON.
+        ValueError: For a name that is neither a preset nor a file, and for what is not JSON.
     """
-    if not isinstance(value, str) or value.startswith("{"):
+    if not isinstance(value, str):
         return value
-    if Path(value).is_file():
-        try:
-            return json.loads(read_text(value))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"deepspeed {value} cannot be read as JSON: {error}") from error
-    if value not in DEEPSPEED_PRESETS:
-        raise ValueError(f"deepspeed {value!r} is neither a file nor one of {', '.join(DEEPSPEED_PRESETS)}")
-    return str(Path(__file__).parent / "presets" / f"{value}.json")
+    file = Path(value)
+    if value in DEEPSPEED_PRESETS and not file.is_file():
+        file = Path(__file__).parent / "presets" / f"{value}.json"
+    try:
+        if value.startswith("{"):
+            return json.loads(value)
+        if file.is_file():
+            return json.loads(read_text(file))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed {value} cannot be read as JSON: {error}") from error
+    raise ValueError(f"deepspeed {value!r} is neither a file nor one of {', '.join(DEEPSPEED_PRESETS)}")

@@ -1,8 +1,9 @@
-"""The rooms: imports point one way, and every module is imported by something."""
+"""The rooms: imports point one way, every module is imported by something, and messages are plain English."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +90,18 @@ def test_no_module_is_dead():
         and f'"marval_rl.{name}"' not in commands
     ]
     assert dead == []
+
+
+def test_messages_and_docstrings_are_idiomatic():
+    wrong = re.compile(
+        r"\b(goes? on|hangs? on|anew|mends?|lacks?)\b|(?<![Tt]here )\b(is|are) no (?!guidance)\w+"
+        r"|\bone \w+ a (class|line|token|step)\b"
+    )
+    texts = [
+        (name, node.value)
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert len(texts) > 1000
+    assert [(name, match[0]) for name, text in texts for match in wrong.finditer(text)] == []

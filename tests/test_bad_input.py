@@ -33,7 +33,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, complaint):
         ("sigma", "it is now called policy_std"),
         ("anchor_weight", "it is now called gsim_weight"),
         ("guidance_scale", "it is now called gsim_guidance_scale"),  # a setting of distillation still
-        ("mask-ratio-std", "it is now called gsim_mask_ratio_std"),
+        ("gsim-mask-ratio-std", "it was removed: it changed nothing where it was measured (docs/rl.md)"),
         ("labelling", "it was removed: class_groups: parity merges classes; without it each stays"),
         ("num_trained_steps", "it was removed: all unmasking steps explore and are trained"),
         ("advantage_clip", "it was removed: advantages are scaled by scale_rewards alone"),

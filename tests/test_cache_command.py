@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from tiny_images import SIZE, contents, noise_image, tiny_autoencoder, write_partly_corrupt_folder
 
+from marval_rl.cli import cache as command
 from marval_rl.cli.launch import Launch
 from marval_rl.cli.main import main
 from marval_rl.data import MomentsCache
 from marval_rl.data.moments import cache_report
-from marval_rl.errors import MarvalError, RecipeError
+from marval_rl.errors import CheckpointError, MarvalError, RecipeError
 from marval_rl.launched import LAUNCHER, find_place
 
 CLASSES = "60 images of 3 classes: ant, bee, cow"
@@ -80,6 +82,18 @@ def test_a_dry_run_writes_nothing(cache, tmp_path):
     assert code == 0 and out.splitlines()[-1].startswith("missing: no VAE at /no/such/vae")
 
 
+def test_a_dry_run_does_not_ask_the_hub(cache, monkeypatch):
+    asked = []
+
+    def load(name):
+        asked.append((name, constants.HF_HUB_OFFLINE))
+        raise CheckpointError("not in the hub's cache")
+
+    monkeypatch.setattr(command, "load_codec", load)
+    assert "missing: not in the hub's cache" in cache("--dry_run", "--vae", "owner/vae")[1]
+    assert asked == [("owner/vae", True)] and not constants.HF_HUB_OFFLINE
+
+
 def test_a_repaired_image_is_found_by_the_same_command(cache, recipe, tmp_path):
     images = tmp_path / "images"
     write_partly_corrupt_folder(images)
@@ -142,7 +156,7 @@ def test_a_process_that_fails_is_named_with_the_way_to_resume(cache, monkeypatch
     )
 
 
-def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
+def test_verify_names_bad_shards_which_a_rerun_repairs(cache, tmp_path):
     cache()
     before = contents(tmp_path / "cache")
     code, out, _ = cache("--verify")
@@ -160,6 +174,7 @@ def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
         (["--dataset", "null"], 2, "dataset is not set"),
         (["--dataset", "/no/such/images"], 1, "no images at /no/such/images: the path does not exist"),
         (["--vae", "null"], 2, "vae is not set, and no teacher names one"),
+        (["--vae", "models/kl16"], 1, "no VAE at models/kl16: the path does not exist"),
         (["--image_size", "null"], 2, "image_size is not set"),
         (["--cache_dir", "null"], 2, "cache_dir is not set"),
         (["--cache_dtype", "int8"], 2, "--cache_dtype: expected one of float32, float16, bfloat16, got 'int8'"),

@@ -149,7 +149,7 @@ def test_the_files_of_each_process_must_be_there(tmp_path):
     writer = CheckpointWriter(tmp_path, 3, Layout(world_size=2), save_total_limit=2)
     writer.begin()
     (writer.folder / "buffer_0.safetensors").touch()
-    with pytest.raises(CheckpointError, match="the files of process 1 are not there: output_dir must be one folder"):
+    with pytest.raises(CheckpointError, match="the files of process 1 are missing: output_dir must be one folder"):
         writer.seal()
     assert checkpoints_in(tmp_path) == []
 

@@ -15,8 +15,6 @@ from transformers import TrainerCallback
 from marval_rl.cli.main import main
 from marval_rl.models import MARModel, compiling, generate
 from marval_rl.models.compiling import CapturedGenerations, compile_blocks
-from marval_rl.runtime.checkpoints import Layout
-from marval_rl.trainers.pretrain import PretrainTrainer
 
 
 @pytest.fixture
@@ -105,14 +103,24 @@ def test_the_command_compiles_where_it_is_asked_to(options, tmp_path, monkeypatc
     assert (graphs_so_far() > 0) == bool(options)
 
 
-def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
+def test_what_cannot_be_compiled_is_refused(tmp_path):
     with pytest.raises(ValueError, match="torch_compile_mode is not supported by these trainers: blocks are compiled"):
         pretrainer(tmp_path, tiny_model(), torch_compile=True, torch_compile_mode="reduce-overhead")
     with pytest.raises(ValueError, match="torch_compile_backend eager counts only with torch_compile true"):
         pretrainer(tmp_path, tiny_model(), torch_compile_backend="eager")
-    monkeypatch.setattr(PretrainTrainer, "layout", Layout(world_size=2, zero_stage=3))
+
+
+def test_zero_3_is_refused_before_any_work_and_in_a_dry_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="torch_compile does not work under ZeRO-3"):
-        pretrainer(tmp_path, tiny_model(), torch_compile=True).train()
+        pretrainer(tmp_path, tiny_model(), torch_compile=True, deepspeed="zero3")
+    monkeypatch.chdir(tmp_path)
+    planned = ["train", "digits/grpo.yaml", "--dry_run", "--torch_compile", "true"]
+    assert main([*planned, "--accelerate_config", "zero3_offload"]) == 2
+    assert "torch_compile does not work under ZeRO-3" in capsys.readouterr().err
+    assert main([*planned, "--accelerate_config", "zero2"]) == 0
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch says it
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert main(planned) == 2
 
 
 # Generations captured as CUDA graphs. Here the capture is restated: a graph reads and writes memory of its own.

@@ -129,7 +129,7 @@ LAYOUTS = [
         ["training/cat", "training/dog", "testing/cat"],
         r"holds splits and not classes \(testing, training\): give the folder .*: \S*data/training$",
     ),
-    (["train", "test"], r"splits and not classes \(test, train\): sort the images to train on into one folder a class"),
+    (["train", "test"], r"splits and not classes \(test, train\): sort the images to train on into one folder per"),
     (["train2017", "val2017"], "splits and not classes"),
     (["Train"], "splits and not classes"),
     (["train", "val", "extra"], r"splits and not classes \(train, val\)"),

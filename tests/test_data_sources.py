@@ -251,7 +251,7 @@ def test_parquet_written_by_others_may_hold_plain_bytes(tmp_path):
 def test_a_parquet_file_that_is_cut_off_is_refused(tmp_path):
     rows([0, 1]).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"a.parquet is no parquet file, or it is cut off"):
+    with pytest.raises(DataError, match=r"a.parquet is not a parquet file, or it is cut off"):
         load_labelled_images(tmp_path / "a.parquet")
 
 

@@ -57,8 +57,8 @@ def test_everything_at_once(evaluate, tmp_path, weights):
     reference = random_images(tmp_path / "real", 60, seed=3)
     code, out, err, results = evaluate(
         *("--num_images", 30, "--images_dir", tmp_path / "set", "--eval_reference", reference),
-        *("--eval_features", f"inception:{weights},pixels"),
-        *("--rewards", "tiny_evaluation:brightness,tiny_evaluation:every_other", "--prompt_template", "a {name}"),
+        *("--eval_features", f"inception:{weights}", "pixels"),  # lists as a recipe's: a b, a,b or [a, b]
+        *("--rewards", "tiny_evaluation:brightness", "tiny_evaluation:every_other", "--prompt_template", "a {name}"),
     )
     assert (code, err) == (0, "")
     images = read_images(sorted((tmp_path / "set" / "images").iterdir()))
@@ -229,7 +229,8 @@ def test_class_names_from_a_file(evaluate, student, tmp_path):
         (("--eval_reference_images", "1"), 2, "eval_reference_images must be at least 2, not 1"),
         (("--dataset", "nowhere"), 1, "set eval_reference to a folder or statistics of others, or to none"),
         (("--recipe", "nowhere.yaml"), 2, "no recipe at nowhere.yaml"),
-        (("--rewards", "clipp"), 2, "unknown reward 'clipp'"),
+        (("--rewards", "jpeg,clipp"), 2, "unknown reward 'clipp'"),
+        (("--rewards", "[jpeg"), 2, "--rewards: expected a list, written [a, b] or a,b"),
         (
             ("--rewards", "jpeg", "--prompt_template", "a picture"),
             2,
@@ -256,7 +257,7 @@ def test_models_and_settings_that_cannot_be_evaluated(evaluate, arguments, code,
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "give a MODEL to evaluate, or a folder of images (--images DIR)"),
+        ((), 2, "give a MODEL to evaluate, before the options, or a folder of images (--images DIR)"),
         (("--images", "folder"), 1, "folder is not a folder of images"),
         (("--images", "folder", "--rewards", "clip"), 2, "--rewards has no effect here"),
     ],

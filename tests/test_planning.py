@@ -143,7 +143,7 @@ def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(name, tmp_
     planned = activations_of(counted, config, sizes, teacher)
 
     args = config_class(str(tmp_path), **SMALL, **settings)
-    args.mask_ratio_min = args.gsim_mask_ratio_min = 1.0  # the most that is ever masked
+    args.mask_ratio_min = 1.0  # the most that is ever masked
     rows = [{"images": torch.rand(sizes.image_channels, sizes.image_size, sizes.image_size), "class_labels": 0}] * 200
     trainer = real(args, MARModel(sizes), None if teacher is None else MARModel(teacher), rows)
     trainer.state.global_step = next(step for step in count() if args.moves_model(step))
@@ -163,6 +163,7 @@ def test_activations_counted_on_fake_tensors_are_those_of_a_real_step(name, tmp_
     ]
     if name == "grpo with anchors":
         networks.append(trainer.anchors.gsim.teacher)
+        trainer.anchors.gsim.args.mask_ratio_min = 1.0
     own = {parameter.untyped_storage().data_ptr() for network in networks for parameter in network.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = trainer.compute_loss(trainer.model, inputs)
@@ -222,7 +223,10 @@ def test_steps_of_an_epoch_and_of_the_run(tmp_path):
     # 105 rows: 10 batches of 10, 2 a step; each step is followed by 3 of the auxiliary network.
     lines = length(config, TrainingPlan(rows=105))
     assert lines == ["an epoch: 105 rows, 20 optimizer steps", "optimizer steps: 60 = 3 epochs"]
-    assert "if the data were ImageNet's 1,281,167 images" in length(config, TrainingPlan())[0]
+    unknown = "an epoch: unknown while data or model are missing"
+    assert length(config, TrainingPlan()) == [unknown, "optimizer steps: 3 epochs"]
+    config.max_steps = 7
+    assert length(config, TrainingPlan()) == [unknown, "optimizer steps: 7"]
 
 
 # The recipes
@@ -311,7 +315,16 @@ def test_the_dry_run_of_a_recipe_of_real_size_prints_its_plan_and_what_is_missin
         assert 1 < total < 75, "a GPU of 80 GB must hold it, with room for buffers"
     assert "marval-rl convert" in output if command == "distill" else "marval-rl distill" in output
     assert "missing: no VAE at models/kl16" in output
+    # Rows are the images of the missing cache, or the classes, which the size of the student says.
+    epoch = "unknown" if command == "distill" else f"{1000 * settings['prompts_per_class']:,} rows"
+    assert f"an epoch: {epoch}" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_images_are_not_the_rows_of_an_epoch_of_rl(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # which holds no student
+    output = planned(capsys, "train", str(RECIPES / "digits" / "grpo.yaml"))
+    assert "an epoch: unknown while data or model are missing\noptimizer steps: 240\n" in output
 
 
 @pytest.mark.parametrize("name", REAL_SIZE)

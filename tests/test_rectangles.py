@@ -1,4 +1,4 @@
-"""Images that are no squares: `image_size: [height, width]`, where the latents are the pixels."""
+"""Images that are not square: `image_size: [height, width]`, where the latents are the pixels."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_a_model_has_rows_and_columns():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MARConfig(image_size=[128, 256]), r"image_size \[128, 256\] is no square.* of a VAE"),
-        (lambda: MaskGenConfig(image_size=[128, 256], vae="tatitok"), "TA-TiTok's images are squares"),
+        (lambda: MARConfig(image_size=[128, 256]), r"image_size \[128, 256\] is not square.* a VAE"),
+        (lambda: MaskGenConfig(image_size=[128, 256], vae="tatitok"), "TA-TiTok's images are"),
         (lambda: MARConfig(**PIXELS, image_size=[8, 9], patch_size=2), "not a multiple"),
         (lambda: height_and_width([8, 8, 8]), r"or \[height, width\], not \[8, 8, 8\]"),
         (lambda: height_and_width([8, 0]), "at least 1"),
-        (lambda: DataArguments(image_size=[8, 12], vae="vae"), "no square, and with vae images are squares"),
-        (lambda: DataArguments(image_size=[8, 12], cache_dir="c"), "no square, and with cache_dir"),
+        (lambda: DataArguments(image_size=[8, 12], vae="vae"), "not square, but with vae images must be"),
+        (lambda: DataArguments(image_size=[8, 12], cache_dir="c"), "not square, but with cache_dir"),
     ],
 )
 def test_what_must_be_a_square_is_refused_by_name(make, message):

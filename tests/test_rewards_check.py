@@ -282,13 +282,16 @@ def test_without_scores_the_other_checks_are_left_out(check):
     assert error.endswith("reward 'raises' fails 1 of 2 checks: scores")
 
 
-def test_columns_and_prompts_come_from_a_file(check):
+def test_columns_and_prompts_come_from_a_file(check, capsys):
     Path("prompts.jsonl").write_text('{"prompt": "a", "artist": "Klee"}\n{"prompt": "four", "artist": "Marc"}\n')
     code, rows, _ = check("by_artist", "--prompts", "prompts.jsonl")
     assert code == 0 and rows["keywords"][1] == "uses images, artist, prompts (artist: of the data set)"
     assert rows["scores"] == ("ok", "8 from 2 to 4")
     code, rows, _ = check("by_artist")
     assert code == 1 and "raised TypeError" in rows["scores"][1] and "'artist'" in rows["scores"][1]
+    assert cli.main(["rewards", "check", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "for a reward that needs the prompts, class names or columns of your data" in shown
 
 
 def test_the_random_state_outlives_the_checks(check):

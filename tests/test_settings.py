@@ -45,8 +45,8 @@ from marval_rl.runtime.settings import (
 from marval_rl.trainers.arguments import MARTrainingArguments
 from marval_rl.trainers.distill import DistillConfig, DistillTrainer
 from marval_rl.trainers.grpo import MARGRPOConfig, MARGRPOTrainer
-from marval_rl.trainers.pretrain import PretrainConfig, PretrainTrainer
-from marval_rl.trainers.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
+from marval_rl.trainers.pretrain import PretrainTrainer
+from marval_rl.trainers.reward_backprop import RewardBackpropTrainer
 
 # ---- Trainers: each field is refused, or changes what a run leaves behind, or is read by the code that is named ----
 
@@ -77,13 +77,8 @@ CHANGES: dict[str, Any] = {
     **{"gradient_accumulation_steps": 2, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 2},
     "lr_scheduler_kwargs": ({"power": 3}, {"lr_scheduler_type": "polynomial"}),
     **{"optim": "sgd", "optim_args": ("momentum=0.5", {"optim": "sgd"}), "weight_decay": 0.3},
-    **{
-        "adam_beta1": 0.5,
-        "adam_beta2": 0.5,
-        "adam_epsilon": 0.1,
-        "max_grad_norm": 0.01,
-        "bf16": (True, {"use_cpu": True}),
-    },
+    **{"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.1, "max_grad_norm": 0.01},
+    "bf16": (True, {"use_cpu": True}),
     "logging_strategy": ("no", {"logging_steps": 10, "max_steps": 11}),
     **{"logging_steps": 2, "logging_first_step": (True, {"logging_steps": 3})},
     **{"eval_strategy": "no", "eval_steps": 2, "eval_delay": 4, "eval_on_start": False, "eval_num_images": 9},
@@ -92,21 +87,15 @@ CHANGES: dict[str, Any] = {
     "save_total_limit": (1, {"save_strategy": "steps", "save_steps": 2}),
     **{"seed": 3, "data_seed": 3, "ema_decay": 0.01},
     # pretraining and distillation
-    **{
-        "label_dropout": 0.9,
-        "mask_ratio_min": 0.3,
-        "mask_ratio_std": (3.0, {"mask_ratio_min": 0.05}),
-        "timestep_draws": 3,
-        "mask_law": "arccos",
-    },
-    **{"guidance_schedule": "linear", "gsim_guidance_schedule": "linear", "gsim_mask_law": "arccos"},
+    **{"label_dropout": 0.9, "mask_ratio_min": 0.3, "timestep_draws": 3, "mask_law": "arccos"},
+    "mask_ratio_std": (3.0, {"mask_ratio_min": 0.05}),
+    "guidance_schedule": "linear",
     **{"eval_guidance_scale": 1.5, "eval_guidance_schedule": "constant", "eval_diffusion_steps": 5},
     **{"auxiliary_learning_rate": 1e-2, "student_timestep": 300, "guidance_scale": 3.0, "min_timestep": 500},
     **{"max_timestep": 300, "huber_r": 1.0, "auxiliary_updates": 3, "auxiliary_warmup_steps": 3},
     # rewards
     **{"gsim_weight": 2.0, "gsim_batch_size": 4, "gsim_guidance_scale": 3.0, "gsim_min_timestep": 500},
-    **{"gsim_max_timestep": 300, "gsim_timestep_draws": 3, "gsim_mask_ratio_min": 0.3},
-    "gsim_mask_ratio_std": (3.0, {"gsim_mask_ratio_min": 0.05}),
+    "gsim_max_timestep": 300,
     **{"distribution_weight": 3.0, "distribution_features": "pixels:2", "distribution_kernel": "energy"},
     **{"distribution_real_images": 12, "distribution_queue": 6, "distribution_batch_size": 7},
     "distribution_column": "alike",
@@ -123,7 +112,7 @@ CHANGES: dict[str, Any] = {
 }
 
 # field -> code that reads it, where nothing shows on this machine: speed, several processes, trackers, GPUs
-TRAINER, TRACKER = Trainer, integration_utils
+TRAINER, TRACKER, OURS = Trainer, integration_utils, "marval_rl.trainers.base"
 READ_BY: dict[str, Any] = {
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), TRAINER),
     **dict.fromkeys(("ddp_static_graph",), TRAINER),
@@ -134,13 +123,10 @@ READ_BY: dict[str, Any] = {
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), (TRAINER, TrainingArguments)),
     **dict.fromkeys(("run_name", "project", "trackio_space_id", "trackio_bucket_id"), TRACKER),
     "trackio_static_space_id": TRACKER,
-    "disable_tqdm": "marval_rl.runtime.callbacks",
-    **dict.fromkeys(
-        ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), "marval_rl.trainers.base"
-    ),
-    **dict.fromkeys(("eval_batch_size", "max_skipped_steps", "profile"), "marval_rl.trainers.base"),
-    **dict.fromkeys(("torch_compile", "torch_compile_backend"), "marval_rl.trainers.base"),
-    "overwrite_output_dir": "marval_rl.cli.training",
+    **{"disable_tqdm": "marval_rl.runtime.callbacks", "overwrite_output_dir": "marval_rl.cli.training"},
+    **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), OURS),
+    **dict.fromkeys(("eval_batch_size", "max_skipped_steps", "profile", "torch_compile"), OURS),
+    "torch_compile_backend": OURS,
 }
 
 
@@ -170,33 +156,23 @@ def judged_darkness(images: Tensor, prompts: list[str], **_: Any) -> Tensor:
 judged_darkness.differentiable = True
 
 
+TRAINERS: dict[str, Any] = {
+    **{"teacher": PretrainTrainer, "distill": DistillTrainer},
+    **{"grpo": MARGRPOTrainer, "reward_backprop": RewardBackpropTrainer},
+}
+
+
 def make_trainer(recipe: str, folder: Path, settings: dict[str, Any]) -> Any:
     options = {"evaluator": Measures(), "eval_rewards": RewardSet([judge])}
-    if recipe == "teacher":
-        return PretrainTrainer(
-            tiny_model(1), PretrainConfig(str(folder), **settings), train_dataset=tiny_images(), **options
-        )
-    if recipe == "distill":
-        return DistillTrainer(
-            tiny_model(1), DistillConfig(str(folder), **settings), train_dataset=tiny_images(), **options
-        )
-    config_class, trainer_class = {
-        "grpo": (MARGRPOConfig, MARGRPOTrainer),
-        "reward_backprop": (RewardBackpropConfig, RewardBackpropTrainer),
-    }[recipe]
-    config = config_class(str(folder), **settings)
+    config, trainer_class = CONFIGS[recipe][-1](str(folder), **settings), TRAINERS[recipe]
+    if recipe in ("teacher", "distill"):
+        return trainer_class(tiny_model(1), config, train_dataset=tiny_images(), **options)
     anchored = {"teacher": tiny_model(3), "anchor_dataset": tiny_images()} if config.gsim_weight > 0 else {}
     rows = class_rows(3, 8)
     if config.distribution_column is not None:
         rows = rows.add_column(config.distribution_column, [0] * len(rows))
-    return trainer_class(
-        grey_student(),
-        RewardSet([judged_darkness], config.reward_weights),
-        config,
-        train_dataset=rows,
-        **anchored,
-        **options,
-    )
+    rewards = RewardSet([judged_darkness], config.reward_weights)
+    return trainer_class(grey_student(), rewards, config, train_dataset=rows, **anchored, **options)
 
 
 def outcome(recipe: str, folder: Path, settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -315,34 +291,21 @@ def test_every_optimizer_that_is_offered_moves_the_weights(tmp_path, optim):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.mar.parameters(), strict=True))
 
 
-# what switches off -> how
+# what switches off -> how; of one setting: to which value
+ONE_OFF: dict[str, Any] = {
+    **{"eval_strategy": "no", "report_to": "none"},
+    **{"save_strategy": "epoch", "logging_strategy": "epoch", "max_steps": 10, "lr_scheduler_type": "constant"},
+    **dict.fromkeys(("torch_compile", "gradient_checkpointing", "use_peft"), False),
+    **dict.fromkeys(("eval_guidance_scale", "guidance_scale", "mask_ratio_min"), 1.0),
+    **dict.fromkeys(("gsim_weight", "distribution_weight", "beta"), 0.0),
+    **{"backprop_steps": "all", "multi_objective_aggregation": "normalize_then_sum", "model_size": "huge"},
+    **{"lora_target_modules": ["qkv"], "eval_reward_funcs": [], "prompts": None},
+}
 OFF: dict[tuple[str, ...], dict[str, Any]] = {
-    ("eval_strategy",): {"eval_strategy": "no"},
-    ("save_strategy",): {"save_strategy": "epoch"},
-    ("logging_strategy",): {"logging_strategy": "epoch"},
-    ("max_steps",): {"max_steps": 10},
-    ("lr_scheduler_type",): {"lr_scheduler_type": "constant"},
-    ("torch_compile",): {"torch_compile": False},
-    ("gradient_checkpointing",): {"gradient_checkpointing": False},
+    **{(name,): {name: value} for name, value in ONE_OFF.items()},
     ("gradient_checkpointing", "activation_checkpointing"): {"gradient_checkpointing": False},
-    ("report_to",): {"report_to": "none"},
-    ("eval_guidance_scale",): {"eval_guidance_scale": 1.0},
-    ("mask_ratio_min",): {"mask_ratio_min": 1.0},
-    ("gsim_mask_ratio_min",): {"gsim_mask_ratio_min": 1.0},
-    ("gsim_weight",): {"gsim_weight": 0.0},
-    ("distribution_weight",): {"distribution_weight": 0.0},
     ("gsim_weight", "distribution_weight"): {"gsim_weight": 0.0, "distribution_weight": 0.0},
-    ("beta",): {"beta": 0.0},
-    ("backprop_steps",): {"backprop_steps": "all"},
     ("loss_type", "epsilon_high"): {"loss_type": "cispo", "epsilon_high": 0.2},
-    ("multi_objective_aggregation",): {"multi_objective_aggregation": "normalize_then_sum"},
-    ("model_size",): {"model_size": "huge"},
-    ("use_peft",): {"use_peft": False},
-    ("lora_target_modules",): {"lora_target_modules": ["qkv"]},
-    ("eval_reward_funcs",): {"eval_reward_funcs": []},
-    ("guidance_scale",): {"guidance_scale": 1.0},
-    ("gsim_guidance_scale",): {"gsim_guidance_scale": 1.0},
-    ("prompts",): {"prompts": None},
 }
 OFF_BY_SETTING: dict[str, dict[str, Any]] = {  # where one setting switches some off by one value, some by another
     **{name: {"optim": "sgd"} for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
@@ -353,12 +316,7 @@ OFF_BY_SETTING: dict[str, dict[str, Any]] = {  # where one setting switches some
     **{name: {"backbone": "maskgen"} for name in ("encoder_num_layers", "buffer_size", "dropout")},
 }
 # for settings that need two things
-ON = {
-    "use_peft": True,
-    "gsim_weight": 1.0,
-    "eval_guidance_scale": 2.0,
-    "eval_reward_funcs": ["classifier"],
-}
+ON = {"use_peft": True, "gsim_weight": 1.0, "eval_guidance_scale": 2.0, "eval_reward_funcs": ["classifier"]}
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)
@@ -367,9 +325,7 @@ def test_a_setting_of_something_that_is_off_is_refused_with_both_names(recipe):
     for name, needs in conditions_of(kinds):
         if not set(needs.settings) <= set(defaults_of(kinds)) or name not in defaults_of(kinds):
             continue  # a teacher counts without an anchor where there is none to set
-        off = (
-            OFF_BY_SETTING[name] if needs.settings in (("optim",), ("dataset",), ("backbone",)) else OFF[needs.settings]
-        )
+        off = OFF[needs.settings] if needs.settings in OFF else OFF_BY_SETTING[name]
         value = defaults_of(kinds)[name] or 1  # its default, written: that counts as little
         others = {key for other, needed in conditions_of(kinds) if other == name for key in needed.settings}
         met = {key: ON[key] for key in others & ON.keys() & defaults_of(kinds).keys()}
@@ -424,9 +380,8 @@ def uses_of(recipe: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> st
     for name in ("load_reward", "load_extractors", "images_of_data", "open_reference"):
         monkeypatch.setattr(evaluation_arguments, name, recorded(name))
     monkeypatch.setattr(evaluation_arguments, "ImageEvaluator", lambda *_, **__: ImageEvaluator())
-    for part in (
-        kind(**{k: v for k, v in settings.items() if k in kind.__dataclass_fields__}) for kind in CONFIGS[recipe][:-1]
-    ):
+    for kind in CONFIGS[recipe][:-1]:
+        part = kind(**{k: v for k, v in settings.items() if k in kind.__dataclass_fields__})
         if isinstance(part, DataArguments):
             part.load_training(None if part.image_size else 8, seed=0)
             part.load_held_out()
@@ -446,34 +401,33 @@ def uses_of(recipe: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> st
 OWN = {"dataset": "images", "image_size": 8}
 PARTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # field -> recipe, another value, what else is set
     "dataset": ("distill", "images", {"image_size": 8}),
-    "class_groups": ("distill", "parity", {}),
-    "eval_dataset": ("distill", "val", OWN),
-    "eval_holdout": ("distill", 0.2, OWN),
     **{
-        name: ("distill", "other", OWN)
-        for name in ("image_column", "label_column", "caption_column", "class_names", "cache_dir")
+        name: ("distill", value, OWN)
+        for name, value in {
+            **{"eval_dataset": "val", "eval_holdout": 0.2, "image_size": 9, "image_channels": 1, "flip": False},
+            **dict.fromkeys(("image_column", "label_column", "caption_column", "class_names", "cache_dir"), "other"),
+        }.items()
     },
-    "image_size": ("distill", 9, OWN),
-    "image_channels": ("distill", 1, OWN),
-    "flip": ("distill", False, OWN),
-    "vae": ("distill", "vae", {}),
-    "eval_features": ("distill", ["pixels"], {}),
-    "eval_reference": ("distill", "none", {}),
-    "eval_reference_images": ("distill", 9, {}),
-    "judges": ("distill", ["classifier"], {}),
-    "teacher": ("distill", "other", {}),
-    "model_size": ("distill", "huge", {}),
+    **{
+        name: ("distill", value, {})
+        for name, value in {
+            **{"class_groups": "parity", "vae": "vae", "eval_features": ["pixels"], "eval_reference": "none"},
+            **{"eval_reference_images": 9, "judges": ["classifier"], "teacher": "other", "model_size": "huge"},
+        }.items()
+    },
     **{name: ("teacher", 8, {}) for name in ("patch_size", "hidden_size", "encoder_num_layers", "decoder_num_layers")},
     **{name: ("teacher", 8, {}) for name in ("num_heads", "buffer_size", "head_hidden_size", "head_num_layers")},
-    "dropout": ("teacher", 0.5, {}),
-    "backbone": ("teacher", "maskgen", {}),
+    **{"dropout": ("teacher", 0.5, {}), "backbone": ("teacher", "maskgen", {})},
     "text_tower": ("teacher", "local-dir:tower", {"backbone": "maskgen"}),
     "text_pretrained": ("teacher", "weights.bin", {"backbone": "maskgen"}),
     "use_peft": ("grpo", True, {}),
-    **{name: ("grpo", 3, {"use_peft": True}) for name in ("lora_r", "lora_alpha")},
-    "lora_dropout": ("grpo", 0.5, {"use_peft": True}),
-    "lora_target": ("grpo", "head", {"use_peft": True}),
-    "lora_target_modules": ("grpo", ["qkv"], {"use_peft": True}),
+    **{
+        name: ("grpo", value, {"use_peft": True})
+        for name, value in {
+            **{"lora_r": 3, "lora_alpha": 3, "lora_dropout": 0.5, "lora_target": "head"},
+            "lora_target_modules": ["qkv"],
+        }.items()
+    },
 }
 # read by the command: what a run does with them is in the tests of rewards and of wrong input
 READ_BY_TRAIN = {

@@ -17,7 +17,7 @@ from marval_rl.cli.cache import CacheArguments
 from marval_rl.data.class_names import read_class_names
 from marval_rl.errors import RecipeError
 from marval_rl.evaluation.scored_images import read_prompts
-from marval_rl.paths import SHIPPED_RECIPES, expand_path, expand_sure_paths
+from marval_rl.paths import SHIPPED_RECIPES, expand_path, expand_sure_paths, looks_like_hub_id
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import LoraArguments, ModelArguments, RewardArguments, TeacherArguments
 from marval_rl.recipes.reading import PATH_SETTINGS, default_output_dir, read_settings, resolve_recipe
@@ -287,6 +287,12 @@ def test_paths_of_commands_are_expanded(home, capsys):
     for given, message in (("", "is empty"), ("$MARVAL_UNSET/a", "names the variable MARVAL_UNSET")):
         assert cli.main(["sample", "runs/a", f"--output={given}"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_hub_id_is_owner_and_name():
+    assert looks_like_hub_id("owner/name") and looks_like_hub_id(Path("runs2/kl16"))
+    local = ("kl16", "./kl16", "../kl16", "/kl16", "~/kl16", "a/b/c", "models/kl16", "runs/teacher", "")
+    assert not any(map(looks_like_hub_id, local))
 
 
 # recipes by name

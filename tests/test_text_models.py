@@ -6,15 +6,20 @@ import copy
 import json
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_images import png_bytes
 from tiny_models import tiny_student
 from tiny_text import PROMPTS, text_model, text_student, tiny_clip, tiny_prompts
 from tiny_trainers import (
     ANCHOR,
+    GRPO,
     backprop_trainer,
     darkness,
     distiller,
@@ -27,13 +32,16 @@ from tiny_trainers import (
 from marval_rl import MARGRPOConfig, MARGRPOTrainer, load_model
 from marval_rl.cli.main import main
 from marval_rl.data.prompts import index_prompts, load_prompts
-from marval_rl.errors import DataError, RecipeError
+from marval_rl.errors import CheckpointError, DataError, RecipeError
 from marval_rl.models import codec_for, generate
+from marval_rl.models.maskgen import prompt_cache
 from marval_rl.models.maskgen.prompt_cache import cache_key, features_of, read_features, write_features
 from marval_rl.models.maskgen.prompts import PromptFeatures
+from marval_rl.models.maskgen.tower import load_tower
 from marval_rl.models.maskgen.words import WordTower
 from marval_rl.models.unmasking import linear_guidance_scale
 from marval_rl.recipes.conditions import find_conditions
+from marval_rl.rewarding import RewardSet
 from marval_rl.trainers.lora import LORA_TARGETS, add_lora, merged_student
 
 # ---- Trainers ----
@@ -94,13 +102,12 @@ def test_a_rollout_holds_indices_and_no_features(tmp_path):
 
 @pytest.mark.parametrize("target", LORA_TARGETS)
 def test_adapters_sit_on_the_joint_blocks(tmp_path, target):
-    from peft import LoraConfig
+    def sample(model) -> torch.Tensor:
+        settings = {"num_unmasking_steps": 2, "generator": torch.Generator().manual_seed(5)}
+        return generate(model, torch.tensor([0, 1]), **settings).latents
 
     student = text_student(1)
-    labels = torch.tensor([0, 1])
-    settings = {"num_unmasking_steps": 2}
-    seeds = [torch.Generator().manual_seed(5) for _ in range(3)]
-    before = generate(student, labels, generator=seeds[0], **settings).latents
+    before = sample(student)
     add_lora(student, LoraConfig(r=2, target_modules=LORA_TARGETS[target]), seed=0)
     adapted = {name.split(".lora_A")[0] for name, _ in student.named_parameters() if "lora_A" in name}
     blocks = {name for name in adapted if name.startswith("decoder_blocks")}
@@ -110,12 +117,11 @@ def test_adapters_sit_on_the_joint_blocks(tmp_path, target):
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter += 0.5
-    after = generate(student, labels, generator=seeds[1], **settings).latents
+    after = sample(student)
     assert not torch.allclose(before, after)
-    student.eval()
-    merged = merged_student(student)
+    merged = merged_student(student.eval())
     merged.share_conditions(student)
-    assert torch.allclose(generate(merged, labels, generator=seeds[2], **settings).latents, after, atol=1e-4)
+    assert torch.allclose(sample(merged), after, atol=1e-4)
 
 
 def test_checkpointed_blocks_give_the_same_gradients():
@@ -124,8 +130,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
         student = text_student(1).train()
         if checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        order = torch.arange(4).expand(2, -1)
-        noise = torch.ones(2, 4, 4)
+        order, noise = torch.arange(4).expand(2, -1), torch.ones(2, 4, 4)
         student.one_step(torch.zeros(2, 4, 4), torch.tensor([0, 1]), order, 4, 0, noise)[0].sum().backward()
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -166,24 +171,11 @@ def test_evaluation_generates_held_out_prompts(tmp_path):
         seen.extend(prompts)
         return images.mean(dim=(1, 2, 3))
 
-    from marval_rl.rewarding import RewardSet
-
-    config = MARGRPOConfig(
-        str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        num_unmasking_steps=2,
-        eval_num_images=4,
-        save_strategy="no",
-        policy_std=0.2,
-    )
-    rows = Dataset.from_dict({"class_labels": [0, 1, 2] * 4})
     trainer = MARGRPOTrainer(
         student,
         RewardSet([darkness]),
-        config,
-        train_dataset=rows,
+        MARGRPOConfig(str(tmp_path), **{**GRPO, "eval_strategy": "steps", "eval_num_images": 4}),
+        train_dataset=Dataset.from_dict({"class_labels": [0, 1, 2] * 4}),
         eval_rewards=RewardSet([judge]),
         eval_classes=range(3, 5),
     )
@@ -194,25 +186,21 @@ def test_evaluation_generates_held_out_prompts(tmp_path):
 
 # ---- Prompts ----
 
+FILES = ("txt", "jsonl", "parquet", "saved")
+
 
 @pytest.fixture
 def prompt_files(tmp_path) -> dict[str, Path]:
-    rows = {"text": list(PROMPTS), "score": [1, 2, 3]}
-    files = {
-        "txt": tmp_path / "prompts.txt",
-        "jsonl": tmp_path / "prompts.jsonl",
-        "parquet": tmp_path / "prompts.parquet",
-        "saved": tmp_path / "saved",
-    }
+    rows = Dataset.from_dict({"text": list(PROMPTS), "score": [1, 2, 3]})
+    files = {kind: tmp_path / f"prompts.{kind}" for kind in FILES}
     files["txt"].write_text("\n".join(PROMPTS) + "\n\n")
-    pairs = zip(*rows.values(), strict=True)
-    files["jsonl"].write_text("".join(json.dumps({"text": text, "score": score}) + "\n" for text, score in pairs))
-    Dataset.from_dict(rows).to_parquet(files["parquet"])
-    Dataset.from_dict(rows).save_to_disk(files["saved"])
+    rows.to_json(files["jsonl"])
+    rows.to_parquet(files["parquet"])
+    rows.save_to_disk(files["saved"])
     return files
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("kind", FILES)
 def test_prompts_are_read_with_their_columns(prompt_files, kind):
     rows = load_prompts(prompt_files[kind], "text")
     assert rows["prompt"] == list(PROMPTS)
@@ -220,24 +208,20 @@ def test_prompts_are_read_with_their_columns(prompt_files, kind):
 
 
 def test_prompts_that_cannot_be_read(tmp_path, prompt_files):
+    (tmp_path / "empty.txt").write_text("\n")
+    Dataset.from_dict({"prompt": ["a", None]}).to_parquet(tmp_path / "gap.parquet")
+    Dataset.from_dict({"prompt": ["a"], "class_labels": [0]}).to_parquet(tmp_path / "labels.parquet")
     for name, message in (
         (tmp_path / "nowhere.txt", "cannot read the prompts"),
         (tmp_path / "nowhere.jsonl", "does not exist"),
         ("nonsense", "no prompts at nonsense"),
+        (prompt_files["jsonl"], "no column 'prompt', only text, score"),
+        (tmp_path / "empty.txt", "holds no prompt"),
+        (tmp_path / "gap.parquet", r"row 1 of .* has no prompt but None"),
+        (tmp_path / "labels.parquet", "column class_labels, which is made here"),
     ):
         with pytest.raises(DataError, match=message):
             load_prompts(name)
-    with pytest.raises(DataError, match="no column 'prompt', only text, score"):
-        load_prompts(prompt_files["jsonl"])
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(DataError, match="holds no prompt"):
-        load_prompts(tmp_path / "empty.txt")
-    Dataset.from_dict({"prompt": ["a", None]}).to_parquet(tmp_path / "gap.parquet")
-    with pytest.raises(DataError, match=r"row 1 of .* has no prompt but None"):
-        load_prompts(tmp_path / "gap.parquet")
-    Dataset.from_dict({"prompt": ["a"], "class_labels": [0]}).to_parquet(tmp_path / "labels.parquet")
-    with pytest.raises(DataError, match="column class_labels, which is made here"):
-        load_prompts(tmp_path / "labels.parquet")
 
 
 def test_a_prompt_has_one_index():
@@ -245,21 +229,21 @@ def test_a_prompt_has_one_index():
 
 
 def test_conditions_of_a_run(tmp_path, prompt_files):
-    config = text_model(1).config
-    (tmp_path / "others.txt").write_text("four\nfive\nfour\n")
-    found = find_conditions(
-        config, "m", ["a caption"], 2, str(prompt_files["jsonl"]), "text", eval_prompts=str(tmp_path / "others.txt")
-    )
+    config, others = text_model(1).config, tmp_path / "others.txt"
+    others.write_text("four\nfive\nfour\n")
+    found = find_conditions(config, "m", ["a caption"], 2, str(prompt_files["jsonl"]), "text", eval_prompts=str(others))
     assert found.names == ["a caption", *PROMPTS, "four", "five"]
     assert found.eval_classes == range(4, 6)
     assert found.rows["class_labels"] == [1, 2, 3] * 2 and found.rows["score"] == [1, 2, 3] * 2
     assert find_conditions(config, "m", ["a", "b"]).rows["class_labels"] == [0, 1]
-    with pytest.raises(RecipeError, match="holds 3 prompts that are trained on, such as 'a red square'"):
-        find_conditions(config, "m", None, prompts=str(prompt_files["txt"]), eval_prompts=str(prompt_files["txt"]))
-    with pytest.raises(RecipeError, match="name the prompts to train on"):
-        find_conditions(config, "m", None)
-    with pytest.raises(RecipeError, match=r"prompts x\.txt is for a model of text"):
-        find_conditions(tiny_student().config, "m", None, prompts="x.txt")
+    known = str(prompt_files["txt"])
+    for kind, given, message in (
+        (config, {"prompts": known, "eval_prompts": known}, "3 prompts that are trained on, such as 'a red square'"),
+        (config, {}, "name the prompts to train on"),
+        (tiny_student().config, {"prompts": "x.txt"}, r"prompts x\.txt is for a model of text"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            find_conditions(kind, "m", None, **given)
 
 
 # ---- Features ----
@@ -268,9 +252,9 @@ def test_conditions_of_a_run(tmp_path, prompt_files):
 def test_features_are_shared_by_copies_and_looked_up_by_row():
     prompts = tiny_prompts()
     assert copy.deepcopy(prompts) is prompts and len(prompts) == 3
-    device = torch.device("cpu")
-    assert torch.equal(prompts.rows("tokens", torch.tensor([2, 3]), 2, device), prompts.tokens[[2, 3]])
-    assert torch.equal(prompts.rows("pooled", None, 4, device), prompts.pooled[3].expand(4, -1))
+    cpu = torch.device("cpu")
+    assert torch.equal(prompts.rows("tokens", torch.tensor([2, 3]), 2, cpu), prompts.tokens[[2, 3]])
+    assert torch.equal(prompts.rows("pooled", None, 4, cpu), prompts.pooled[3].expand(4, -1))
     with pytest.raises(ValueError, match="holds 3 rows for 3 prompts"):
         PromptFeatures(list(PROMPTS), prompts.tokens[:3], prompts.pooled)
 
@@ -288,8 +272,6 @@ def test_a_file_of_features(tmp_path, with_decoder):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     tensors = load_file(file)
     tensors["tokens"][0, 0, 0] += 1
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(tensors, file, metadata)
@@ -312,33 +294,27 @@ def test_the_key_of_a_cache_says_all_it_depends_on():
 
 def test_clips_tower_by_open_clip_and_its_cache(tmp_path, monkeypatch):
     """A tiny CLIP in a folder, as open_clip reads it; the second time no tower is loaded."""
-    import open_clip
-
-    from marval_rl.models.maskgen import prompt_cache
-    from marval_rl.models.maskgen.tower import load_tower
-
     folder = tiny_clip(tmp_path / "clip")
     name = f"local-dir:{folder}"
     tower = load_tower(name, None)
     assert tower.activation == "quick GELU" and tower.length == 77
     ids = open_clip.get_tokenizer(name)(["a fox", "a cat"])
-    reference = open_clip.create_model(name)
-    reference.eval()
     with torch.no_grad():
-        expected = reference.encode_text(ids)
+        expected = open_clip.create_model(name).eval().encode_text(ids)
     assert torch.allclose(tower.outputs(ids).pooled, expected, atol=1e-5)
     config = text_model(1, text_tower=name, text_pretrained=None).config
-    features = features_of(["a fox", "a cat"], config, folder=tmp_path / "cache", dtype=torch.float32)
+    cached = {"folder": tmp_path / "cache", "dtype": torch.float32}
+    features = features_of(["a fox", "a cat"], config, **cached)
     assert torch.allclose(features.pooled[:2], expected, atol=1e-5)
     assert features.tokens.shape == (3, 77, 16) and features.decoder.shape == (3, 77, 16)
     monkeypatch.setattr(prompt_cache, "load_tower", None)
-    again = features_of(["a fox", "a cat"], config, folder=tmp_path / "cache", dtype=torch.float32)
+    again = features_of(["a fox", "a cat"], config, **cached)
     assert torch.equal(again.tokens, features.tokens) and torch.equal(again.decoder, features.decoder)
     with pytest.raises(TypeError):
-        features_of(["a dog"], config, folder=tmp_path / "cache")
-    half = text_model(1)
-    half.set_prompts(features)
-    assert generate(half, torch.tensor([0, 1]), num_unmasking_steps=2).latents.isfinite().all()
+        features_of(["a dog"], config, **cached)
+    model = text_model(1)
+    model.set_prompts(features)
+    assert generate(model, torch.tensor([0, 1]), num_unmasking_steps=2).latents.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -350,9 +326,6 @@ def test_clips_tower_by_open_clip_and_its_cache(tmp_path, monkeypatch):
     ],
 )
 def test_towers_that_cannot_be_loaded(tower, pretrained, message):
-    from marval_rl.errors import CheckpointError
-    from marval_rl.models.maskgen.tower import load_tower
-
     with pytest.raises((ValueError, CheckpointError), match=message):
         load_tower(tower, pretrained)
 
@@ -375,16 +348,12 @@ def test_words_and_their_places():
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory) -> Path:
     """Images of 8 x 8 grey pixels with captions, in parquet."""
-    import io
-
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, list] = {"image": [], "text": []}
     for index in range(48):
         dark = index % 2
         pixels = (torch.rand(8, 8, generator=generator) * 100 + (0 if dark else 150)).byte().numpy()
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+        rows["image"].append({"bytes": png_bytes(Image.fromarray(pixels)), "path": None})
         rows["text"].append("a dark square" if dark else "a light square")
     file = tmp_path_factory.mktemp("captioned") / "train.parquet"
     Dataset.from_dict(rows).to_parquet(file)
@@ -434,17 +403,13 @@ def test_pretrain_and_distill_show_captions(runs):
         rows = json.loads((runs[name] / "samples" / "rows.json").read_text())
         assert rows == ["a dark square", "a light square"]
     config = load_model(runs["teacher"]).config
-    assert config.vocabulary == ["a", "dark", "light", "square"] and (config.num_tokens, config.token_channels) == (
-        4,
-        16,
-    )
+    assert config.vocabulary == ["a", "dark", "light", "square"]
+    assert (config.num_tokens, config.token_channels) == (4, 16)
 
 
-def test_the_models_card_runs(runs, monkeypatch):
-    card = (runs["student"] / "final" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
-    names: dict = {}
-    exec(code, names)
+def test_the_models_card_runs(runs):
+    card, names = (runs["student"] / "final" / "README.md").read_text(), {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
     assert names["images"].shape == (2, 1, 8, 8)
 
 
@@ -474,11 +439,12 @@ def test_sampling_by_prompts(runs, tmp_path, complaint):
     assert picture.is_file()
     assert main([*shared, "--prompt", "a light", "--prompt", "dark", "--output", str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["a light", "dark"]
-    assert "is conditioned on text: give prompts" in complaint(2, main([*shared, "--output", str(picture)]))
-    message = complaint(2, main([*shared, "--prompt", "a fox", "--output", str(picture)]))
-    assert "does not know the word 'fox'" in message
-    gif = ["--prompt", "dark", "--output", str(tmp_path / "x.gif")]
-    assert "have no place in the image" in complaint(2, main([*shared, *gif]))
+    for words, message in (
+        (["--output", str(picture)], "is conditioned on text: give prompts"),
+        (["--prompt", "a fox", "--output", str(picture)], "does not know the word 'fox'"),
+        (["--prompt", "dark", "--output", str(tmp_path / "x.gif")], "have no place in the image"),
+    ):
+        assert message in complaint(2, main([*shared, *words]))
 
 
 def test_prompts_for_a_model_of_classes_are_refused(tmp_path, complaint, capsys):

@@ -221,7 +221,7 @@ def test_paths_that_hold_no_vae(folder, tmp_path):
         load_autoencoder(folder / WEIGHTS)
     with pytest.raises(CheckpointError, match="is not a VAE folder: it holds no config"):
         load_autoencoder(tmp_path)
-    for name in (tmp_path / "nowhere", "vae", "./vae", "runs/vae", "a/b/c"):
+    for name in (tmp_path / "nowhere", "vae", "./vae", "runs/vae", "models/kl16", "a/b/c"):
         with pytest.raises(CheckpointError, match=f"no VAE at {Path(name)}: the path does not exist"):
             load_autoencoder(name)
 

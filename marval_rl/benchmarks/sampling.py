@@ -111,7 +111,7 @@ def growth(student: MaskedModel, settings: Settings, batch_sizes: list[int]) -> 
     """The student's seconds by the unmasking steps K, the number of tokens L, and the batch, one changed at a time.
 
     Raises:
-        ValueError: For a model that is no MAR: its number of tokens is its tokenizer's.
+        ValueError: For a model that is not a MAR: its number of tokens is its tokenizer's.
     """
     if not isinstance(student, MARModel):
         raise ValueError("--growth also changes the number of tokens, which only a MAR has of any number: leave it out")

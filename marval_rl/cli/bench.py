@@ -21,7 +21,7 @@ from marval_rl.models.checkpoints import load_model, new_model
 from marval_rl.models.compiling import CapturedGenerations, compile_blocks
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
-from marval_rl.recipes.values import WrongType, convert, rejoin_list
+from marval_rl.recipes.values import read_list
 from marval_rl.trainers.distill import student_from_teacher
 
 # As the demo's recipes have them.
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=16, metavar="K", help="unmasking steps of both (default: 16)")
     parser.add_argument("--guidance_scale", type=float, default=1.2, help="of the teacher (default: 1.2)")
     parser.add_argument("--diffusion_steps", type=int, default=100, metavar="N", help="of the teacher (default: 100)")
-    parser.add_argument("--batch_sizes", nargs="+", default=[1, 64], metavar="B", help="default: 1 64")
+    parser.add_argument("--batch_sizes", nargs="+", default=["1", "64"], metavar="B", help="default: 1 64")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default: 5)")
     parser.add_argument("--no_baseline", action="store_true", help="leave out the official sampler, which is slow")
     parser.add_argument("--growth", action="store_true", help="also the student's time by K, tokens and batch")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     device, dtype = chosen_device(args), autocast_dtype(args)
     teacher, student = (model.to(device) for model in models(args))
     settings = Settings(args.steps, args.guidance_scale, args.diffusion_steps, dtype, args.repeats)
-    sizes = batch_sizes(args.batch_sizes)
+    sizes = read_list("--batch_sizes", args.batch_sizes, list[int])
     with_baseline = isinstance(teacher, MARModel) and not args.no_baseline  # the official sampler of MAR
     figures = measure(teacher, student, settings, sizes, with_baseline)
     if args.growth:
@@ -114,14 +114,6 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         print("\n".join(tables(figures)))
     if args.output is not None:
         args.output.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def batch_sizes(given: list) -> list[int]:
-    """--batch_sizes 1 64, 1,64 or "[1, 64]". Raises ValueError."""
-    try:
-        return convert(rejoin_list(given) if isinstance(given[0], str) else given, list[int])
-    except WrongType as expected:
-        raise ValueError(f"--batch_sizes: expected {expected}, got {' '.join(given)!r}") from None
 
 
 def models(args: argparse.Namespace) -> tuple[MaskedModel, MaskedModel]:

@@ -5,6 +5,7 @@
 import argparse
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,8 +35,10 @@ from marval_rl.models.maskgen.codec import TATiTokCodec, load_tokenizer
 from marval_rl.models.maskgen.config import MaskGenConfig
 from marval_rl.models.maskgen.tatitok import TATiTokConfig
 from marval_rl.models.vae import VAECodec
+from marval_rl.paths import looks_like_hub_id
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.network_arguments import TeacherArguments
+from marval_rl.recipes.planning.dry_run import offline
 from marval_rl.recipes.reading import build_configs, read_settings
 from marval_rl.runtime.settings import setting
 from marval_rl.text import dump_yaml
@@ -47,7 +50,7 @@ class CacheArguments:
     """How the cache is made."""
 
     cache_dtype: str = setting("float32", "Type of the moments.", DTYPES)
-    shard_size: int = setting(1024, "Images a file.")
+    shard_size: int = setting(1024, "Images per file.")
     cache_batch_size: int = setting(32, "Images the VAE encodes at once.")
     num_processes: int = setting(1, "Processes on this machine; leave it out under torchrun.")
 
@@ -120,7 +123,7 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
     if vae is None:
         raise RecipeError("vae is not set, and no teacher names one: give a VAE folder or hub id (--vae ...)")
     if isinstance(image_size, list):
-        raise RecipeError(f"image_size {image_size} is no square, and a cache is of squares: give one number")
+        raise RecipeError(f"image_size {image_size} is not square, but the images of a cache are: give one number")
     if image_size is None:
         raise RecipeError("image_size is not set: say how many pixels to crop images to (--image_size 256)")
     assert data.cache_dir is not None
@@ -130,10 +133,10 @@ def prepare(data: DataArguments, source: TeacherArguments, cache: CacheArguments
 
 def load_codec(name: str) -> Autoencoder:
     """A VAE, or TA-TiTok where the configuration says that it is one."""
-    try:
-        kind = TATiTokConfig.get_config_dict(name)[0].get("model_type")
-    except OSError:
-        kind = None
+    kind = None
+    if looks_like_hub_id(name) or Path(name).exists():
+        with suppress(OSError):
+            kind = TATiTokConfig.get_config_dict(name)[0].get("model_type")
     if kind == TATiTokConfig.model_type:
         return TATiTokCodec(load_tokenizer(name), MaskGenConfig().latent_scale)
     return VAECodec.from_pretrained(name)
@@ -173,7 +176,8 @@ def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArgume
     """`--dry_run`: settings, images, shards, disk space, and what is missing."""
     print(dump_yaml({**asdict(data), **asdict(source), **asdict(cache)}).rstrip() + "\n")
     try:
-        job = prepare(data, source, cache)
+        with offline():
+            job = prepare(data, source, cache)
         settings = job.settings()
         check_settings(job.folder, settings)
     except MarvalError as error:

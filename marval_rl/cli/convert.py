@@ -30,7 +30,6 @@ from marval_rl.models.official.maskgen_files import (
     WEIGHTS,
     OfficialFiles,
     holds_official_maskgen,
-    looks_like_hub_id,
     plain_weights,
     read_folder,
 )
@@ -40,7 +39,7 @@ from marval_rl.models.official.shapes import key_hash
 from marval_rl.models.official.tatitok_weights import is_tatitok, tatitok_config, tatitok_official
 from marval_rl.models.official.vae_weights import is_vae, read_vae, vae_checkpoint
 from marval_rl.models.vae import load_autoencoder
-from marval_rl.paths import path_or_id
+from marval_rl.paths import looks_like_hub_id, path_or_id
 from marval_rl.text import read_text
 
 
@@ -81,7 +80,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
 def from_official(args: argparse.Namespace) -> None:
     """Writes a folder as `save_pretrained` does, weights bit for bit as in the official file."""
     _check_free(args.output, args.overwrite, wants_folder=True)
-    if holds_official_maskgen(args.source) or looks_like_hub_id(args.source):
+    on_hub = not args.source.exists() and looks_like_hub_id(args.source)
+    if on_hub or holds_official_maskgen(args.source):
         from_maskgen(args, read_folder(args.source))
         return
     if (args.source / "config.json").is_file():
@@ -200,7 +200,7 @@ def _check_free(output: Path, overwrite: bool, wants_folder: bool) -> None:
     if not output.exists():
         return
     if output.is_dir() != wants_folder:
-        raise ValueError(f"{output} is a {'folder' if output.is_dir() else 'file'}: give a path that is not there yet")
+        raise ValueError(f"{output} is a {'folder' if output.is_dir() else 'file'}: choose a path that is free")
     held = [entry.name for entry in output.iterdir()] if wants_folder else [output.name]
     if held and not overwrite:
         raise ValueError(f"{output} is there already: give another path, or replace it with --overwrite")

@@ -31,7 +31,7 @@ from marval_rl.models.checkpoints import load_config
 from marval_rl.paths import path_or_id
 from marval_rl.recipes.data_arguments import DataArguments
 from marval_rl.recipes.reading import build_configs, read_settings
-from marval_rl.recipes.values import WrongType, convert
+from marval_rl.recipes.values import read_list
 from marval_rl.rewarding import RewardSet
 from marval_rl.rewarding.arguments import parse_kwargs
 from marval_rl.trainers.arguments import only_cpu_here
@@ -62,22 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--recipe", type=Path, metavar="FILE", help="another recipe than the run's")
     for f in dataclasses.fields(DataArguments):
         if f.name in DATA_SETTINGS:
-            data.add_argument(f"--{f.name}", metavar="VALUE", help=f.metadata["help"].replace("%", "%%"))
-    parser.add_argument("--rewards", type=reward_list, metavar="A,B", help="rewards to score with")
+            count = "+" if f.type == list[str] | None else None
+            data.add_argument(f"--{f.name}", nargs=count, metavar="VALUE", help=f.metadata["help"].replace("%", "%%"))
+    parser.add_argument("--rewards", nargs="+", metavar="NAME", help="rewards to score with")
     parser.add_argument("--reward_kwargs", metavar="YAML", help="reward name -> what its class is made with")
     parser.add_argument("--prompt_template", help="prompt of a class {name}, for the rewards")
     parser.add_argument(
-        "--class_names", type=path_or_id, metavar="FILE", help='"imagenet" or a name a line (default: the model\'s)'
+        "--class_names",
+        type=path_or_id,
+        metavar="FILE",
+        help='"imagenet" or a file of one name per line (default: the model\'s)',
     )
     add_launch_arguments(parser)  # taken by `marval_rl.cli.main`; here for --help
-
-
-def reward_list(text: str) -> list[str]:
-    """The type of --rewards: "a,b" or "[a, b]", as reward_funcs of a recipe."""
-    try:
-        return convert(text, list[str])
-    except WrongType as expected:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
@@ -86,11 +82,13 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
     Raises ValueError or a MarvalError for what is missing or does not fit, before anything is generated.
     """
     quiet_libraries()
+    if args.rewards is not None:
+        args.rewards = read_list("--rewards", args.rewards, list[str])
     data = read_data(args)
     if args.images is not None:
         evaluate_folder(args, data)
     elif args.model is None:
-        raise ValueError("give a MODEL to evaluate, or a folder of images (--images DIR)")
+        raise ValueError("give a MODEL to evaluate, before the options, or a folder of images (--images DIR)")
     else:
         evaluate_model(args, data)
 
@@ -102,7 +100,9 @@ def read_data(args: argparse.Namespace) -> DataArguments:
         folders = (Path(args.model), Path(args.model).parent)
         recipe = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
     given = [(name, vars(args)[name]) for name in DATA_SETTINGS if vars(args)[name] is not None]
-    overrides = [word for name, value in given for word in (f"--{name}", value)]
+    overrides = [
+        word for name, value in given for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
     settings = read_settings(recipe, overrides, (DataArguments,), only_known=True)
     return build_configs(settings, (DataArguments,))[0]
 

@@ -73,7 +73,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--main_process_ip", metavar="HOST", help="address of machine 0")
     group.add_argument("--main_process_port", type=int, metavar="PORT", help=f"its port (default {DEFAULT_PORT})")
     group.add_argument(
-        "--max_restarts", type=int, metavar="R", help="restart failed processes so often, from the newest checkpoint"
+        "--max_restarts", type=int, metavar="R", help="restart failed processes R times, from the newest checkpoint"
     )
     group.add_argument(
         "--accelerate_config",

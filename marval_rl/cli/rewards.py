@@ -64,7 +64,8 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help=f"what the images show, line by line: {PROMPTS_HELP} (default: the ten digits' names)",
+        help=f"what the images show, line by line: {PROMPTS_HELP}; for a reward that needs the prompts, class names or "
+        "columns of your data (default: the ten digits' names)",
     )
 
 

@@ -163,7 +163,7 @@ def save(frames: list[Image.Image], file: Path) -> None:
 
 
 def write_folder(images: Tensor, labels: Tensor, names: list[str], folder: Path) -> None:
-    """uint8 [N, 3, H, W] as PNG files in a folder a class, as a data set has them."""
+    """uint8 [N, 3, H, W] as PNG files in a folder per class, as a data set has them."""
     for label in labels.unique().tolist():
         target = folder / names[label].replace("/", "_")[:MAX_NAME]
         target.mkdir(parents=True, exist_ok=True)

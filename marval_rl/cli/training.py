@@ -119,6 +119,6 @@ def nothing_learned(history: list[dict[str, float]]) -> str | None:
     if equal and min(equal) == 1:
         return (
             "note: the rewards taught nothing: all images of a group had equal rewards in every logged step; "
-            "`marval-rl rewards check SPEC` looks into a reward"
+            "`marval-rl rewards check SPEC` tests a reward"
         )
     return "note: nothing was learned: the gradient was 0 in every logged step" if norms and max(norms) == 0 else None

@@ -1,4 +1,4 @@
-"""Files sorted into one folder a class, as torchvision's `ImageFolder` and `DatasetFolder` expect them."""
+"""Files sorted into one folder per class, as torchvision's `ImageFolder` and `DatasetFolder` expect them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ClassFolders:
         wanted = ", ".join(endings)
         if not files:
             raise DataError(
-                f"{root} holds no class folders: one folder a class is expected, with files ending in {wanted}"
+                f"{root} holds no class folders: one folder per class is expected, with files ending in {wanted}"
             )
         check_layout(root, files)
         empty = [folder for folder in files if not files[folder]]

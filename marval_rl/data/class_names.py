@@ -31,7 +31,7 @@ def imagenet_names(words: Sequence[str]) -> list[str] | None:
 
 
 def read_class_names(given: Sequence[str] | str) -> list[str]:
-    """Class names in the order of the labels: a list, "imagenet", or the path of a text file with one name a line.
+    """Class names in the order of the labels: a list, "imagenet", or the path of a text file with one name per line.
 
     Raises DataError for a file that cannot be read or that has an empty line between names.
     """
@@ -44,7 +44,7 @@ def read_class_names(given: Sequence[str] | str) -> list[str]:
     except (OSError, UnicodeError) as error:
         raise DataError(
             f"cannot read the class names {given}: {error}; give a list, {IMAGENET!r}, "
-            "or a text file with one name a line"
+            "or a text file with one name per line"
         ) from error
     if not all(names):
         raise DataError(f"line {names.index('') + 1} of the class names {given} is empty: each line names one class")

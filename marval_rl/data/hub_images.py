@@ -25,7 +25,7 @@ class HubImages(LabelledImages):
         dataset: The rows.
         image_column: Encoded images: an Image feature, bytes, or the {bytes, path} of a parquet file.
         label_column: The labels.
-        class_names: A list, "imagenet" or a text file with one name a line.
+        class_names: A list, "imagenet" or a text file with one name per line.
         where: What the data set is called in messages.
         are_captions: Labels are texts to be taken as they are: the different ones, sorted, are the classes.
 

@@ -1,4 +1,4 @@
-"""Images in one folder a class: ImageNet as it is unpacked."""
+"""Images in one folder per class: ImageNet as it is unpacked."""
 
 from __future__ import annotations
 

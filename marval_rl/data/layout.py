@@ -52,7 +52,7 @@ def _remedy(root: Path, files: Mapping[str, list[bytes]], folders: list[str]) ->
     """What to give instead: the folders that hold folders of files, those for training first."""
     above = {os.path.dirname(os.path.dirname(path)) for folder in folders for path in files[folder]} - {b""}
     if not above:
-        return "sort the images to train on into one folder a class, and give the path of the folder that holds these"
+        return "sort the images to train on into one folder per class, and give the path of the folder that holds these"
     paths = sorted((os.fsdecode(path) for path in above), key=lambda path: ("train" not in Path(path).name, path))
     best = [path for path in paths if "train" in Path(path).name] or paths
     return f"give the folder that holds the class folders: {' or '.join(str(root / path) for path in best[:3])}"

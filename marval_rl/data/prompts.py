@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from marval_rl.data.class_rows import RESERVED
 from marval_rl.errors import DataError, first_line, nearest
+from marval_rl.paths import looks_like_hub_id
 from marval_rl.text import read_text
 
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -19,7 +20,7 @@ def load_prompts(name_or_path: str | Path, column: str = "prompt", split: str = 
     """Rows {"prompt": str, ...} with the further columns of the data.
 
     Args:
-        name_or_path: A .txt file of one prompt a line; .jsonl, .parquet or .csv; a folder that
+        name_or_path: A .txt file of one prompt per line; .jsonl, .parquet or .csv; a folder that
             `datasets.save_to_disk` wrote; or a hub id, owner/name.
         column: The column of prompts, for all but text files.
         split: The split, where the data have several.
@@ -83,7 +84,7 @@ def _read(name: str, path: Path, split: str) -> datasets.Dataset:
             if not path.is_file():
                 raise DataError(f"no prompts at {path}: the file does not exist")
             return datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
-        if path.is_file() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if path.is_file() or not looks_like_hub_id(name):
             raise DataError(
                 f"no prompts at {name}: give a .txt, {', '.join(TABLES)} file, a folder of datasets.save_to_disk, or a "
                 "hub id, owner/name"

@@ -13,6 +13,7 @@ from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.labelled_images import LabelledImages
 from marval_rl.data.layout import is_split
 from marval_rl.errors import DataError, first_line
+from marval_rl.paths import looks_like_hub_id
 
 
 def load_labelled_images(
@@ -26,14 +27,14 @@ def load_labelled_images(
     """Labelled images; the network is used only for what is not a local path and looks like a hub id.
 
     Args:
-        name_or_path: The name of a bundled set (digits, mnist; see `BundledImages`); a folder with one folder a class
+        name_or_path: The name of a bundled set (digits, mnist; see `BundledImages`); a folder with one folder per class
             (or with `split` folders of that kind); a parquet file, a pattern such as "data/train-*.parquet" or a
             folder of parquet files; a folder that
             `datasets.save_to_disk` wrote; or a hub id, owner/name.
         split: "train", "validation", "test", ...
         image_column, label_column: The columns, for all but image folders.
         caption_column: A column of captions in place of labels: the different ones are the classes.
-        class_names: Names of the classes: a list, "imagenet" or a text file with one name a line; None to take those
+        class_names: Names of the classes: a list, "imagenet" or a text file with one name per line; None to take those
             that the data have.
 
     Raises:
@@ -111,10 +112,10 @@ def _load_dataset(name: str, path: Path, split: str):
         if files:
             _check_parquet(files)
             return datasets.load_dataset("parquet", data_files=files, split=split)
-        if not _looks_like_hub_id(name):
+        if not _can_be_hub_id(name):
             raise DataError(
                 f"no images at {name}: the path does not exist ({', '.join(BUNDLED)} are bundled; a hub id is written "
-                "owner/name; a folder holds one folder a class, parquet files, or what datasets.save_to_disk wrote)"
+                "owner/name; a folder holds one folder per class, parquet files, or what datasets.save_to_disk wrote)"
             )
         return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
@@ -145,17 +146,16 @@ def _holds_parquet(folder: Path, split: str) -> bool:
 
 
 def _check_parquet(files: list[str]) -> None:
-    """Raises DataError for a file that is no parquet file or is cut off, which `datasets` would not name."""
+    """Raises DataError for a file that is not a parquet file or is cut off, which `datasets` would not name."""
     import pyarrow.parquet
 
     for file in files:
         try:
             pyarrow.parquet.read_metadata(file)
         except pa.ArrowInvalid as error:
-            raise DataError(f"{file} is no parquet file, or it is cut off") from error
+            raise DataError(f"{file} is not a parquet file, or it is cut off") from error
 
 
-def _looks_like_hub_id(name: str) -> bool:
-    """A relative path in a folder that is there, and anything that begins with a dot, is meant to be local."""
-    is_local = name.startswith((".", "/", "~")) or name.endswith(("/", ".parquet")) or Path(name).parent.is_dir()
-    return name.count("/") == 1 and not is_local
+def _can_be_hub_id(name: str) -> bool:
+    """A relative path in a folder that exists is meant to be local too."""
+    return looks_like_hub_id(name) and not name.endswith(("/", ".parquet")) and not Path(name).parent.is_dir()

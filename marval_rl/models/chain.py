@@ -96,7 +96,7 @@ def _folded_block(block: ResidualBlock) -> list[tuple[Tensor, Tensor]]:
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """The type of products with this weight; autocast would cast the folded weights in each step anew."""
+    """The type of products with this weight; autocast would cast the folded weights again in each step."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

@@ -15,6 +15,7 @@ from marval_rl.models.mar import MARModel
 from marval_rl.models.masked import MaskedModel
 from marval_rl.models.maskgen.config import MaskGenConfig
 from marval_rl.models.official.mar_weights import read_mar
+from marval_rl.paths import looks_like_hub_id
 
 
 def resolve_model(name_or_path: str | Path) -> str:
@@ -36,8 +37,7 @@ def resolve_model(name_or_path: str | Path) -> str:
             f"{path} holds no model: config.json is in neither it nor its folder final/ (has its run finished? "
             "`--resume` continues it)"
         )
-    looks_like_hub_id = str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "runs/"))
-    if not looks_like_hub_id or is_official_path(path):
+    if not looks_like_hub_id(name_or_path) or is_official_path(path):
         raise CheckpointError(f"no model at {path}: the path does not exist")
     return str(name_or_path)
 

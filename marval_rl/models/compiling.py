@@ -23,7 +23,7 @@ def compile_blocks(*models: MaskedModel, compiler: str | Callable[..., Any] = "i
     The networks around them stay as they are: a generation meets as many lengths as it has unmasking steps, and a
     compiler that makes a version for each gives up after eight (torch's recompile_limit) and runs without it, silently.
     Here the lengths are dynamic from the start, and blocks of a kind share what was compiled. A compiled function that
-    would be made anew too often raises an error.
+    would be compiled again too often raises an error.
 
     Args:
         models: Teachers or students.

@@ -204,7 +204,7 @@ class MARConfig(MaskedConfig):
                 f"{self.latent_stride} x {self.patch_size}"
             )
         if isinstance(self.image_size, list) and (self.vae is not None or self.latent_stride != 1):
-            raise ValueError(f"image_size {self.image_size} is no square, and latents of a VAE are those of squares")
+            raise ValueError(f"image_size {self.image_size} is not square, but images for a VAE must be")
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_hidden_size"), getattr(self, f"{part}_num_heads")
             if width % heads:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models.config import MARConfig
 from marval_rl.models.official.reading import check_finite
+from marval_rl.paths import looks_like_hub_id
 
 IMAGES_AT_ONCE = 16  # the feature maps of one image take more than a hundred times the memory of its latents
 
@@ -125,8 +126,7 @@ def load_autoencoder(name_or_path: str | Path) -> AutoencoderKL:
         raise CheckpointError(
             f"{path} is not a VAE folder: it holds no config.json (`marval-rl convert kl16.ckpt OUT` makes one)"
         )
-    looks_local = str(name_or_path).startswith((".", "/", "~", "runs/")) or str(name_or_path).count("/") != 1
-    if looks_local and not path.exists():
+    if not looks_like_hub_id(name_or_path) and not path.exists():
         raise CheckpointError(f"no VAE at {path}: the path does not exist (--vae ...)")
     try:
         with _silent_diffusers():

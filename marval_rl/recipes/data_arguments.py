@@ -58,8 +58,8 @@ class DataArguments(EvaluationArguments):
     )
     image_size: list[int] | None = setting(
         None,
-        "Images are cropped to squares of so many pixels (one number), or to [height, width] where the latents are the "
-        "pixels (default: the model's).",
+        "Images are cropped to squares of this many pixels (one number), or to [height, width] where the latents are "
+        "the pixels (default: the model's).",
     )
     image_channels: int | None = setting(
         None, "1 turns images grey, 3 makes grey ones RGB (default: the model's; of a new one the data's)."
@@ -88,7 +88,7 @@ class DataArguments(EvaluationArguments):
         if isinstance(self.crop_size, list) and (self.vae is not None or self.cache_dir is not None):
             other = "vae" if self.vae is not None else "cache_dir"
             raise ValueError(
-                f"image_size {self.crop_size} is no square, and with {other} images are squares: give one number"
+                f"image_size {self.crop_size} is not square, but with {other} images must be: give one number"
             )
         if not 0 <= self.eval_holdout < 1:
             raise ValueError(f"eval_holdout is a share of the images, in [0, 1), not {self.eval_holdout}")

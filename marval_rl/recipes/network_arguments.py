@@ -150,7 +150,7 @@ class RewardArguments:
     model: str | None = setting(None, "Student: model folder, run folder or hub id.")
     prompts: str | None = setting(
         None,
-        "Prompts to generate images of, for a model of text: .txt (one a line), .jsonl, .parquet, .csv, a "
+        "Prompts to generate images of, for a model of text: .txt (one per line), .jsonl, .parquet, .csv, a "
         "saved `datasets` folder or a hub id; further columns go to the rewards (default: the images' captions).",
     )
     prompt_column: str = setting("prompt", "Column of prompts, for all but .txt.")

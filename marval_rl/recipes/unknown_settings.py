@@ -12,11 +12,12 @@ RENAMED = {  # former names
     "feature_extractor": "eval_features",
     "anchor_weight": "gsim_weight",
     "anchor_batch_size": "gsim_batch_size",
-    **{name: f"gsim_{name}" for name in ("guidance_scale", "min_timestep", "max_timestep", "timestep_draws")},
-    **{name: f"gsim_{name}" for name in ("mask_ratio_min", "mask_ratio_std")},  # in RL; distillation keeps these names
+    # in RL; distillation keeps these names
+    **{name: f"gsim_{name}" for name in ("guidance_scale", "min_timestep", "max_timestep")},
 }
 _ALL_STEPS = "all unmasking steps explore and are trained"
 _ADVANTAGES = "advantages are scaled by scale_rewards alone"
+_NO_EFFECT = "it changed nothing where it was measured (docs/rl.md)"
 REMOVED = {  # former settings, and what holds instead
     "labelling": "class_groups: parity merges classes; without it each stays",
     "num_trained_steps": _ALL_STEPS,
@@ -25,6 +26,9 @@ REMOVED = {  # former settings, and what holds instead
     "exploration_shift": _ALL_STEPS,
     "reward_std_floor": _ADVANTAGES,
     "advantage_clip": _ADVANTAGES,
+    **dict.fromkeys(("gsim_timestep_draws", "gsim_mask_ratio_min", "gsim_mask_ratio_std"), _NO_EFFECT),
+    "gsim_mask_law": "the law is the model's own",
+    "gsim_guidance_schedule": "guidance is constant; a linear one did what a larger gsim_weight does (docs/rl.md)",
     "reward_threshold": "the loss is -reward: a threshold changed nothing where it was measured (docs/rl.md)",
 }
 

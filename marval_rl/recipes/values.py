@@ -95,6 +95,14 @@ def rejoin_list(words: list[str]) -> str | list[str]:
     return " ".join(words) if in_one_piece else words
 
 
+def read_list(option: str, words: list[str], hint: Any) -> list:
+    """The list of a command's option, written `a b`, `a,b` or `[a, b]`. Raises ValueError that names the option."""
+    try:
+        return convert(rejoin_list(words), hint)
+    except WrongType as expected:
+        raise ValueError(f"{option}: expected {expected}, got {' '.join(words)!r}") from None
+
+
 def pick(value: Any, choices: Iterable[Any]) -> Any:
     """Returns the choice that `value` spells; a bare `no`, to YAML a boolean, counts as the word. Raises WrongType."""
     choices = list(choices)

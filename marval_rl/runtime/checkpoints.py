@@ -219,7 +219,7 @@ class CheckpointWriter:
         missing = [rank for rank in range(self.layout.world_size) if not (self.folder / buffer_file(rank)).exists()]
         if missing:
             raise OSError(
-                f"the files of process {missing[0]} are not there: output_dir must be one folder that all machines see"
+                f"the files of process {missing[0]} are missing: output_dir must be one folder that all machines see"
             )
 
     def _write_manifest(self, files: dict[str, dict[str, int]]) -> None:

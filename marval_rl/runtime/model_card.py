@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from marval_rl import __version__
 from marval_rl.environment import environment
 from marval_rl.models import MaskedConfig
+from marval_rl.paths import looks_like_hub_id
 from marval_rl.runtime.settings import default_of
 from marval_rl.text import dump_yaml
 
@@ -203,4 +204,4 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _is_hub_id(name: Any) -> TypeGuard[str]:
-    return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./" and not Path(name).exists()
+    return isinstance(name, str) and looks_like_hub_id(name) and not Path(name).exists()

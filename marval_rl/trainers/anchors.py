@@ -56,13 +56,8 @@ class AnchorArguments(AuxiliaryArguments):
         128, "Contexts of the GSIM anchor: half from data, half from the student's rollouts."
     )
     gsim_guidance_scale: float = gsim_field("guidance_scale")
-    gsim_guidance_schedule: str = gsim_field("guidance_schedule")
     gsim_min_timestep: int = gsim_field("min_timestep")
     gsim_max_timestep: int = gsim_field("max_timestep")
-    gsim_timestep_draws: int = gsim_field("timestep_draws")
-    gsim_mask_ratio_min: float = gsim_field("mask_ratio_min")
-    gsim_mask_ratio_std: float = gsim_field("mask_ratio_std")
-    gsim_mask_law: str | None = gsim_field("mask_law")
     auxiliary_warmup_steps: int = setting(
         40, "First steps that train the auxiliary network only (with the GSIM anchor)."
     )
@@ -86,18 +81,11 @@ class AnchorArguments(AuxiliaryArguments):
     counts_if: ClassVar[Conditions] = {
         ANCHORED: (
             *("gsim_batch_size", "auxiliary_learning_rate", "auxiliary_updates", "auxiliary_warmup_steps"),
-            *("gsim_guidance_scale", "gsim_min_timestep", "gsim_max_timestep", "gsim_timestep_draws"),
-            *("gsim_mask_ratio_min", "gsim_mask_ratio_std", "gsim_mask_law", "gsim_guidance_schedule"),
+            *("gsim_guidance_scale", "gsim_min_timestep", "gsim_max_timestep"),
         ),
         MATCHED: (
             *("distribution_features", "distribution_kernel", "distribution_real_images", "distribution_queue"),
             "distribution_column",
-        ),
-        Needs("a gsim_mask_ratio_min below 1", ("gsim_mask_ratio_min",), lambda ratio: ratio != 1): (
-            "gsim_mask_ratio_std",
-        ),
-        Needs("a gsim_guidance_scale other than 1", ("gsim_guidance_scale",), lambda scale: scale != 1): (
-            "gsim_guidance_schedule",
         ),
     }
 

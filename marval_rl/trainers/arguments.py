@@ -82,7 +82,7 @@ class MaskingArguments:
         if law != "truncated_normal" and ratios != defaults:
             raise ValueError(
                 f"mask_ratio_min {ratios[0]} and mask_ratio_std {ratios[1]} count only with mask_law truncated_normal, "
-                f"and this model's is {law}: set mask_law, or leave them out (in RL with gsim_)"
+                f"and this model's is {law}: set mask_law, or leave them out"
             )
         return draw_num_masked(config.num_tokens, *ratios, law=law)
 
@@ -112,7 +112,7 @@ class MARTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = setting(False, "Pin batches in page-locked memory.")
     overwrite_output_dir: bool = setting(False, "Delete an earlier run in output_dir first.")
     max_skipped_steps: int = setting(
-        10, "Skip so many steps in a row whose loss or gradient is not finite; one more ends the run."
+        10, "Skip this many steps in a row whose loss or gradient is not finite; one more ends the run."
     )
     torch_compile: bool = setting(
         False, "Compile the transformer blocks, which takes minutes at the start; for GPUs, and not under ZeRO-3."
@@ -120,7 +120,7 @@ class MARTrainingArguments(TrainingArguments):
     torch_compile_backend: str | None = setting(
         None, "What compiles them, by torch.compile's names (default: inductor)."
     )
-    profile: int = setting(0, "Trace so many steps after the first, and print what their time went into; 0 for none.")
+    profile: int = setting(0, "Trace this many steps after the first, and print what their time went into; 0 for none.")
     ema_decay: float = setting(0.999, "Decay of the weight average that is sampled and saved.")
     eval_num_images: int = setting(500, "Images generated at each evaluation.")
     eval_batch_size: int = setting(250, "Images generated at once in evaluation.")
@@ -238,6 +238,11 @@ class MARTrainingArguments(TrainingArguments):
         # Under ZeRO-3 transformers would load every model in parts from here on, the teacher and the rewards too. All
         # models are made complete; the engine partitions the one that it trains.
         unset_hf_deepspeed_config()
+        if self.torch_compile and self._zero_stage() == 3:
+            raise ValueError(
+                "torch_compile does not work under ZeRO-3, whose blocks have no weights until they run: leave it out, "
+                "or use ZeRO-2"
+            )
         for name in ("eval_num_images", "eval_batch_size", "sample_grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -245,6 +250,12 @@ class MARTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"max_steps must be at least 1, not {self.max_steps}; -1 trains num_train_epochs passes over the data"
             )
+
+    def _zero_stage(self) -> int | None:
+        """The stage of ZeRO that `deepspeed` or `accelerate launch` says; None without one."""
+        if self.deepspeed is not None:
+            return self.deepspeed.get("zero_optimization", {}).get("stage")
+        return None if self.deepspeed_plugin is None else self.deepspeed_plugin.zero_stage
 
     def _heed_accelerate(self) -> None:
         """What `accelerate launch` says in the environment counts as if it were said here."""

@@ -208,11 +208,6 @@ class MARTrainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.torch_compile:
-            if self.layout.zero_stage == 3:
-                raise ValueError(
-                    "torch_compile does not work under ZeRO-3, whose blocks have no weights until they run: leave it "
-                    "out, or use ZeRO-2"
-                )
             models = self.mar, self.ema.module, *self.frozen_models()
             compile_blocks(*models, compiler=self.args.torch_compile_backend or "inductor")
         return super().train(*args, **kwargs)

@@ -19,6 +19,7 @@ from marval_rl.models import MaskedModel
 from marval_rl.models.sampling import student_mean, unmask
 from marval_rl.models.unmasking import random_order, unmasking_steps
 from marval_rl.randomness import derive_generator, kept_random_state
+from marval_rl.rewarding import RewardScores
 from marval_rl.runtime.distributed import failing_together
 from marval_rl.runtime.profiling import REWARD, ROLLOUT, phase
 from marval_rl.runtime.settings import Conditions, Needs
@@ -87,12 +88,16 @@ class RewardBackpropTrainer(RewardTrainer):
         rollout["images"] = self.decode_tokens(rollout["tokens"], labels)
         loss = torch.zeros((), device=labels.device)
         if self.rewards is not None:
-            asked = self.reward_arguments(rollout["images"], labels, columns)
-            with phase(REWARD), failing_together(labels.device), kept_random_state(labels.device):
-                scores = self.rewards.score(*asked, with_grad=True)
+            scores = self.score(rollout["images"], labels, columns)
             self.record_scores(scores.by_reward(), len(labels))
             loss = self.loss_of(scores.total)
         return loss, rollout, torch.stack(divergences) if divergences else None
+
+    def score(self, images: Tensor, class_labels: Tensor, columns: dict[str, list[Any]]) -> RewardScores:
+        """Rewards of images [B, C, H, W], with a gradient."""
+        assert self.rewards is not None
+        with phase(REWARD), failing_together(self.args.device), kept_random_state(self.args.device):
+            return self.rewards.score(*self.reward_arguments(images, class_labels, columns), with_grad=True)
 
     def generate(self, student: MaskedModel, class_labels: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """G_theta(z, class, K), with a gradient through the steps that `backprop_steps` names.

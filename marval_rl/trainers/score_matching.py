@@ -38,7 +38,7 @@ class GSIMArguments(MaskingArguments):
     guidance_schedule: str = setting(
         "constant",
         "constant, or linear: the guidance of the teacher's score grows with the tokens known, as in "
-        "sampling one token a step.",
+        "sampling one token per step.",
         ["constant", "linear"],
     )
     min_timestep: int = setting(20, "Lowest timestep at which scores are matched.")

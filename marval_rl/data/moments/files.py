@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, whatever kills the process that writes them."""
+"""Files that are either complete or missing, whatever kills the process that writes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error.strerror}; what is finished stays, and the same command goes on from there"
+            f"cannot write {path}: {error.strerror}; what is finished stays, and the same command continues from there"
         ) from error
 
 

@@ -82,7 +82,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_sidecar(folder: Path, shard: int, settings_digest: str) -> dict[str, Any] | None:
-    """The sidecar of a shard that is whole, by its size; None if the shard must be built."""
+    """The sidecar of a shard that is complete, by its size; None if the shard must be built."""
     sidecar = read_json(sidecar_path(folder, shard))
     if sidecar is None or sidecar.get("settings") != settings_digest:
         return None
@@ -93,7 +93,7 @@ def read_sidecar(folder: Path, shard: int, settings_digest: str) -> dict[str, An
 
 
 def missing_shards(folder: Path, settings: dict[str, Any]) -> list[int]:
-    """The shards that are not there, not whole, or of other settings."""
+    """The shards that are missing, incomplete, or of other settings."""
     expected = digest(settings)
     return [shard for shard in range(number_of_shards(settings)) if read_sidecar(folder, shard, expected) is None]
 

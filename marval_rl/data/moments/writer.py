@@ -48,7 +48,7 @@ class CacheJob:
         folder: Of the cache; made if needed.
         vae_name: Recorded for readers; a VAE of the same weights may go by another name when the cache is resumed.
         dtype: Of the stored moments, one of DTYPES.
-        shard_size: Images a shard; the corrupt ones among them leave it smaller.
+        shard_size: Images per shard; the corrupt ones among them leave it smaller.
         flip: Store the moments of the flipped images too.
     """
 

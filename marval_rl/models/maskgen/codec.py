@@ -17,6 +17,7 @@ from marval_rl.models.latents import patchify, unpatchify
 from marval_rl.models.maskgen.config import MaskGenConfig
 from marval_rl.models.maskgen.tatitok import TATiTokConfig, TATiTokModel
 from marval_rl.models.official.reading import check_finite
+from marval_rl.paths import looks_like_hub_id
 
 IMAGES_AT_ONCE = 16
 
@@ -96,7 +97,7 @@ class TATiTokCodec:
 
 
 class PatchCodec:
-    """Latents are the pixels of patches, -1..1, one patch a token, row by row; for small images. No text is read."""
+    """Latents are the pixels of patches, -1..1, one patch per token, row by row; for small images. No text is read."""
 
     def __init__(self, patch: int, grid: tuple[int, int]):
         self.patch = patch
@@ -147,8 +148,7 @@ def load_tokenizer(name_or_path: str | Path) -> TATiTokModel:
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a tokenizer's folder: it holds no config.json (`marval-rl convert`)")
-    looks_local = str(name_or_path).startswith((".", "/", "~", "runs/")) or str(name_or_path).count("/") != 1
-    if looks_local and not path.exists():
+    if not looks_like_hub_id(name_or_path) and not path.exists():
         raise CheckpointError(f"no tokenizer at {path}: the path does not exist (--vae ...)")
     try:
         fields = TATiTokConfig.get_config_dict(str(name_or_path))[0]

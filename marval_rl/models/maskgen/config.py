@@ -93,7 +93,7 @@ class MaskGenConfig(MaskedConfig):
         self._check_sizes(SIZES)
         self.image_size = shortest(height_and_width(self.image_size))
         if isinstance(self.image_size, list) and self.vae is not None:
-            raise ValueError(f"image_size {self.image_size} is no square, and TA-TiTok's images are squares")
+            raise ValueError(f"image_size {self.image_size} is not square, but TA-TiTok's images are")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.micro_condition_size < 0 or self.micro_condition_size % 2:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from marval_rl.errors import CheckpointError, first_line
 from marval_rl.models.official.reading import weights_of
+from marval_rl.paths import looks_like_hub_id
 from marval_rl.text import read_text
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -37,11 +38,6 @@ def holds_official_maskgen(source: Path) -> bool:
     return isinstance(settings, dict) and isinstance(settings.get("model"), dict)
 
 
-def looks_like_hub_id(source: Path) -> bool:
-    """Whether a name that is no path could be a hub id."""
-    return not source.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
-
-
 def read_folder(source: Path) -> OfficialFiles:
     """A folder as the official code writes it, or a hub id; its weights stay on disk until they are read.
 
@@ -49,7 +45,7 @@ def read_folder(source: Path) -> OfficialFiles:
         CheckpointError: If it cannot be downloaded or read.
     """
     folder = source
-    if looks_like_hub_id(source):
+    if not source.exists() and looks_like_hub_id(source):
         try:
             folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
         except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -16,8 +16,6 @@ from marval_rl.text import dump_yaml
 from marval_rl.trainers.arguments import accelerator_here
 from marval_rl.trainers.batches import rounds_in
 
-IMAGENET_ROWS = 1_281_167
-
 
 def print_dry_run(settings: dict[str, Any], config: Any, make_plan: Planner) -> None:
     """Prints the resolved recipe, the batch arithmetic, parameter counts, memory and what is missing.
@@ -95,25 +93,22 @@ def batch_arithmetic(config: Any) -> list[str]:
 
 def length(config: Any, plan: TrainingPlan) -> list[str]:
     """Steps of an epoch and of the run, for these processes."""
-    rows, assumed = plan.rows, ""
-    if rows is None and plan.is_text:
-        steps_known = [f"optimizer steps: {config.max_steps:,}"] if config.max_steps > 0 else []
-        return ["an epoch: as many rows as the data have, which are not there", *steps_known]
-    if rows is None:
-        rows, assumed = IMAGENET_ROWS, " if the data were ImageNet's 1,281,167 images"
-    pattern = config.batch_pattern()
-    rounds = rounds_in(rows, config.rows_per_batch * config.num_readers, pattern)
-    steps = rounds * len(pattern) // config.gradient_accumulation_steps
-    lines = [f"an epoch: {rows:,} rows, {steps:,} optimizer steps{assumed}"]
+    steps = None
+    epoch = "an epoch: unknown while data or model are missing"
+    if plan.rows is not None:
+        pattern = config.batch_pattern()
+        rounds = rounds_in(plan.rows, config.rows_per_batch * config.num_readers, pattern)
+        steps = rounds * len(pattern) // config.gradient_accumulation_steps
+        epoch = f"an epoch: {plan.rows:,} rows, {steps:,} optimizer steps"
     if config.max_steps > 0:
-        return [*lines, f"optimizer steps: {config.max_steps:,}"]
-    total = int(config.num_train_epochs * steps)
-    return [*lines, f"optimizer steps: {total:,} = {config.num_train_epochs:g} epochs"]
+        return [epoch, f"optimizer steps: {config.max_steps:,}"]
+    total = "" if steps is None else f"{int(config.num_train_epochs * steps):,} = "
+    return [epoch, f"optimizer steps: {total}{config.num_train_epochs:g} epochs"]
 
 
 def parameters(plan: TrainingPlan) -> list[str]:
     if plan.footprint is None:
-        return ["parameters: unknown until the networks are there"]
+        return ["parameters: unknown while a network is missing"]
     networks = plan.footprint.networks | plan.footprint.frozen
     return [f"parameters: {', '.join(f'{name} {count:,}' for name, count in networks.items())}"]
 

@@ -13,7 +13,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Any
 
@@ -39,6 +39,7 @@ from marval_rl.trainers.reward_trainer import RewardTrainer
 
 FLOAT32 = 4
 COLUMNS = ("weights", "gradients", "optimizer", "average", "frozen", "activations", "total")
+ALL_MASKED: dict[str, Any] = {"mask_ratio_min": 1.0, "mask_law": "truncated_normal"}  # the most that a step may mask
 STAGES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 
 # Makes a trainer of its arguments, the model it trains, the teacher, if there is one, and rows of data.
@@ -147,8 +148,11 @@ def _meta_trainer(
             taught_by = None if teacher is None else _network(teacher)
         trainer = make_trainer(args, trained, taught_by, _Rows(trained.config))
         frozen: dict[str, nn.Module] = {} if taught_by is None else {"teacher": taught_by}
-        if isinstance(trainer, RewardTrainer) and trainer.anchors.reference is not None:
-            frozen["reference model"] = trainer.anchors.reference
+        if isinstance(trainer, RewardTrainer):
+            if trainer.anchors.reference is not None:
+                frozen["reference model"] = trainer.anchors.reference
+            if trainer.anchors.gsim is not None:
+                trainer.anchors.gsim.args = replace(trainer.anchors.gsim.args, **ALL_MASKED)
         yield trainer, frozen
 
 
@@ -242,8 +246,7 @@ def _arguments_on_meta(config: Any, folder: str) -> Any:
     args = copy.copy(config)
     args.__class__ = type("PlannedArguments", (type(config),), {"device": torch.device("meta")})
     changed = {f.name: f.default for f in fields(LimitArguments)}
-    changed |= {"mask_ratio_min": 1.0, "gsim_mask_ratio_min": 1.0, "reward_weights": None}
-    changed |= {"mask_law": "truncated_normal", "gsim_mask_law": "truncated_normal"}
+    changed |= {**ALL_MASKED, "reward_weights": None}
     changed |= {"steps_per_generation": 1, "num_generations": 1}  # one micro-batch of it is what counts
     changed |= {"distribution_weight": 0.0}  # it would look at real images at once; see `_batch`
     if vars(config).get("backprop_steps") == "random":

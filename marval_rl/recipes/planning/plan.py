@@ -32,7 +32,7 @@ GET_TOKENIZER = "official tokenizer: `marval-rl convert turkeyju/tokenizer_tatit
 GET_STUDENT = "a student comes from `marval-rl distill`"
 GET_VAE = "official VAE: download kl16.ckpt (link in LTH14/mar's README) and run `marval-rl convert kl16.ckpt FOLDER`"
 GET_REWARD = "docs/rewards.md says where its weights come from; a run downloads what is on the hub, a dry run does not"
-GET_PROMPTS = "a text file of one prompt a line will do (--prompts FILE)"
+GET_PROMPTS = "a text file of one prompt per line will do (--prompts FILE)"
 GET_CAPTIONS = "parquet files with an image column and a column of captions (caption_column)"
 GET_DATA = "put the images there, a folder for each class (ImageNet: n01440764, ...), or point --dataset at your copy"
 GET_CACHE = "caching reads the images once, from a folder for each class at --dataset (ImageNet: n01440764, ...)"
@@ -47,14 +47,12 @@ class TrainingPlan:
         footprint: None where no size is known.
         rows: Rows of data per epoch; None if unknown.
         missing: What does not exist on disk, and how to get it.
-        is_text: Whether the data are captions or prompts, of which no usual number is known.
     """
 
     data: str | None = None
     footprint: Footprint | None = None
     rows: int | None = None
     missing: list[str] = field(default_factory=list)
-    is_text: bool = False
 
     @contextmanager
     def needing(self, remedy: str) -> Iterator[None]:
@@ -124,6 +122,7 @@ def plan_reward_training(
     plan = TrainingPlan()
     anchored = config.has_auxiliary
     dataset = _data(plan, data, config.seed) if config.reads_images or data.is_bundled else None
+    plan.rows = None  # an epoch is of classes or prompts, which the student knows
     student = _model_config(plan, rewarded.model, GET_STUDENT, source, data, dataset)
     teacher = _model_config(plan, source.teacher, GET_TEACHER, source, data, dataset) if anchored else None
     for specs, kwargs in (
@@ -135,7 +134,6 @@ def plan_reward_training(
                 RewardSet(specs, None, kwargs, data.offers(lambda: student))
     if student is None or (anchored and teacher is None):
         return plan
-    plan.is_text = student.takes_prompts
     names = None if dataset is None else dataset.class_names
     with plan.needing(GET_PROMPTS) if student.takes_prompts else nullcontext():
         asked = {**rewarded.rolled_out(), "eval_prompts": data.eval_prompts}
@@ -154,9 +152,8 @@ def plan_reward_training(
 
 
 def _data(plan: TrainingPlan, data: DataArguments, seed: int) -> TrainingData | None:
-    plan.is_text = data.caption_column is not None
     remedy = GET_CACHE if data.cache_dir is not None else GET_DATA
-    with plan.needing(GET_CAPTIONS if plan.is_text else remedy):
+    with plan.needing(GET_CAPTIONS if data.caption_column is not None else remedy):
         dataset = data.load_training(None if data.is_bundled else 256, seed)
         plan.rows = len(dataset)
         plan.data = describe_data(dataset)
