@@ -131,7 +131,7 @@ def captures(monkeypatch) -> list[torch.Size]:
     """The batches that were captured."""
     made = []
 
-    def make_graphed_callables(function: Any, own: tuple[torch.Tensor, ...]) -> Any:
+    def make_graphed_callables(function: Any, own: tuple[torch.Tensor, ...], pool: Any) -> Any:
         made.append(own[0].shape)
         output = function(*own)
 
@@ -143,6 +143,7 @@ def captures(monkeypatch) -> list[torch.Size]:
         return replay
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     return made
 
 

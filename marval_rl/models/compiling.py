@@ -51,6 +51,7 @@ class CapturedGenerations:
     def __init__(self, student: MaskedModel) -> None:
         self.student = student
         self._graphs: dict[Hashable, Any] = {}
+        self._pool: Any = None  # memory that all graphs share: one is replayed at a time
 
     def tokens(
         self,
@@ -71,5 +72,6 @@ class CapturedGenerations:
         kind = (len(order), class_labels is None, num_unmasking_steps, autocast_dtype)
         if kind not in self._graphs:
             own = tuple(tensor.clone() for tensor in given)  # the graph reads its inputs from here
-            self._graphs[kind] = torch.cuda.make_graphed_callables(run, own)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[kind] = torch.cuda.make_graphed_callables(run, own, pool=self._pool)
         return self._graphs[kind](*given).clone()  # the next generation writes into the same memory
