@@ -83,7 +83,7 @@ def test_everything_at_once(evaluate, tmp_path, weights):
     np.savez(tmp_path / "r.npz", arr_0=read_images(sorted(reference.iterdir())).permute(0, 2, 3, 1).numpy())
     code, _, err, again = evaluate(
         *("--images", tmp_path / "set" / "images", "--eval_reference", tmp_path / "r.npz"),
-        *("--eval_features", f"inception:{weights},pixels"),
+        *("--eval_features", f"inception:{weights}", "pixels"),  # again, after a recipe was parsed in this process
         model=None,
     )
     assert (code, err) == (0, "")

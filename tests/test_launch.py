@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,12 +30,15 @@ from marval_rl.trainers import arguments
 from marval_rl.trainers.arguments import MARTrainingArguments
 
 HERE = Launch(num_processes=2)
+ALONE = "started as one of 2 (WORLD_SIZE), but runs as one of 1"
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
+def environment(monkeypatch):
+    """No launcher's, and in the processes one thread as in the tests: more have other last digits."""
     for name in (*SIZE_VARIABLES, "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def planned(*words: str) -> Launch | None:
@@ -46,17 +50,12 @@ def planned(*words: str) -> Launch | None:
 # How many, and where
 
 
-def test_without_an_option_there_is_no_launch():
-    assert planned() is None
-
-
 def test_processes_are_counted_over_all_machines():
-    words = "--num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 1234"
-    launch = planned(*words.split())
-    assert (launch.local_processes, launch.first_rank) == (4, 4)
-    assert planned("--num_processes", "8", "--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "a") == (
-        Launch(8, 2, 0, "a", 29500)
-    )
+    assert planned() is None
+    words = "--num_processes 8 --num_machines 2 --main_process_ip 10.0.0.1 --machine_rank"
+    launch = planned(*words.split(), "1", "--main_process_port", "1234")
+    assert (launch.local_processes, launch.first_rank, launch.main_process_port) == (4, 4, 1234)
+    assert planned(*words.split(), "0") == Launch(8, 2, 0, "10.0.0.1", 29500)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +108,9 @@ def test_mappings_json_and_files_are_read_as_presets_are(tmp_path):
         deepspeed_config("zero9")
 
 
+ZERO = {"distributed_type": "DEEPSPEED"}
+
+
 def write(path: Path, **config: Any) -> str:
     path.write_text(yaml.safe_dump(config))
     return str(path)
@@ -116,27 +118,18 @@ def write(path: Path, **config: Any) -> str:
 
 def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp_path):
     (tmp_path / "ds.json").write_text("{}")
-    file = write(
-        tmp_path / "a.yaml",
-        compute_environment="LOCAL_MACHINE",
-        distributed_type="DEEPSPEED",
-        mixed_precision="bf16",
-        num_machines=2,
-        num_processes=4,
-        machine_rank=0,
-        main_process_ip="10.0.0.1",
-        main_process_port=29501,
-        gpu_ids="0,1",
-        deepspeed_config={"deepspeed_config_file": str(tmp_path / "ds.json"), "zero3_init_flag": False},
-    )
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "mixed_precision": "bf16"}
+    config |= {"num_machines": 2, "num_processes": 4, "machine_rank": 0, "gpu_ids": "0,1"}
+    config |= {"main_process_ip": "10.0.0.1", "main_process_port": 29501}
+    config["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "ds.json"), "zero3_init_flag": False}
+    file = write(tmp_path / "a.yaml", **config)
     launch = planned("--accelerate_config", file, "--machine_rank", "1")
     assert (launch.num_processes, launch.num_machines, launch.machine_rank) == (4, 2, 1)
     assert (launch.main_process_ip, launch.main_process_port) == ("10.0.0.1", 29501)
     assert launch.settings == {"bf16": "true", "deepspeed": str(tmp_path / "ds.json")}
     assert launch.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert launch.with_settings(["r.yaml", "--bf16", "false", "--deepspeed=zero1"]) == [
-        "r.yaml", "--bf16", "false", "--deepspeed=zero1",
-    ]  # fmt: skip
+    words = ["r.yaml", "--bf16", "false", "--deepspeed=zero1"]
+    assert launch.with_settings(words) == words
 
 
 @pytest.mark.parametrize(
@@ -146,11 +139,8 @@ def test_a_configuration_of_accelerate_is_honoured_and_the_command_line_wins(tmp
         ({"mixed_precision": "fp8"}, "mixed_precision fp8 is not one of no, bf16, fp16"),
         ({"fsdp_config": {"a": 1}}, "fsdp_config is not understood here: start with `accelerate launch"),
         ({"num_processes": "many"}, "num_processes cannot be 'many'"),
-        (
-            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "no.json"}},
-            "no.json is missing",
-        ),
-        ({"distributed_type": "DEEPSPEED"}, "no preset fits its deepspeed_config"),
+        ({**ZERO, "deepspeed_config": {"deepspeed_config_file": "no.json"}}, "no.json is missing"),
+        (ZERO, "no preset fits its deepspeed_config"),
     ],
 )
 def test_options_that_only_accelerate_supports_are_refused(tmp_path, config, message):
@@ -158,15 +148,19 @@ def test_options_that_only_accelerate_supports_are_refused(tmp_path, config, mes
         read_accelerate_config(write(tmp_path / "a.yaml", **config))
 
 
-def test_a_configuration_for_the_cpu_sets_use_cpu(tmp_path):
-    file = write(tmp_path / "a.yaml", distributed_type="MULTI_CPU", mixed_precision=False, num_processes=2)
-    assert read_accelerate_config(file).settings == {"use_cpu": "true"}
+OFFLOADED = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none"}
 
 
-def test_a_stage_without_a_file_is_the_preset(tmp_path):
-    config = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none"}
-    file = write(tmp_path / "a.yaml", distributed_type="DEEPSPEED", deepspeed_config=config)
-    assert read_accelerate_config(file).settings == {"deepspeed": "zero3_offload"}
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({"distributed_type": "MULTI_CPU", "mixed_precision": False, "num_processes": 2}, {"use_cpu": "true"}),
+        ({**ZERO, "deepspeed_config": OFFLOADED}, {"deepspeed": "zero3_offload"}),
+    ],
+    ids=["for the CPU", "a stage without a file"],
+)
+def test_a_configuration_becomes_settings(tmp_path, config, settings):
+    assert read_accelerate_config(write(tmp_path / "a.yaml", **config)).settings == settings
 
 
 @pytest.mark.parametrize("file", sorted((RECIPES.parent / "accelerate").glob("*.yaml")), ids=lambda file: file.name)
@@ -185,16 +179,14 @@ def test_a_dry_run_prints_the_launch_and_plans_with_its_processes(tiny_runs, tmp
     launch = "--num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --accelerate_config zero2"
     assert main([*words, *launch.split()]) == 0
     output = capsys.readouterr().out
-    assert (
-        "would launch 2 processes here, ranks 2 to 3 of 4, machine 1 of 2, the first process at 10.0.0.1:29500"
-        in output
-    )
-    assert "--dry_run --deepspeed zero2" in output
-    assert (
-        "images per update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes" in output
-    )
-    assert "generation batch: 128 images = 32 groups of 4" in output
-    assert "planned for 4 processes in float32" in output
+    for line in (
+        "would launch 2 processes here, ranks 2 to 3 of 4, machine 1 of 2, the first process at 10.0.0.1:29500",
+        "--dry_run --deepspeed zero2",
+        "images per update: 64 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 4 processes",
+        "generation batch: 128 images = 32 groups of 4",
+        "planned for 4 processes in float32",
+    ):
+        assert line in output
     assert not (tmp_path / "run").exists()
 
 
@@ -240,10 +232,7 @@ def test_a_real_run_of_a_bf16_recipe_stops_before_any_work(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (
-            {"WORLD_SIZE": "2"},
-            r"started as one of 2 \(WORLD_SIZE\), but runs as one of 1",
-        ),
+        ({"WORLD_SIZE": "2"}, re.escape(ALONE)),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, r"started as one of 4 \(OMPI_COMM_WORLD_SIZE\)"),
         ({"PMI_SIZE": "2"}, r"--num_processes 2, torchrun or `accelerate launch`; or unset PMI_SIZE"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment is 'two', not a number of processes"),
@@ -274,9 +263,6 @@ def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
         MARTrainingArguments(str(tmp_path))
 
 
-ALONE = "started as one of 2 (WORLD_SIZE), but runs as one of 1"
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -302,18 +288,11 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_are_one_run_without_a_flag_for_the_cpu(launcher, tiny_runs, tmp_path):
     before, after = LAUNCHERS[launcher]
-    port = get_free_port()
-    config = write(
-        tmp_path / "config.yaml", distributed_type="MULTI_GPU", num_processes=2, main_process_port=port, num_machines=1
-    )
-    words = command_line("distill", tmp_path / "run", **tiny_runs.models_of("distill"))
-    done = subprocess.run(
-        [sys.executable, *before.format(config=config).split(), *words, *after.split()],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    config = {"distributed_type": "MULTI_GPU", "num_processes": 2, "num_machines": 1}
+    file = write(tmp_path / "config.yaml", **config, main_process_port=get_free_port())
+    before = before.format(config=file).split()
+    words = [*before, *command_line("distill", tmp_path / "run", **tiny_runs.models_of("distill")), *after.split()]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("x 2 processes") == done.stdout.count("done: ") == 1
     if not arguments.torch.cuda.is_available():
@@ -340,22 +319,12 @@ def start(script: str, launch: Launch = HERE, grace: float = 30.0, words: tuple[
 
 
 def test_every_process_knows_its_place_and_gets_the_arguments_as_they_are(tmp_path):
-    names = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "CUDA_VISIBLE_DEVICES",
-        "MASTER_PORT",
-    )
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    names += ("CUDA_VISIBLE_DEVICES", "MASTER_PORT")
     said = f"' '.join([*(os.environ[n] for n in {names}), *sys.argv[1:]])"
     words = ("$HOME", "$$", "${local_rank}", "a")
-    start(
-        f"pathlib.Path({str(tmp_path)!r}, str(rank)).write_text({said})",
-        Launch(num_processes=2, environment={"CUDA_VISIBLE_DEVICES": "3,4"}),
-        words=words,
-    )
+    launch = Launch(num_processes=2, environment={"CUDA_VISIBLE_DEVICES": "3,4"})
+    start(f"pathlib.Path({str(tmp_path)!r}, str(rank)).write_text({said})", launch, words=words)
     places = [(tmp_path / rank).read_text().split() for rank in ("0", "1")]
     for rank, place in enumerate(places):
         assert place[:6] == [str(rank), str(rank), "2", "2", "127.0.0.1", "3,4"] and place[7:] == list(words)
@@ -381,7 +350,7 @@ def test_a_failure_is_reported_once_with_the_message_of_the_process_that_failed(
     assert capfd.readouterr() == ("", "")
 
 
-def test_failed_processes_are_restarted_so_often_but_not_for_wrong_input(capfd):
+def test_failed_processes_are_restarted_up_to_a_number_but_not_for_wrong_input(capfd):
     start("if attempt < 2 and rank: fail(1, f'broken in attempt {attempt}')", Launch(num_processes=2, max_restarts=2))
     assert capfd.readouterr().err.splitlines() == [
         f"marval-rl: process 1 of 2: broken in attempt {attempt}; restart {attempt + 1} of 2" for attempt in (0, 1)
@@ -459,7 +428,7 @@ def test_the_end_of_a_process_waits_for_threads_but_ends_none_that_uses_torch():
 
 
 SHORT = {"gsim_weight": 0, "steps_per_generation": 1, "eval_strategy": "no", "eval_on_start": False}
-CRASH = """
+REWARD = '''
 import os
 import signal
 
@@ -467,22 +436,25 @@ scored = 0
 
 
 def brightness(images, **columns):
-    \"""Kills its process when it comes here for the sixth time, before any restart.\"""
+    """Sends a signal when it comes here for that time."""
     global scored
     scored += 1
-    if scored == 6 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if scored == {time} and {condition}:
+        os.kill({process}, signal.{signal})
     return images.mean(dim=(1, 2, 3))
-"""
+'''
 
 
-def test_a_restarted_run_continues_from_its_checkpoint_to_the_end_of_an_undisturbed_one(
-    tiny_runs, tmp_path, capfd, monkeypatch
-):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the tests have: more threads have other last digits
-    (tmp_path / "rewards.py").write_text(CRASH)
-    settings = {**SHORT, "max_steps": 8, "save_steps": 3, "model": tiny_runs.student}
-    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness"}
+def deadly(folder: Path, **signal: Any) -> dict[str, Any]:
+    """The settings of a short run by a reward that sends this signal."""
+    (folder / "rewards.py").write_text(REWARD.format(**signal))
+    return {**SHORT, "reward_funcs": f"{folder / 'rewards.py'}:brightness"}
+
+
+def test_a_restarted_run_continues_from_its_checkpoint_to_the_end_of_an_undisturbed_one(tiny_runs, tmp_path, capfd):
+    first = 'os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"'
+    settings = deadly(tmp_path, time=6, condition=first, process="os.getpid()", signal="SIGKILL")
+    settings |= {"max_steps": 8, "save_steps": 3, "model": tiny_runs.student}
     assert main(command_line("grpo", tmp_path / "undisturbed", **settings)) == 0
     crashing = command_line("grpo", tmp_path / "run", "--overwrite_output_dir", "--num_processes", "1", **settings)
     assert main([*crashing, "--max_restarts", "1"]) == 0
@@ -495,48 +467,23 @@ def test_a_restarted_run_continues_from_its_checkpoint_to_the_end_of_an_undistur
 
 # Two machines, both of them this one
 
-PREEMPTION = """
-import os
-import signal
-
-scored = 0
-
-
-def brightness(images, **columns):
-    \"""The launcher of the second machine gets SIGTERM when it comes here for the third time.\"""
-    global scored
-    scored += 1
-    if scored == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getppid(), signal.SIGTERM)
-    return images.mean(dim=(1, 2, 3))
-"""
-
 
 def test_two_machines_train_together_and_stop_together(tiny_runs, tmp_path):
     run = tmp_path / "run"
-    (tmp_path / "rewards.py").write_text(PREEMPTION)
-    settings = {**SHORT, "max_steps": 1000, "save_steps": 1000, "model": tiny_runs.student}
-    settings |= {"reward_funcs": f"{tmp_path / 'rewards.py'}:brightness"}
+    # The launcher of the second machine gets the signal.
+    settings = deadly(tmp_path, time=3, condition='os.environ["RANK"] == "1"', process="os.getppid()", signal="SIGTERM")
+    settings |= {"max_steps": 1000, "save_steps": 1000, "model": tiny_runs.student}
     words = command_line("grpo", run, **settings)
     words += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.2"]
     words += ["--main_process_port", str(get_free_port())]
-    machines = [
-        subprocess.Popen(
-            [sys.executable, "-m", "marval_rl", *words, "--machine_rank", rank],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    command = [sys.executable, "-m", "marval_rl", *words, "--machine_rank"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    machines = [subprocess.Popen([*command, rank], **pipes) for rank in ("0", "1")]
     (output, errors), (silent, others) = (machine.communicate(timeout=240) for machine in machines)
     assert [machine.returncode for machine in machines] == [130, 130], errors + others
-    for text in (errors, others):
-        assert text.splitlines()[-1] == "marval-rl: error: interrupted"
-    assert (
-        "images per update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes" in output
-    )
+    assert [text.splitlines()[-1] for text in (errors, others)] == ["marval-rl: error: interrupted"] * 2
+    batch = "images per update: 32 = per_device_train_batch_size 16 x gradient_accumulation_steps 1 x 2 processes"
+    assert batch in output
     step = read_lines(run)[-1]["step"]
     assert f"stopped at step {step}: a checkpoint is kept, --resume continues from it" in output
     assert silent == ""

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -59,10 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group(
         "what images are compared with, as in a recipe (default: as the recipe.yaml of the run says)"
     )
+    hints = get_type_hints(DataArguments)
     data.add_argument("--recipe", type=Path, metavar="FILE", help="another recipe than the run's")
     for f in dataclasses.fields(DataArguments):
         if f.name in DATA_SETTINGS:
-            count = "+" if f.type == list[str] | None else None
+            count = "+" if hints[f.name] == list[str] | None else None  # the recipe parser changes f.type
             data.add_argument(f"--{f.name}", nargs=count, metavar="VALUE", help=f.metadata["help"].replace("%", "%%"))
     parser.add_argument("--rewards", nargs="+", metavar="NAME", help="rewards to score with")
     parser.add_argument("--reward_kwargs", metavar="YAML", help="reward name -> what its class is made with")
