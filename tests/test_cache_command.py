@@ -10,10 +10,10 @@ import pytest
 import yaml
 from tiny_images import SIZE, contents, noise_image, tiny_autoencoder, write_partly_corrupt_folder
 
+from marval_rl.cli import cache as cache_command
 from marval_rl.cli.launch import Launch
 from marval_rl.cli.main import main
 from marval_rl.data import MomentsCache
-from marval_rl.data.moments import cache_report
 from marval_rl.errors import MarvalError, RecipeError
 from marval_rl.launched import LAUNCHER, find_place
 
@@ -180,7 +180,7 @@ def test_other_settings_than_before_are_refused(cache, tmp_path):
 
 
 def test_lines_of_progress_come_now_and_then(cache, monkeypatch):
-    monkeypatch.setattr(cache_report, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(cache_command, "SECONDS_BETWEEN_LINES", 0)
     out = cache()[1].splitlines()
     assert len(out) == 1 + 15 + 3  # the images, a line per batch, and the summary
     assert out[3].startswith("1 of 8 shards, ") and out[15].endswith(" images/s, 2 skipped")
