@@ -164,6 +164,7 @@ def test_verify_names_bad_shards_which_a_rerun_mends(cache, tmp_path):
         (["--cache_dir", "null"], 2, "cache_dir is not set"),
         (["--cache_dtype", "int8"], 2, "--cache_dtype: expected one of float32, float16, bfloat16, got 'int8'"),
         (["--num_processes", "0"], 2, "num_processes must be at least 1, not 0"),
+        (["--shard_size", "0"], 2, "shard_size must be at least 1, not 0"),
         (["--image_size", "15"], 2, "image_size 15 is not a multiple of the VAE's stride 2"),
         (["--shard_sise", "4"], 2, "unknown option --shard_sise; did you mean shard_size"),
     ],
