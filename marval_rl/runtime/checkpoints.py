@@ -10,13 +10,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from marval_rl.environment import environment
 from marval_rl.errors import CheckpointError, first_line
 from marval_rl.runtime.distributed import gather_objects
 
@@ -220,11 +220,12 @@ class CheckpointWriter:
             )
 
     def _write_manifest(self, files: dict[str, dict[str, int]]) -> None:
+        here = environment()
         manifest = {
             "format": FORMAT,
             "step": self.step,
             "layout": asdict(self.layout),
-            "versions": _versions("marval_rl", "torch", "transformers", "deepspeed"),
+            "versions": {name: here[name] for name in ("marval_rl", "torch", "transformers", "deepspeed")},
             "files": dict(sorted(files.items())),
         }
         path = self.folder / MANIFEST
@@ -279,13 +280,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _versions(*packages: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
