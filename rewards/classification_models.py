@@ -17,7 +17,7 @@ from marval_rl.errors import CheckpointError, RewardError, first_line, nearest
 
 from .preprocessing import FILTERS, Preprocessing
 from .sharing import shared_network, weights_identity
-from .weights import LOADING_ERRORS, check_exists_if_local, load_pretrained, load_strictly, read_tensors
+from .weights import check_exists_if_local, load_pretrained, load_strictly, loading, read_tensors
 
 TIMM = "timm:"
 
@@ -81,10 +81,8 @@ def load_classification_model(model: str, weights: str | None, dtype: str) -> Cl
 
 
 def _transformers_preprocessing(model: str) -> Preprocessing:
-    try:
+    with loading(f"the image processor of {model}"):
         processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load the image processor of {model}: {first_line(error)}") from error
     kind = type(processor).__name__.removesuffix("Pil")  # the same processor with another library for pixels
     if kind == "TimmWrapperImageProcessor":
         return _timm_preprocessing(processor.data_config, model)

@@ -18,7 +18,7 @@ from marval_rl.errors import CheckpointError, RewardError, first_line, nearest
 from .network_reward import CosineReward
 from .preprocessing import FILTERS, Preprocessing
 from .sharing import shared_network, weights_identity
-from .weights import LOADING_ERRORS, check_finite
+from .weights import check_finite, loading
 
 SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip: a folder or repository with the configuration and the weights
 
@@ -92,7 +92,8 @@ def load_clip(model: str, pretrained: str | None, dtype: str) -> tuple[nn.Module
     schema = next(filter(model.startswith, SCHEMAS), "")
     weights = weights_identity(model.removeprefix(schema)) if pretrained is None else weights_identity(pretrained)
     source = ("open_clip", schema or model, weights, dtype)
-    with _loading(model, pretrained):
+    hint = " (a file must be safetensors or a state_dict of tensors; for OpenAI's .pt files use the tag openai)"
+    with loading(f"the CLIP model {model!r} with the weights {pretrained!r}", hint):
         network = shared_network(source, lambda: _load_network(open_clip, model, pretrained))
         tokenizer = open_clip.get_tokenizer(model)
     return network, tokenizer, _preprocessing(model, network.visual.preprocess_cfg)
@@ -154,17 +155,6 @@ def _wants_quick_gelu(open_clip: ModuleType, model: str, pretrained: str) -> boo
         if file.name == download or hub_folder in file.parts:
             return settings.get("quick_gelu", False)
     return True if "quickgelu" in file.name.lower() or "openai" in file.name.lower() else None
-
-
-@contextmanager
-def _loading(model: str, pretrained: str | None) -> Iterator[None]:
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        raise CheckpointError(
-            f"cannot load the CLIP model {model!r} with the weights {pretrained!r}: {first_line(error)} "
-            "(a file must be safetensors or a state_dict of tensors; for OpenAI's .pt files use the tag openai)"
-        ) from error
 
 
 def _load_network(open_clip: ModuleType, model: str, pretrained: str | None) -> nn.Module:

@@ -19,7 +19,7 @@ from marval_rl.errors import CheckpointError, first_line
 from .network_reward import NetworkReward, score_head
 from .preprocessing import Preprocessing
 from .sharing import shared_network, weights_identity
-from .weights import LOADING_ERRORS, check_exists_if_local, load_strictly, read_tensors
+from .weights import check_exists_if_local, load_strictly, loading, read_tensors
 
 MAX_TOKENS = 35
 MARKERS = 2  # [DEC] and [ENC], which the published model appends to BERT's vocabulary and never uses here
@@ -213,13 +213,8 @@ def _load_tokenizer(name_or_path: str, vocab_size: int) -> BertTokenizer:
             vocabulary = {line.rstrip("\n"): number for number, line in enumerate(lines)}
         tokenizer = BertTokenizer(vocab=vocabulary, do_lower_case=True)
     else:
-        try:
+        with loading(f"the tokenizer {name_or_path!r}", "; give the path of bert-base-uncased's vocab.txt"):
             tokenizer = BertTokenizer.from_pretrained(name_or_path)
-        except LOADING_ERRORS as error:
-            raise CheckpointError(
-                f"the tokenizer {name_or_path!r} cannot be loaded (give the path of bert-base-uncased's vocab.txt): "
-                f"{first_line(error)}"
-            ) from error
     if len(tokenizer) + MARKERS != vocab_size:
         raise CheckpointError(
             f"the tokenizer {name_or_path!r} has {len(tokenizer)} tokens, but the network's vocabulary of {vocab_size} "

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from marval_rl.errors import CheckpointError, first_line
-
 from .network_reward import CosineReward
 from .preprocessing import Preprocessing
 from .sharing import shared_network, weights_identity
-from .weights import LOADING_ERRORS, check_exists_if_local, load_pretrained
+from .weights import check_exists_if_local, load_pretrained, loading
 
 
 class PickScore(CosineReward):
@@ -38,7 +36,8 @@ class PickScore(CosineReward):
         check_exists_if_local("the model", model)
         check_exists_if_local("the processor", processor)
         preprocessing = _load_preprocessing(processor)
-        self.tokenizer = _load_tokenizer(processor)
+        with loading(f"the tokenizer of {processor}"):
+            self.tokenizer = AutoTokenizer.from_pretrained(processor)
         source = ("transformers.CLIPModel", weights_identity(model), dtype)
         network = shared_network(source, lambda: load_pretrained(CLIPModel, model, "CLIPModel"))
         self.max_tokens = network.config.text_config.max_position_embeddings
@@ -67,20 +66,11 @@ class PickScore(CosineReward):
 
 
 def _load_preprocessing(processor: str) -> Preprocessing:
-    try:
+    with loading(f"the image processor of {processor}"):
         settings = CLIPImageProcessor.from_pretrained(processor)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load the image processor of {processor}: {first_line(error)}") from error
     return Preprocessing(
         size=settings.crop_size["height"],
         mean=tuple(settings.image_mean),
         std=tuple(settings.image_std),
         crop_start=int,
     )
-
-
-def _load_tokenizer(processor: str) -> AutoTokenizer:
-    try:
-        return AutoTokenizer.from_pretrained(processor)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load the tokenizer of {processor}: {first_line(error)}") from error

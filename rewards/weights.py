@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ LOADING_ERRORS = (
     pickle.UnpicklingError,
     SafetensorError,
 )
+
+
+@contextmanager
+def loading(what: str, hint: str = "") -> Iterator[None]:
+    """Within it what a library raises for files that it cannot load becomes a CheckpointError that names them."""
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"cannot load {what}: {first_line(error)}{hint}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -68,13 +78,11 @@ def load_pretrained(model_class: Any, name_or_path: str, what: str, **options: A
 
     what is what it should be, for messages. Raises CheckpointError.
     """
-    try:
-        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
-            network, info = model_class.from_pretrained(
-                name_or_path, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **options
-            )
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load the {what} {name_or_path}: {first_line(error)}") from error
+    # Weights are drawn before they are loaded.
+    with loading(f"the {what} {name_or_path}"), torch.random.fork_rng(devices=[]):
+        network, info = model_class.from_pretrained(
+            name_or_path, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **options
+        )
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             shown = ", ".join(map(str, sorted(info[problem], key=str)[:3]))

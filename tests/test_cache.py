@@ -354,17 +354,9 @@ def test_images_that_cannot_be_read_at_all_are_not_skipped(build, tmp_path):
         build(source=source)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image_size": 15}, "image_size 15 is not a multiple of the VAE's stride 2"),
-        ({"shard_size": 0}, "shard_size must be at least 1, not 0"),
-        ({"dtype": "int8"}, "unknown cache_dtype 'int8'; known: float32, float16, bfloat16"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused_before_anything_is_written(build, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        build(**changes)
+def test_a_size_that_does_not_suit_the_vae_is_refused_before_anything_is_written(build, tmp_path):
+    with pytest.raises(ValueError, match="image_size 15 is not a multiple of the VAE's stride 2"):
+        build(image_size=15)
     assert not (tmp_path / "cache").exists()
 
 

@@ -11,11 +11,10 @@ import yaml
 from huggingface_hub import constants
 from tiny_images import SIZE, contents, noise_image, tiny_autoencoder, write_partly_corrupt_folder
 
-from marval_rl.cli import cache as command
+from marval_rl.cli import cache as cache_command
 from marval_rl.cli.launch import Launch
 from marval_rl.cli.main import main
 from marval_rl.data import MomentsCache
-from marval_rl.data.moments import cache_report
 from marval_rl.errors import CheckpointError, MarvalError, RecipeError
 from marval_rl.launched import LAUNCHER, find_place
 
@@ -89,7 +88,7 @@ def test_a_dry_run_does_not_ask_the_hub(cache, monkeypatch):
         asked.append((name, constants.HF_HUB_OFFLINE))
         raise CheckpointError("not in the hub's cache")
 
-    monkeypatch.setattr(command, "load_codec", load)
+    monkeypatch.setattr(cache_command, "load_codec", load)
     assert "missing: not in the hub's cache" in cache("--dry_run", "--vae", "owner/vae")[1]
     assert asked == [("owner/vae", True)] and not constants.HF_HUB_OFFLINE
 
@@ -179,6 +178,7 @@ def test_verify_names_bad_shards_which_a_rerun_repairs(cache, tmp_path):
         (["--cache_dir", "null"], 2, "cache_dir is not set"),
         (["--cache_dtype", "int8"], 2, "--cache_dtype: expected one of float32, float16, bfloat16, got 'int8'"),
         (["--num_processes", "0"], 2, "num_processes must be at least 1, not 0"),
+        (["--shard_size", "0"], 2, "shard_size must be at least 1, not 0"),
         (["--image_size", "15"], 2, "image_size 15 is not a multiple of the VAE's stride 2"),
         (["--shard_sise", "4"], 2, "unknown option --shard_sise; did you mean shard_size"),
     ],
@@ -195,7 +195,7 @@ def test_other_settings_than_before_are_refused(cache, tmp_path):
 
 
 def test_lines_of_progress_come_now_and_then(cache, monkeypatch):
-    monkeypatch.setattr(cache_report, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(cache_command, "SECONDS_BETWEEN_LINES", 0)
     out = cache()[1].splitlines()
     assert len(out) == 1 + 15 + 3  # the images, a line per batch, and the summary
     assert out[3].startswith("1 of 8 shards, ") and out[15].endswith(" images/s, 2 skipped")

@@ -308,11 +308,6 @@ def test_files_that_cannot_be_read(tmp_path):
             parse(path)
 
 
-def test_a_field_without_default_must_be_set():
-    with pytest.raises(RecipeError, match="model is not set: give it in the recipe, or as --model VALUE"):
-        parse(None)
-
-
 def test_an_error_of_a_constructor_is_a_recipe_error():
     with pytest.raises(RecipeError, match="num_generations must be at least 2, got 1"):
         parse(None, "--model", "a", "--num_generations", "1")

@@ -115,12 +115,12 @@ def test_a_finished_run_and_a_named_checkpoint_are_resumed_to_the_same_end(undis
 def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path, resume):
     torn = tmp_path / "checkpoint-2"
     torn.mkdir()
-    (torn / "trainer_state.json").write_text('{"global_step": 2, "log_hist')
+    (torn / "manifest.json").write_text('{"step": 2, "fil')
     if resume == "latest":
         with pytest.raises(CheckpointError, match="no complete checkpoint to --resume from; checkpoint-2 is damaged"):
             find_checkpoint(tmp_path, "latest")
     else:
-        with pytest.raises(CheckpointError, match=r"checkpoint-2 is not a complete checkpoint: trainer_state"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 is not a complete checkpoint: manifest.json is d"):
             find_checkpoint(tmp_path, str(torn))
 
 
@@ -199,7 +199,7 @@ def test_an_interrupted_process_keeps_a_checkpoint_and_is_resumed_to_the_same_we
 def test_checkpoints_are_compared_as_numbers_and_other_folders_passed_over(tmp_path):
     for name in ("checkpoint-old", "checkpoint-", "checkpoint-3", "checkpoint-20"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "manifest.json").write_text('{"files": {}}')
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-20"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import yaml
 from tiny_recipes import comparable_lines, run_recipe
 
-from marval_rl.runtime.checkpoints import MANIFEST
 from marval_rl.runtime.resume import remove_earlier_run
 
 SHORT = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "lr_scheduler_type": "linear"}
@@ -106,17 +104,6 @@ def test_the_wish_to_overwrite_is_not_recorded(resume, tmp_path):
     assert resume("--overwrite_output_dir", "true") == 0
     assert "overwrite_output_dir" not in yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert resume() == 0
-
-
-def test_weights_without_the_optimizer_are_not_resumed(resume, tmp_path, complaint):
-    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        for name in ("optimizer.pt", "scheduler.pt"):  # as save_only_model left them out
-            (checkpoint / name).unlink()
-            del manifest["files"][name]
-        (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-    line = complaint(1, resume())
-    assert "weights without the optimizer's state" in line and "--overwrite_output_dir" in line
 
 
 # An earlier run without a checkpoint

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from marval_rl.evaluation.speed import seconds_of
 from marval_rl.models.matmul import quick_products
 
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -37,7 +37,7 @@ def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int, device:
     all of them."""
     for function in functions.values():
         function()
-    rounds = [{name: _seconds(function, device) for name, function in functions.items()} for _ in range(repeats)]
+    rounds = [{name: seconds_of(function, device) for name, function in functions.items()} for _ in range(repeats)]
     return {name: Times([one[name] for one in rounds]) for name in functions}
 
 
@@ -59,16 +59,3 @@ def bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     times = in_turn({"copy": lambda: target.copy_(source)}, MACHINE_REPEATS, device)["copy"]
     return 2 * COPIED_BYTES[device.type] / times.median
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    _wait_for(device)
-    start = time.perf_counter()
-    function()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,24 @@ from marval_rl.benchmarks.timing import bandwidth, matrix_rate
 from marval_rl.benchmarks.training import throughput, trainer_steps
 from marval_rl.cli.arguments import add_device_arguments, autocast_dtype, chosen_device, quiet_libraries
 from marval_rl.errors import check_output
-from marval_rl.models import MARConfig, MARModel, MaskedModel
+from marval_rl.models import MARModel, MaskedConfig, MaskedModel
 from marval_rl.models.checkpoints import load_model, new_model
 from marval_rl.models.compiling import CapturedGenerations, compile_blocks
 from marval_rl.paths import path_or_id
-from marval_rl.recipes.network_arguments import PUBLISHED_SIZES
+from marval_rl.recipes.network_arguments import PUBLISHED_SIZES, ModelArguments
 from marval_rl.recipes.values import read_list
 from marval_rl.trainers.distill import student_from_teacher
 
-# As the demo's recipes have them.
-_SMALL: dict[str, Any] = {
-    "image_channels": 1,
-    "latent_stride": 1,
-    "latent_channels": 1,
-    "num_classes": 10,
-    "buffer_size": 4,
-}
-_SMALL |= {f"{part}_hidden_size": 128 for part in ("encoder", "decoder")}
-_SMALL |= {f"{part}_num_layers": 2 for part in ("encoder", "decoder")}
-_SMALL |= {f"{part}_num_heads": 4 for part in ("encoder", "decoder")} | {"head_num_layers": 3, "clip_sample_range": 1.0}
-SMALL_SIZES = {
-    "digits": {**_SMALL, "image_size": 8, "patch_size": 2, "head_hidden_size": 128},
-    "mnist": {**_SMALL, "image_size": 28, "patch_size": 7, "head_hidden_size": 256},
+# Widths and depths of the demo's recipes, MAR's dropout; latents that are the pixels of grey digits.
+_PIXELS = {"image_channels": 1, "latent_stride": 1, "latent_channels": 1, "num_classes": 10, "clip_sample_range": 1.0}
+SIZES: dict[str, Callable[[], MaskedConfig]] = {
+    "digits": lambda: ModelArguments(dropout=0.1).config({"image_size": 8, **_PIXELS}),
+    "mnist": lambda: ModelArguments(patch_size=7, head_hidden_size=256, dropout=0.1).config(
+        {"image_size": 28, **_PIXELS}
+    ),
+    **PUBLISHED_SIZES,
 }
 SHOWN_SHARE = 0.005  # of a phase, in the tables
-SIZES = [*SMALL_SIZES, *PUBLISHED_SIZES]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,13 +115,11 @@ def models(args: argparse.Namespace) -> tuple[MaskedModel, MaskedModel]:
     given = (args.teacher, args.student)
     if args.model_size is not None and given == (None, None):
         torch.manual_seed(0)
-        small = args.model_size in SMALL_SIZES
-        config = MARConfig(**SMALL_SIZES[args.model_size]) if small else PUBLISHED_SIZES[args.model_size]()
-        teacher = new_model(config).eval()
+        teacher = new_model(SIZES[args.model_size]()).eval()
         teacher.set_blank_conditions()
         return teacher, student_from_teacher(teacher, student_timestep=700).eval()
     if args.model_size is not None or None in given:
-        raise ValueError(f"give TEACHER and STUDENT, or --model_size {', '.join(SIZES[:-1])} or {SIZES[-1]}")
+        raise ValueError(f"give TEACHER and STUDENT, or --model_size {', '.join([*SIZES][:-1])} or {[*SIZES][-1]}")
     teacher, student = load_model(args.teacher, one_step=False), load_model(args.student, one_step=True)
     teacher.set_blank_conditions()
     student.share_conditions(teacher)

@@ -5,9 +5,12 @@
 import argparse
 import math
 import shutil
+import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,9 +18,9 @@ from marval_rl.cli.arguments import add_recipe_argument, quiet_libraries
 from marval_rl.cli.launch import Launch
 from marval_rl.cli.processes import run_processes
 from marval_rl.data.class_names import describe_classes
-from marval_rl.data.moments.cache_report import Reporter, print_summary
 from marval_rl.data.moments.changes import Changes, drop_changed_shards, find_changes
 from marval_rl.data.moments.manifest import (
+    MANIFEST,
     begin,
     check_settings,
     missing_shards,
@@ -26,7 +29,7 @@ from marval_rl.data.moments.manifest import (
     write_manifest,
 )
 from marval_rl.data.moments.shards import DTYPES
-from marval_rl.data.moments.writer import CacheJob, build_cache
+from marval_rl.data.moments.writer import CacheJob, CacheProgress, build_cache
 from marval_rl.errors import DataError, MarvalError, RecipeError
 from marval_rl.launched import Place, find_place, is_started_here
 from marval_rl.models.checkpoints import load_config
@@ -43,6 +46,9 @@ from marval_rl.recipes.reading import build_configs, read_settings
 from marval_rl.runtime.settings import setting
 from marval_rl.text import dump_yaml
 from marval_rl.trainers.distill import DistillConfig
+
+SECONDS_BETWEEN_LINES = 10  # of progress
+SHOWN_SKIPPED = 20
 
 
 @dataclass
@@ -170,6 +176,39 @@ def choose_device(place: Place, use_cpu: bool) -> torch.device:
     if use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+
+
+class Reporter:
+    """Prints how far a process is, now and then, and each skipped image at once."""
+
+    def __init__(self, place: Place):
+        self.prefix = f"process {place.rank} of {place.world_size}: " if place.world_size > 1 else ""
+        self.printed = time.monotonic()
+
+    def __call__(self, progress: CacheProgress) -> None:
+        for image in progress.skipped:
+            print(f"{self.prefix}skipped {image['name']}: {image['reason']}", file=sys.stderr, flush=True)
+        if time.monotonic() - self.printed < SECONDS_BETWEEN_LINES:
+            return
+        self.printed = time.monotonic()
+        print(
+            f"{self.prefix}{progress.shards_done} of {progress.shards_total} shards, "
+            f"{progress.images_per_second:.1f} images/s, {progress.num_skipped} skipped",
+            flush=True,
+        )
+
+
+def print_summary(folder: Path, manifest: dict[str, Any]) -> None:
+    """What a finished cache holds, and what was skipped."""
+    skipped = manifest["skipped"]
+    print(
+        f"done: {folder} holds {manifest['images']} images of {len(manifest['class_names'])} classes in "
+        f"{len(manifest['shards'])} shards ({manifest['bytes'] / 2**30:.2f} GiB); {len(skipped)} corrupt ones skipped"
+    )
+    for image in skipped[:SHOWN_SKIPPED]:
+        print(f"  {image['name']}: {image['reason']}")
+    if len(skipped) > SHOWN_SKIPPED:
+        print(f"  and {len(skipped) - SHOWN_SKIPPED} more, all in {folder / MANIFEST}")
 
 
 def print_plan(data: DataArguments, source: TeacherArguments, cache: CacheArguments) -> None:

@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, extra: list[str]) -> None:
     """Runs all stages, prints a table, and says where picture and report are."""
+    from marval_rl.cli.sample import labelled  # imports torch
+
     start = time.monotonic()
     recipes = args.recipes or (QUICK_RECIPES if args.quick else RECIPES)
     teacher, student, rl_alone, rl = (args.output_dir / name for name in ("teacher", "distill", "rl_alone", "rl"))
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> None:
         call("sample", run_folder, *options, "--per_class", "6", "--plain", "--output", grids[title], silent=True)
         evaluations[title] = json.loads(measured.read_text())
     names = save_real_images(student, grids["real images"])
-    picture = save_picture(grids, names, args.output_dir / "demo.png")
+    picture = args.output_dir / "demo.png"
+    labelled({title: Image.open(grid).convert("RGB") for title, grid in grids.items()}, names).save(picture)
 
     print_table(evaluations, before=f"student, K={STEPS}", after="RL + distribution")
     print("\nspeed:")
@@ -144,14 +147,6 @@ def print_table(evaluations: dict[str, dict[str, Any]], before: str, after: str)
             effect = "stayed" if abs(other - one) <= 2 * std else ("rose" if other > one else "fell")
         print(f"{name:17s}{columns}   {effect}")
     print(EXPLANATION.format(num_images=evaluations[after]["settings"]["num_images"]))
-
-
-def save_picture(grids: dict[str, Path], row_names: list[str], path: Path) -> Path:
-    """The grids side by side, a title above each, the classes' names beside the rows."""
-    from marval_rl.cli.sample import labelled
-
-    labelled({title: Image.open(grid).convert("RGB") for title, grid in grids.items()}, row_names).save(path)
-    return path
 
 
 def minutes(start: float) -> str:

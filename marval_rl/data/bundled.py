@@ -53,14 +53,12 @@ class BundledImages(LabelledImages):
     arrays: the grey levels, float32 [N, H, W] in 0..1
 
     Raises:
-        DataError: For an unknown set or split, and if the package that holds the set is not installed.
+        DataError: For an unknown split, and if the package that holds the set is not installed.
     """
 
     def __init__(self, name: str, split: str = "train"):
         from sklearn.model_selection import train_test_split  # slow to import
 
-        if name not in BUNDLED:
-            raise DataError(f"unknown data set {name!r}; known: {', '.join(BUNDLED)}")
         if split not in SPLITS:
             raise DataError(f"{name} has no split {split!r}: it has {', '.join(SPLITS)}")
         images, labels = _READERS[name]()

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from marval_rl.data.bundled import BUNDLED, BundledImages
+from marval_rl.data.class_folders import is_split
 from marval_rl.data.class_names import shorten
 from marval_rl.data.image_folder import ImageFolder
 from marval_rl.data.labelled_images import LabelledImages
-from marval_rl.data.layout import is_split
 from marval_rl.errors import DataError, first_line
 from marval_rl.paths import looks_like_hub_id
 

@@ -29,24 +29,23 @@ def generation_speed(
         codec.decode(latents, model.decoder_text(labels))
 
     with torch.no_grad():
-        single = _seconds(lambda: generate_images_of(1), SINGLE_REPEATS, model.device)
-        batch = _seconds(lambda: generate_images_of(batch_size), BATCH_REPEATS, model.device)
+        generate_images_of(1)
+        single = [seconds_of(lambda: generate_images_of(1), model.device) for _ in range(SINGLE_REPEATS)]
+        generate_images_of(batch_size)
+        batch = [seconds_of(lambda: generate_images_of(batch_size), model.device) for _ in range(BATCH_REPEATS)]
     return {
         "seconds_per_image": statistics.median(single),
         "images_per_second": batch_size * BATCH_REPEATS / sum(batch),
     }
 
 
-def _seconds(function: Callable[[], None], repeats: int, device: torch.device) -> list[float]:
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes, until the device has done all of it."""
+    _wait_for(device)
+    start = time.perf_counter()
     function()
-    times = []
-    for _ in range(repeats):
-        _wait_for(device)
-        start = time.perf_counter()
-        function()
-        _wait_for(device)
-        times.append(time.perf_counter() - start)
-    return times
+    _wait_for(device)
+    return time.perf_counter() - start
 
 
 def _wait_for(device: torch.device) -> None:

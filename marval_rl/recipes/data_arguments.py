@@ -100,10 +100,7 @@ class DataArguments(EvaluationArguments):
     @property
     def crop_size(self) -> int | list[int] | None:
         """image_size: one number for squares, else height and width; None where it is not set."""
-        size: Any = self.image_size
-        if isinstance(size, list) and len(size) == 1:
-            (size,) = size
-        return None if size is None else shortest(height_and_width(size))
+        return None if self.image_size is None else shortest(height_and_width(self.image_size))
 
     @property
     def is_bundled(self) -> bool:

@@ -79,12 +79,8 @@ def read_settings(
 def build_configs(settings: dict[str, Any], config_types: Sequence[type]) -> tuple:
     """Returns one instance of each dataclass; `settings` as `read_settings` returns them.
 
-    Raises RecipeError for a required field that is not set, and with the text of a ValueError from `__post_init__`.
+    Raises RecipeError with the text of a ValueError from `__post_init__`.
     """
-    for config_type in config_types:
-        for f in dataclasses.fields(config_type):
-            if default_of(f) is dataclasses.MISSING and f.init and f.name not in settings:
-                raise RecipeError(f"{f.name} is not set: give it in the recipe, or as --{f.name} VALUE")
     try:
         return TrlParser(dataclass_types=config_types).parse_dict(settings)
     except RecipeError:

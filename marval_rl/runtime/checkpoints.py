@@ -10,13 +10,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from marval_rl.environment import environment
 from marval_rl.errors import CheckpointError, first_line
 from marval_rl.runtime.distributed import gather_objects
 
@@ -61,8 +61,6 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 def find_problem(checkpoint: Path, checksums: bool = True) -> str | None:
     """Find what is wrong with a checkpoint.
 
-    One without a manifest, from before there was one, is judged by its trainer_state.json, which was written last.
-
     Args:
         checkpoint: The folder.
         checksums: Read all files and compare their checksums; otherwise only their sizes.
@@ -70,11 +68,13 @@ def find_problem(checkpoint: Path, checksums: bool = True) -> str | None:
     Returns:
         A description that begins with the file's name; None if the checkpoint is complete.
     """
-    if not (checkpoint / MANIFEST).exists():
-        return None if _is_json(checkpoint / STATE_FILE) else f"{STATE_FILE} is missing or damaged"
-    if not _is_json(checkpoint / MANIFEST):
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError):  # unreadable, or damaged: not text, or not JSON
         return f"{MANIFEST} is damaged"
-    for name, facts in json.loads((checkpoint / MANIFEST).read_text())["files"].items():
+    for name, facts in files.items():
         try:
             size = (checkpoint / name).stat().st_size
             if size != facts["size"]:
@@ -88,12 +88,9 @@ def find_problem(checkpoint: Path, checksums: bool = True) -> str | None:
     return None
 
 
-def layout_of(checkpoint: Path) -> Layout | None:
-    """The layout that wrote a checkpoint; None for one from before there were manifests."""
-    if not (checkpoint / MANIFEST).exists():
-        return None
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    return Layout(**manifest["layout"])
+def layout_of(checkpoint: Path) -> Layout:
+    """The layout that wrote a checkpoint."""
+    return Layout(**json.loads((checkpoint / MANIFEST).read_text())["layout"])
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -223,11 +220,12 @@ class CheckpointWriter:
             )
 
     def _write_manifest(self, files: dict[str, dict[str, int]]) -> None:
+        here = environment()
         manifest = {
             "format": FORMAT,
             "step": self.step,
             "layout": asdict(self.layout),
-            "versions": _versions("marval_rl", "torch", "transformers", "deepspeed"),
+            "versions": {name: here[name] for name in ("marval_rl", "torch", "transformers", "deepspeed")},
             "files": dict(sorted(files.items())),
         }
         path = self.folder / MANIFEST
@@ -267,14 +265,6 @@ def _describe(error: Exception, file: Path | None) -> str:
     return reason if where is None else f"{Path(where).name}: {reason}"
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):  # missing, or damaged: not text, or not JSON
-        return False
-    return True
-
-
 def _crc32(path: Path, block: int = 1 << 22) -> int:
     value = 0
     with path.open("rb") as file:
@@ -290,13 +280,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _versions(*packages: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

@@ -80,7 +80,6 @@ class ProfileCallback(OptimizerPhase):
         self.num_steps = num_steps
         self.folder = folder
         self.profiler: profile | None = None
-        self.is_done = False
         self.steps_seen = 0
         self.start = 0.0
 

@@ -146,8 +146,8 @@ class ResumableTrainer(Trainer):
     # ---- Resuming ----
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
-        written = None if resume_from_checkpoint is None else layout_of(Path(resume_from_checkpoint))
-        if resume_from_checkpoint is None or not self.is_deepspeed_enabled or written in (None, self.layout):
+        written = self.layout if resume_from_checkpoint is None else layout_of(Path(resume_from_checkpoint))
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled or written == self.layout:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # DeepSpeed's engine cannot read these files: it starts with their weights, and then gets the other states.
         self._load_from_checkpoint(resume_from_checkpoint)
@@ -176,8 +176,7 @@ class ResumableTrainer(Trainer):
         self.load_full_states(
             {name: load_file(folder / f"{name}.safetensors", device=device) for name in self.full_states()}
         )
-        written = layout_of(folder) or self.layout
-        if written.world_size == self.args.world_size:
+        if layout_of(folder).world_size == self.args.world_size:
             self.buffer = load_file(folder / buffer_file(self.args.process_index), device=device)
 
     # ---- Training, and how it ends ----
@@ -225,7 +224,7 @@ class ResumableTrainer(Trainer):
     def _check_layout(self, checkpoint: Path) -> None:
         """Raises CheckpointError if this run cannot use what another number of processes, or stage of ZeRO, wrote."""
         written, here = layout_of(checkpoint), self.layout
-        if written in (None, here):
+        if written == here:
             return
         difference = f"{checkpoint} was written by {written}, and this run has {here}"
         remedy = f"Continue with {written}, or start a new run from its weights"

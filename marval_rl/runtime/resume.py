@@ -24,7 +24,6 @@ from marval_rl.runtime.distributed import from_first_process
 
 LATEST = "latest"
 AUTO = "auto"
-SCHEDULER_FILE = "scheduler.pt"  # every checkpoint that can be resumed has it, under DeepSpeed too
 
 # Settings that may change when a run is resumed: its length, what it writes and evaluates, and how it uses the machine.
 # Any other change makes it a different run.
@@ -84,12 +83,12 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         CheckpointError: In all processes, if there is none to resume from, or the one named is damaged.
     """
     if resume not in (LATEST, AUTO):
-        if (problem := _unusable(Path(resume))) is not None:
+        if (problem := find_problem(Path(resume))) is not None:
             raise CheckpointError(f"{resume} is not a complete checkpoint: {problem}")
         return Path(resume)
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints_in(output_dir)):
-        if (problem := _unusable(folder)) is None:
+        if (problem := find_problem(folder)) is None:
             for other, reason in damaged:
                 print(f"{other} is damaged ({reason}); resuming from {folder}")
             return folder
@@ -103,14 +102,6 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         else "start without it"
     )
     raise CheckpointError(f"{output_dir} holds no complete checkpoint to --resume from{found}; {start}")
-
-
-def _unusable(checkpoint: Path) -> str | None:
-    """Why a run cannot be resumed from a checkpoint; None if it can."""
-    problem = find_problem(checkpoint)
-    if problem is None and layout_of(checkpoint) is not None and not (checkpoint / SCHEDULER_FILE).exists():
-        return "it holds weights without the optimizer's state (save_only_model): start a new run from them"
-    return problem
 
 
 @decided_by_first
@@ -136,8 +127,7 @@ def changed_settings(
         return [f"{path} is missing: whether the settings are those of the run is not known"]
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
     before, now = ({name: of.get(name, default) for name, default in defaults.items()} for of in (recorded, settings))
-    written = layout_of(checkpoint)
-    processes = world_size if written is None else written.world_size
+    processes = layout_of(checkpoint).world_size
     if before["gradient_accumulation_steps"] * processes == now["gradient_accumulation_steps"] * world_size:
         before["gradient_accumulation_steps"] = now["gradient_accumulation_steps"]  # as many images per update
     differing = [name for name in defaults if before[name] != now[name] and name not in OF_ONE_START]

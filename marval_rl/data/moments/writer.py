@@ -16,7 +16,7 @@ from marval_rl.data.moments.changes import Changes, drop_changed_shards
 from marval_rl.data.moments.files import remove_leftovers
 from marval_rl.data.moments.fingerprint import hash_images, hash_weights
 from marval_rl.data.moments.manifest import FORMAT, MANIFEST, begin, missing_shards, write_manifest
-from marval_rl.data.moments.shards import DTYPES, Crops, encode_crops, write_shard
+from marval_rl.data.moments.shards import Crops, encode_crops, write_shard
 from marval_rl.models.latents import Autoencoder
 
 
@@ -47,7 +47,7 @@ class CacheJob:
         image_size: Pixels along one side after the centre crop.
         folder: Of the cache; made if needed.
         vae_name: Recorded for readers; a VAE of the same weights may go by another name when the cache is resumed.
-        dtype: Of the stored moments, one of DTYPES.
+        dtype: Of the stored moments, a key of `shards.DTYPES`.
         shard_size: Images per shard; the corrupt ones among them leave it smaller.
         flip: Store the moments of the flipped images too.
     """
@@ -64,13 +64,9 @@ class CacheJob:
     def settings(self) -> dict[str, Any]:
         """What cache.json records; the codec is asked for one image.
 
-        Raises ValueError for a shard size below 1, an unknown dtype or an image size that does not suit the VAE.
+        Raises ValueError for an image size that does not suit the VAE.
         """
         source, codec, size = self.source, self.codec, self.image_size
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size must be at least 1, not {self.shard_size}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown cache_dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if size < 1 or size % codec.stride:
             raise ValueError(f"image_size {size} is not a multiple of the VAE's stride {codec.stride}")
         probe = torch.zeros(1, 3, size, size, device=codec.network.device)
