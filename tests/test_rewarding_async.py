@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
+import os
 import threading
 import time
 import warnings
@@ -181,6 +183,23 @@ def test_an_error_in_a_part_comes_with_the_result():
         scoring.add(**part)
     with pytest.raises(RewardError, match="reward 'faulty' raised ConnectionError: no answer"):
         scoring.result()
+
+
+def test_what_a_reward_changes_early_in_the_process_is_refused_and_undone(tmp_path):
+    changed = threading.Event()
+
+    async def careless(*, images, **columns):
+        os.chdir("/")
+        changed.set()
+        return [0.0] * len(images)
+
+    with contextlib.chdir(tmp_path):
+        scoring = RewardSet([careless]).in_parts()
+        scoring.add(**batch())
+        assert changed.wait(timeout=5)
+        with pytest.raises(RewardError, match="'careless' changed the working directory"):
+            scoring.result()
+        assert os.getcwd() == str(tmp_path)
 
 
 def test_what_has_not_been_answered_is_given_up_where_the_caller_fails():

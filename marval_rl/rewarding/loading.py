@@ -17,7 +17,7 @@ from typing import Any
 from marval_rl.errors import MarvalError, nearest
 from marval_rl.paths import expand_path, expand_sure_paths
 from marval_rl.rewarding.neighbours import folder_package, neighbours_of
-from marval_rl.rewarding.process_state import kept_settings
+from marval_rl.rewarding.process_state import global_settings, kept_settings
 
 ENTRY_POINT_GROUP = "marval_rl.rewards"
 
@@ -45,7 +45,7 @@ def load_reward(spec: str | Reward, offers: Offers | None = None, /, **kwargs: A
     name = reward_name(spec)
     if isinstance(spec, str) and spec.rpartition(":")[0].endswith(".py"):
         spec = expand_path(spec)
-    with kept_settings(), neighbours_of(spec):
+    with kept_settings(global_settings()), neighbours_of(spec):
         target = _find(spec) if isinstance(spec, str) else spec
         if inspect.isclass(target):
             return _checked(name, _instantiate(name, target, _with_paths(name, kwargs), offers or {}), target)

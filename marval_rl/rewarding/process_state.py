@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +46,8 @@ def global_settings() -> dict[str, Any]:
 
 
 @contextmanager
-def kept_settings() -> Iterator[None]:
-    """Undoes changes of the settings at the end."""
-    before = global_settings()
+def kept_settings(before: Mapping[str, Any]) -> Iterator[None]:
+    """Restores the settings at the end to what they were `before`."""
     try:
         yield
     finally:

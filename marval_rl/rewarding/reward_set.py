@@ -15,7 +15,7 @@ from marval_rl.errors import nearest
 from marval_rl.losses.advantages import weighted_sum
 from marval_rl.rewarding.calling import RewardCalls
 from marval_rl.rewarding.loading import STANDARD_ARGUMENTS, Offers, Reward, is_differentiable, load_reward, reward_name
-from marval_rl.rewarding.process_state import kept_settings
+from marval_rl.rewarding.process_state import global_settings, kept_settings
 
 
 @dataclass
@@ -109,6 +109,7 @@ class Scoring:
     def __init__(self, rewards: RewardSet, with_grad: bool) -> None:
         self._rewards = rewards
         self._with_grad = with_grad
+        self._settings = global_settings()  # before any reward begins
         self._calls = RewardCalls(dict(zip(rewards.names, rewards.rewards, strict=True)), with_grad)
 
     def add(
@@ -143,7 +144,7 @@ class Scoring:
 
     def result(self) -> RewardScores:
         """The scores of all parts, in their order. Raises the RewardErrors of `RewardSet.score`."""
-        with kept_settings(), torch.set_grad_enabled(self._with_grad):
+        with kept_settings(self._settings), torch.set_grad_enabled(self._with_grad):
             components = self._calls.scores()
             total = weighted_sum(torch.stack(list(components.values()), dim=1), self._rewards.weights)
             return RewardScores(total, components)
