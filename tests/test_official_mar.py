@@ -316,8 +316,9 @@ def test_an_existing_file_is_replaced_only_on_request(checkpoint, tmp_path, fail
     assert fails(2, tmp_path / "out", checkpoint, "--to_official").startswith(f"{checkpoint} is there already")
     assert main(["convert", str(tmp_path / "out"), str(checkpoint), "--to_official", "--overwrite"]) == 0
     assert "epoch" not in torch.load(checkpoint, weights_only=False)
-    assert "is a folder: choose a path that is free" in fails(2, tmp_path / "out", tmp_path / "out", "--to_official", "--overwrite")
-    assert "is a file: give a path" in fails(2, checkpoint, checkpoint, "--overwrite")
+    back = (tmp_path / "out", tmp_path / "out", "--to_official", "--overwrite")
+    assert "is a folder: choose a path that is free" in fails(2, *back)
+    assert "is a file: choose a path that is free" in fails(2, checkpoint, checkpoint, "--overwrite")
 
 
 def test_a_failed_conversion_leaves_an_earlier_one_alone(checkpoint, tmp_path, fails):
