@@ -75,9 +75,11 @@ class Remote:
     ) -> list[float | None]:
         """Scores images [B, 3, H, W] in 0..1 with lists of length B -> B scores, None where the server's reward leaves
         an image out. Columns must be what JSON can hold: text, numbers, lists."""
-        stop = threading.Event()
+        stop, failed = threading.Event(), threading.Event()
 
         def score(start: int) -> list[float | None]:
+            if failed.is_set():  # another request of the batch: nobody will read these scores
+                return []
             part = slice(start, start + self.images_per_request)
             body = pack(
                 images[part],
@@ -90,6 +92,7 @@ class Remote:
             try:
                 scores = self.client.score(body, stop)
             except RewardError as error:
+                failed.set()
                 raise RewardError(
                     f"{error} (images {start} to {start + len(images[part]) - 1} of the batch)"
                 ) from error

@@ -321,11 +321,11 @@ def test_what_has_failed_is_not_tried_on(impatient):
     def refuse(*_):
         calls.append(None)
         if len(calls) >= 5:
-            raise ValueError("enough")
+            raise RewardError("enough")
         raise urllib3.exceptions.ProtocolError
 
     remote.client._post = refuse
-    with pytest.raises(ValueError, match="enough"):
+    with pytest.raises(RewardError, match="enough"):
         scores_of(remote, **batch_for(IMAGES))
     time.sleep(0.1)  # a request may be on its way
     tries = len(calls)
