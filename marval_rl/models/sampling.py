@@ -8,6 +8,7 @@ Letters in shapes: B images, L tokens per image, M tokens revealed in a step, C 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def student_tokens(student: MaskedModel, inputs: Mapping[str, Tensor], num_unmas
         steps = unmask(
             partial(student_mean, student, inputs), inputs["order"], student.config.token_channels, num_unmasking_steps
         )
-        return [step.tokens for step in steps][-1]
+        return deque(steps, maxlen=1).pop().tokens  # no step is kept but the last
 
 
 def draw_rollout_noise(
